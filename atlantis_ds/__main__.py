@@ -1,0 +1,6 @@
+"""``python -m atlantis_ds``: the command line in the form that every launcher can start."""
+
+from atlantis_ds.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where a run stands: ranks, launchers, the queue."""

@@ -1,0 +1,1 @@
+"""Room 1: formats in, one table of examples out."""

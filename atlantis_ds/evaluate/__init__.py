@@ -1,0 +1,1 @@
+"""Room 5: predictions, metrics and the comparison of arms."""

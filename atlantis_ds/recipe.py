@@ -1,0 +1,381 @@
+"""The typed recipe: one YAML file describes a whole experiment.
+
+Reading a recipe imports neither torch nor any model code, so that ``atlantis-ds check`` runs on a login node.
+The string under each key is its help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from atlantis_ds.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+DType = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Noise(Section):
+    kind: Literal["uniform", "confusion"] = "uniform"
+    """`uniform` draws another label with equal chance; `confusion` draws from `table`."""
+    rate: Fraction = 0.0
+    """Share of training labels made wrong (exactly round(rate * n) of them)."""
+    table: dict[str, dict[str, float]] | None = None
+    """For `confusion`: true label -> {wrong label: probability}."""
+
+    @model_validator(mode="after")
+    def _table_goes_with_confusion(self) -> Noise:
+        if (self.kind == "confusion") != (self.table is not None):
+            raise ValueError("`table` is needed for kind: confusion, and only there")
+        return self
+
+
+class Data(Section):
+    format: Literal["semeval2010_task8", "conll04", "jsonl", "grammar"]
+    """How the rows look. `grammar` writes the embedded demo corpus and needs no files."""
+    train: str | None = None
+    """File with the training examples."""
+    dev: str | None = None
+    """File with the development examples; without it `dev_size` examples are cut from train."""
+    test: str | None = None
+    """File with the test examples."""
+    hub_id: str | None = None
+    """Hugging Face dataset id (or local folder) to read with `datasets` instead of the three files."""
+    labels: list[str] | None = None
+    """The label set, in order. Without it: the format's own labels, else all labels of train."""
+    train_size: Positive | None = None
+    """Take this many training examples, by a seeded draw."""
+    dev_size: Annotated[int, Field(ge=0)] = 0
+    """Take this many development examples."""
+    test_size: Positive | None = None
+    """Take this many test examples."""
+    negatives: Annotated[int, Field(ge=0)] = 0
+    """conll04: number of entity pairs a sentence without a relation to add as label `None`."""
+    noise: Noise = Noise()
+    """Wrong labels put into train, with gold kept beside."""
+
+    @model_validator(mode="after")
+    def _source(self) -> Data:
+        files = [key for key in ("train", "dev", "test") if getattr(self, key) is not None]
+        if self.format == "grammar":
+            if files or self.hub_id:
+                raise ValueError("format: grammar makes its own corpus; remove `train`, `dev`, `test` and `hub_id`")
+        elif self.hub_id:
+            if files:
+                raise ValueError("`hub_id` and the files `train`, `dev`, `test` exclude each other")
+        elif self.train is None or self.test is None:
+            raise ValueError("`train` and `test` files (or `hub_id`) are needed")
+        if self.negatives and self.format != "conll04":
+            raise ValueError("`negatives` is for format: conll04")
+        return self
+
+
+class Prompt(Section):
+    template: str = (
+        "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
+    )
+    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}."""
+    label_options: bool = False
+    """List the label choices after the template."""
+
+    @model_validator(mode="after")
+    def _fields(self) -> Prompt:
+        known = {"sentence", "marked_sentence", "e1", "e2"}
+        fields = set(re.findall(r"\{(\w*)\}", self.template))
+        if unknown := fields - known:
+            raise ValueError(f"`template` has an unknown field {{{sorted(unknown)[0]}}}; known: {sorted(known)}")
+        if not fields & {"sentence", "marked_sentence"}:
+            raise ValueError("`template` must hold {sentence} or {marked_sentence}")
+        return self
+
+
+class Scratch(Section):
+    """A tiny model built from a config and pretrained on the corpus text: for the demo and for tests."""
+
+    hidden_size: Positive = 128
+    num_hidden_layers: Positive = 4
+    num_attention_heads: Positive = 4
+    vocab_size: Positive = 1024
+    pretrain_epochs: Annotated[int, Field(ge=0)] = 1
+
+
+class Model(Section):
+    model_name_or_path: str | None = None
+    """Hugging Face id, or a folder with safetensors and a tokenizer."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hugging Face id."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you set it."""
+    scratch: Scratch | None = None
+    """Build this model in the run folder instead of loading one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.model_name_or_path is None) == (self.scratch is None):
+            raise ValueError("give `model_name_or_path` (or `scratch` for a demo model), exactly one of the two")
+        return self
+
+
+class Reference(Section):
+    kind: Literal["checkpoint", "finetuned"] = "finetuned"
+    """`checkpoint`: a ready model, e.g. an instruction-tuned one. `finetuned`: trained by this run."""
+    model_name_or_path: str | None = None
+    """kind checkpoint: the model. kind finetuned: what to start from (default: models.small)."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hugging Face id."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you set it."""
+    folds: Positive = 2
+    """finetuned: cross-fitting; each example is scored by a model that did not train on it. 1 switches it off."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """finetuned: epochs of the reference (default: train.num_train_epochs)."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """finetuned: learning rate of the reference (default: train.learning_rate)."""
+
+    @model_validator(mode="after")
+    def _checkpoint_named(self) -> Reference:
+        if self.kind == "checkpoint" and self.model_name_or_path is None:
+            raise ValueError("kind: checkpoint needs `model_name_or_path`")
+        return self
+
+
+class Models(Section):
+    large: Model
+    """The model that is trained; its base scores p_L."""
+    small: Model
+    """The small base model p_S."""
+    reference: Reference = Reference()
+    """The reference model p_r."""
+
+
+class Score(Section):
+    dtype: DType = "float32"
+    """Precision of the model body; the output head and all log-probabilities are fp32 in any case."""
+    tokens_per_batch: Positive = 4096
+    """Token budget of one batch, padding included."""
+    shard_size: Positive = 256
+    """Examples a shard. Shards are cut by the data, so that a run may resume on another number of ranks."""
+
+
+class Weights(Section):
+    formula: Literal["product", "ratio", "influence", "reference", "uniform", "shuffled"] = "product"
+    """log W: product a-s+r (Algorithm 1), ratio a-s (Eq. 7), influence r-s (Eq. 8), reference r, uniform 0."""
+    shuffled_from: Literal["product", "ratio", "influence", "reference"] = "product"
+    """For `shuffled`: the formula whose weights are permuted among the examples."""
+    length: Literal["sum", "mean"] = "sum"
+    """Log-likelihood of a label: sum over its tokens, or mean per token."""
+    eos: bool = False
+    """Count the end-of-sequence token after the label."""
+    calibrate: Literal["none", "label_mean"] = "none"
+    """`label_mean`: subtract from each model's score the mean score of that label."""
+    scope: Literal["global", "per_label"] = "global"
+    """Mean 1 over all examples, or within each label."""
+    power: Annotated[float, Field(gt=0)] = 1.0
+    """Exponent on the weight."""
+    smooth: Literal["none", "psis"] = "none"
+    """Pareto-smoothed importance sampling (Vehtari et al. 2024)."""
+    truncate: Literal["none", "sqrt_n"] = "none"
+    """Cap at sqrt(n) times the mean weight (Ionides 2008)."""
+    clip: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """[lo, hi] in units of the mean weight."""
+    temper: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Flatten by the largest exponent in (0, 1] that lifts the effective sample size to this share of n."""
+
+    @model_validator(mode="after")
+    def _clip_bounds(self) -> Weights:
+        if self.clip is not None and not 0 <= self.clip[0] < self.clip[1]:
+            raise ValueError("`clip` must be [lo, hi] with 0 <= lo < hi")
+        return self
+
+
+class Train(Section):
+    mode: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters."""
+    deepspeed: str = "ds_configs/zero3.json"
+    """DeepSpeed config; its `auto` values are filled from this recipe."""
+    dtype: DType = "bfloat16"
+    """bfloat16 keeps fp32 master weights in the optimizer."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    warmup_ratio: Fraction = 0.03
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    train_batch_size: Positive = 32
+    """Examples an optimizer step, over all ranks. The same on any world size."""
+    per_device_train_batch_size: Positive = 8
+    """Examples a micro-batch on one rank; gradient accumulation follows from the two."""
+    gradient_checkpointing: bool = False
+    reduction: Literal["example", "token"] = "example"
+    """Divide the weighted sum by the number of examples, or of label tokens, of the global batch."""
+    lora_r: Positive = 16
+    lora_alpha: Positive = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_target_modules: str | list[str] = "all-linear"
+    logging_steps: Positive = 10
+    """In a batch job, one log line every so many steps (log.jsonl gets every step)."""
+    eval_steps: Positive | None = None
+    """Dev loss every so many steps; without it, once an epoch."""
+    save_steps: Positive | None = None
+    """Checkpoint every so many steps; without it, once an epoch."""
+    save_total_limit: Positive = 1
+    """Checkpoints to keep an arm."""
+
+    @model_validator(mode="after")
+    def _batches(self) -> Train:
+        if self.per_device_train_batch_size > self.train_batch_size:
+            raise ValueError("`per_device_train_batch_size` is larger than `train_batch_size`")
+        return self
+
+
+class Arm(Section):
+    weights: Weights | None = None
+    """Weights of this arm; without it the recipe's own `weights`."""
+
+
+class Evaluate(Section):
+    method: Literal["rank", "generate"] = "rank"
+    """Rank all labels by log-likelihood, or generate greedily and map the text to a label."""
+    dtype: DType = "float32"
+    tokens_per_batch: Positive = 4096
+    """Token budget of one batch."""
+    max_new_tokens: Positive = 32
+    """For `generate`."""
+
+
+class Recipe(Section):
+    name: str
+    """Name of the run; its folder is runs_dir/name."""
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    prompt: Prompt = Prompt()
+    models: Models
+    score: Score = Score()
+    weights: Weights = Weights()
+    train: Train = Train()
+    arms: dict[str, Arm] = {"sft": Arm(weights=Weights(formula="uniform")), "atlantis": Arm()}
+    """What to train and compare. Every arm shares data order, schedule and reduction."""
+    evaluate: Evaluate = Evaluate()
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """A rank that waits longer than this for the others ends the run."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        for kind, name in [("name", self.name), *(("arms", arm) for arm in self.arms)]:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"`{kind}`: {name!r} names a folder: use letters, digits, `-`, `_` and `.`")
+        if not self.arms:
+            raise ValueError("`arms` is empty")
+        if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
+            raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``dotted.key=value`` strings, the value in YAML; later ones win.
+
+    Raises:
+        InputError: one line that names the file and the key, with a suggestion for a misspelt key.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides or []:
+        _set(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:])})" if len(problems) > 1 else ""
+        raise InputError(f"{path}: {problems[0]}{more}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads 1e-5 as a number, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as dotted.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {override}: `{parent}` is a value, not a section")
+        tree = child
+    try:
+        tree[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _explain(error: Any) -> str:
+    location, kind = error["loc"], error["type"]
+    key = ".".join(str(part) for part in location) or "recipe"
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        return f"{key}: unknown key; " + (f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}")
+    if kind == "missing":
+        return f"{key}: this key is needed"
+    if kind == "value_error":
+        return f"{key}: {error['ctx']['error']}"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[part].annotation
+            if isinstance(section, types.UnionType):
+                section = next(arg for arg in typing.get_args(section) if arg is not types.NoneType)
+        else:  # dict[str, Section]
+            section = typing.get_args(section)[1]
+    return list(section.model_fields)

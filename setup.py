@@ -1,0 +1,45 @@
+"""Packaging of atlantis_ds. Install with the constraints file: pip install -c constraints.txt -e ."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1] for line in Path("atlantis_ds/__init__.py").read_text().splitlines() if "__version__" in line
+)
+
+setup(
+    name="atlantis_ds",
+    version=version,
+    description="Importance-weighted fine-tuning of language models with DeepSpeed",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["atlantis_ds", "atlantis_ds.*"]),
+    install_requires=[
+        "accelerate",
+        "arviz-stats",
+        "datasets",
+        "deepspeed>=0.18.4",
+        "matplotlib",
+        "ninja",
+        "peft",
+        "pyarrow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "scikit-learn",
+        "sentencepiece",
+        "torch>=2.6",
+        "transformers>=5",
+        "typer",
+    ],
+    extras_require={
+        "qlora": ["bitsandbytes"],
+        "gguf": ["gguf"],
+        "test": ["gguf", "hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["atlantis-ds=atlantis_ds.cli:main"]},
+)
