@@ -1,0 +1,217 @@
+"""What a list of predicted labels is worth: macro-F1, the official SemEval-2010 Task 8 score, and per-label figures.
+
+Labels are strings as the data holds them; a direction, where a task has one, is the suffix ``(e1,e2)`` or ``(e2,e1)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.run_folder import write_atomic
+
+UNMAPPED = ""
+"""The prediction of a generated text that maps to no label. It counts as wrong, never as ``Other``."""
+
+OTHER = "Other"
+
+OFFICIAL_TASKS = frozenset({"semeval2010_task8", "grammar"})
+"""The data formats whose labels are directed relations and ``Other``, so that the official score is defined."""
+
+_RELATIONS = (
+    *("Cause-Effect", "Component-Whole", "Content-Container", "Entity-Destination", "Entity-Origin"),
+    *("Instrument-Agency", "Member-Collection", "Message-Topic", "Product-Producer"),
+)
+OFFICIAL_LABELS = (*(f"{name}{way}" for name in _RELATIONS for way in ("(e1,e2)", "(e2,e1)")), OTHER)
+"""The 19 labels of SemEval-2010 Task 8."""
+
+_DIRECTION = re.compile(r"\((?:e1,e2|e2,e1)\)$")
+
+
+def relation_of(label: str) -> str:
+    """Drop the direction: ``Cause-Effect(e2,e1)`` becomes ``Cause-Effect``; other labels stay as they are."""
+    return _DIRECTION.sub("", label)
+
+
+def macro10(gold: Sequence[str], predicted: Sequence[str]) -> float:
+    """Macro-F1 with directions collapsed and ``Other`` included, as a fraction 0..1.
+
+    This is ``sklearn.metrics.f1_score(gold, predicted, average="macro", labels=L, zero_division=0)`` on the labels
+    without direction, where L is the set of relations that occur in ``gold``. A relation of L that is never predicted
+    right has F1 0. A prediction outside L (``UNMAPPED``, or a relation that gold does not hold) is a miss of its gold
+    relation and adds no term of its own. For a task without directions it is plain macro-F1 over the gold labels.
+
+    Raises:
+        InputError: the lengths differ, or there are no examples.
+    """
+    from sklearn.metrics import f1_score
+
+    _check_lengths(gold, predicted)
+    gold, predicted = [relation_of(label) for label in gold], [relation_of(label) for label in predicted]
+    return float(f1_score(gold, predicted, average="macro", labels=sorted(set(gold)), zero_division=0))
+
+
+def official(gold: Mapping[str, str], predicted: Mapping[str, str]) -> float:
+    """The official score of SemEval-2010 Task 8, in percent 0..100.
+
+    It is the last line that the task's scorer prints: "(9+1)-way evaluation with directionality taken into account:
+    macro-averaged F1" (Hendrickx et al. 2010), the mean F1 over the relations that occur in ``gold``, without
+    ``Other``; see `official_by_relation` for the counts.
+
+    Args:
+        gold: id -> directed label.
+        predicted: id -> directed label. Ids that are absent, or ``UNMAPPED``, are skipped examples.
+
+    Raises:
+        InputError: ``predicted`` has an id that gold lacks, or gold holds no relation but ``Other``.
+    """
+    rows = official_by_relation(gold, predicted)
+    f1 = [row["f1"] for relation, row in rows.items() if relation != OTHER]
+    if not f1:
+        raise InputError("the official score needs a gold relation other than `Other`; take a larger test set")
+    return sum(f1) / len(f1)
+
+
+def official_by_relation(gold: Mapping[str, str], predicted: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """The lines "Results for the individual relations" of the scorer's official section.
+
+    A prediction is correct when relation and direction both are. The precision of a relation divides by its
+    predictions in either direction, so that the right relation in the wrong direction costs precision and recall. The
+    recall divides by its gold examples, skipped ones included; a skipped example is in no precision. 0/0 counts as 0.
+
+    Returns:
+        for each relation in gold (sorted, ``Other`` among them): ``correct``, ``predicted`` and ``support`` (counts),
+        ``precision``, ``recall`` and ``f1`` (percent).
+    """
+    if foreign := predicted.keys() - gold.keys():
+        raise InputError(f"prediction for an id that the gold labels lack: {min(foreign)!r} ({len(foreign)} such ids)")
+    support = Counter(relation_of(label) for label in gold.values())
+    proposed = Counter(relation_of(label) for label in predicted.values())
+    correct = Counter(relation_of(label) for id, label in predicted.items() if label == gold[id])
+    rows = {}
+    for relation in sorted(support):
+        precision = 100 * correct[relation] / proposed[relation] if proposed[relation] else 0.0
+        recall = 100 * correct[relation] / support[relation]
+        f1 = 2 * precision * recall / (precision + recall) if correct[relation] else 0.0
+        rows[relation] = {
+            "correct": correct[relation],
+            "predicted": proposed[relation],
+            "support": support[relation],
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+        }
+    return rows
+
+
+def per_label(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Figures for each full (directed) label that occurs in ``gold`` or ``predicted``, sorted; ``UNMAPPED`` is none.
+
+    Returns:
+        label -> ``precision``, ``recall``, ``f1`` (fractions 0..1, 0/0 counts as 0), ``support`` (gold examples) and
+        ``predicted`` (predictions).
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    _check_lengths(gold, predicted)
+    labels = sorted((set(gold) | set(predicted)) - {UNMAPPED})
+    times = Counter(predicted)
+    columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
+    return {
+        label: {
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "support": int(support),
+            "predicted": times[label],
+        }
+        for label, precision, recall, f1, support in zip(labels, *columns, strict=True)
+    }
+
+
+def metrics(task: str, ids: Sequence[str], gold: Sequence[str], predicted: Sequence[str]) -> dict[str, Any]:
+    """All figures of one arm, ready for ``metrics.json``.
+
+    Args:
+        task: the recipe's ``data.format``.
+        ids, gold, predicted: one entry an example.
+
+    Returns:
+        ``macro10`` and ``accuracy`` (fractions 0..1, accuracy on the full directed label), ``official`` (percent
+        0..100; None for tasks without it, and when gold holds nothing but ``Other``), ``per_label``, ``n`` and
+        ``unmapped`` (numbers of examples).
+
+    Raises:
+        InputError: lengths differ, there are no examples, an id comes twice, or a gold label is empty.
+    """
+    _check_lengths(ids, gold)
+    _check_lengths(gold, predicted)
+    keys, answers = dict(zip(ids, gold, strict=True)), dict(zip(ids, predicted, strict=True))
+    if len(keys) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"example id {twice!r} comes more than once; the ids of the test examples must differ")
+    if UNMAPPED in gold:
+        raise InputError(f"example {ids[list(gold).index(UNMAPPED)]!r} has an empty gold label")
+    scored = task in OFFICIAL_TASKS and any(label != OTHER for label in gold)
+    return {
+        "macro10": macro10(gold, predicted),
+        "official": official(keys, answers) if scored else None,
+        "accuracy": sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold),
+        "per_label": per_label(gold, predicted),
+        "n": len(gold),
+        "unmapped": sum(label == UNMAPPED for label in predicted),
+    }
+
+
+def read_answers(path: Path, labels: Collection[str] = OFFICIAL_LABELS) -> dict[str, str]:
+    """Read a file in the scorer's format: one ``id TAB label`` a line, LF or CRLF; ``_Other`` is read as ``Other``.
+
+    Raises:
+        InputError: the file cannot be read; or, with file and line, a line that is not ``id TAB label``, a label that
+            is none of ``labels``, or an id that came before.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    answers: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        id, tab, label = line.partition("\t")
+        label = OTHER if label == f"_{OTHER}" else label
+        if not tab or not id or id != id.strip():
+            raise InputError(f"{path}:{number}: not `id TAB label`: {line!r}")
+        if label not in labels:
+            raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {OFFICIAL_LABELS[0]!r}")
+        if id in answers:
+            raise InputError(f"{path}:{number}: id {id!r} comes a second time")
+        answers[id] = label
+    return answers
+
+
+def write_answers(path: Path, ids: Sequence[str], predicted: Sequence[str]) -> None:
+    """Write predictions in the scorer's format; ``UNMAPPED`` ones are left out, which the scorer counts as skipped.
+
+    Raises:
+        InputError: the lengths differ, or an id or label holds a tab or line break.
+    """
+    _check_lengths(ids, predicted)
+    for text in (*ids, *predicted):
+        if "\t" in text or len(text.splitlines()) > 1:
+            raise InputError(f"{path}: {text!r} holds a tab or line break, which the `id TAB label` format cannot hold")
+    lines = [f"{id}\t{label}\n" for id, label in zip(ids, predicted, strict=True) if label != UNMAPPED]
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes("".join(lines).encode())
+
+    write_atomic(path, write)
+
+
+def _check_lengths(first: Sequence[str], second: Sequence[str]) -> None:
+    if len(first) != len(second):
+        raise InputError(f"one entry an example is needed, but the lists have {len(first)} and {len(second)} entries")
+    if not first:
+        raise InputError("there are no examples to evaluate; is the test set empty?")
