@@ -183,16 +183,13 @@ def conll04_examples(
         raise ValueError("expected an object with `tokens`, `entities` and `relations`")
     known = labels if labels is not None else CONLL04_LABELS + ([NO_RELATION] if negatives else [])
     sentence, offsets = _join(document.get("tokens"))
-    spans = []
+    spans: list[tuple[int, int]] = []
     for entity in _objects(document, "entities"):
         spans.append(_characters([entity.get("start"), entity.get("end")], offsets, f"entity {len(spans)}"))
     examples: list[Example] = []
     related: set[tuple[int, int]] = set()
     for k, relation in enumerate(_objects(document, "relations")):
-        head, tail = relation.get("head"), relation.get("tail")
-        for end in (head, tail):
-            if type(end) is not int or not 0 <= end < len(spans):
-                raise ValueError(f"relation {k}: {end!r} is not one of its {len(spans)} entities")
+        head, tail = (_entity(relation.get(end), len(spans), f"relation {k}") for end in ("head", "tail"))
         label = _known(relation.get("type"), known)
         examples.append(Example(f"{id}-{k}", sentence, spans[head], spans[tail], label, label, split))
         related |= {(head, tail), (tail, head)}
@@ -265,6 +262,12 @@ def _objects(document: dict[str, Any], key: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"`{key}` is missing or not a list of objects")
     return value
+
+
+def _entity(index: Any, count: int, what: str) -> int:
+    if type(index) is not int or not 0 <= index < count:
+        raise ValueError(f"{what}: {index!r} is not one of its {count} entities")
+    return index
 
 
 def _join(tokens: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -1,0 +1,225 @@
+"""The stage ``prepare``: from the recipe's data section to one table of examples in the run folder."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atlantis_ds import __version__
+from atlantis_ds.data.formats import (
+    CONLL04_LABELS,
+    NO_RELATION,
+    SEMEVAL_LABELS,
+    read_conll04,
+    read_jsonl,
+    read_semeval,
+)
+from atlantis_ds.data.grammar import DEV_SIZE, GRAMMAR_VERSION, TEST_SIZE, TRAIN_SIZE, grammar_corpus
+from atlantis_ds.data.hub import read_hub
+from atlantis_ds.data.noise import add_noise
+from atlantis_ds.data.splits import assign_splits, subset
+from atlantis_ds.data.table import Example, from_table, to_table
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import Data, Recipe
+from atlantis_ds.run_folder import (
+    RunFolder,
+    file_hash,
+    fingerprint,
+    finished,
+    read_json,
+    read_table,
+    table_info,
+    write_json,
+    write_table,
+)
+
+FILES = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The prepared examples of a run; ``task`` is the recipe's data.format."""
+
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    labels: list[str]
+    fingerprint: str
+    task: str
+
+
+def examples_fingerprint(recipe: Recipe) -> str:
+    """Fingerprint of the data section, the seed and the content of the input files (not of where they lie).
+
+    Raises:
+        InputError: a file is not there ("data.train: <path>: no such file").
+    """
+    data = recipe.data
+    sources: dict[str, Any] = {}
+    for key in FILES:
+        if path := getattr(data, key):
+            sources[key] = _hash(f"data.{key}", Path(path))
+    if data.hub_id:  # a local folder by its files, a dataset id by its name and revision
+        folder = Path(data.hub_id)
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        sources["hub"] = [[str(p.relative_to(folder)), _hash("data.hub_id", p)] for p in files] or data.hub_id
+    if data.format == "grammar":
+        sources["grammar"] = GRAMMAR_VERSION
+    section = data.model_dump(mode="json", exclude={*FILES, "hub_id"})
+    return fingerprint({"data": section, "seed": recipe.seed, "sources": sources})
+
+
+def prepare(recipe: Recipe, folder: RunFolder) -> Examples:
+    """Read, split, subset and add noise, once: where the run folder holds these examples already, load them.
+
+    Raises:
+        InputError: bad input (file and line), sizes that the data cannot fill, or a run folder with other examples.
+    """
+    expected = examples_fingerprint(recipe)
+    if finished(folder.examples, expected) and finished(folder.examples_info, expected):
+        return load_examples(folder)
+    for path in (folder.examples, folder.examples_info):
+        if _fingerprint_in(path) not in (None, expected):
+            raise InputError(
+                f"{folder.root}: holds examples of other data or another seed than this recipe; "
+                "choose another `name`, or remove the folder"
+            )
+    labels, splits, dropped = _read_splits(recipe)
+    data = recipe.data
+    train = subset(splits["train"], data.train_size, recipe.seed, "train_size")
+    dev = splits["dev"]
+    test = subset(splits["test"], data.test_size, recipe.seed, "test_size")
+    for split, rows in (("train", train), ("test", test)):
+        if not rows:
+            raise InputError(f"data.{split}: no example is left in {split} (dropped as shared: {dropped})")
+    noisy = add_noise(train, data.noise, labels, recipe.seed)
+    changed = sum(old.label != new.label for old, new in zip(train, noisy))
+    examples = Examples(noisy, dev, test, labels, expected, data.format)
+
+    versions = {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()}
+    by_split = {"train": noisy, "dev": dev, "test": test}
+    write_table(folder.examples, to_table(noisy + dev + test), {"fingerprint": expected, "versions": versions})
+    info = {
+        "fingerprint": expected,
+        "task": data.format,
+        "labels": labels,
+        "counts": {split: len(rows) for split, rows in by_split.items()},
+        "label_counts": {split: _label_counts(rows, labels) for split, rows in by_split.items()},
+        "dropped": dropped,
+        "noise": {"kind": data.noise.kind, "rate": data.noise.rate, "rows_changed": changed},
+        "versions": versions,
+    }
+    write_json(folder.examples_info, info)  # last: the stage is finished when it stands
+    return examples
+
+
+def load_examples(folder: RunFolder) -> Examples:
+    """The examples that ``prepare`` wrote.
+
+    Raises:
+        InputError: a file is missing or broken, the two do not belong together, or an id stands twice.
+    """
+    info = read_json(folder.examples_info)
+    table, table_meta = read_table(folder.examples)
+    if not isinstance(info, dict) or not {"fingerprint", "labels", "task"} <= info.keys():
+        raise InputError(f"{folder.examples_info}: not written by atlantis_ds; remove it and run prepare again")
+    if table_meta.get("fingerprint") != info["fingerprint"]:
+        raise InputError(
+            f"{folder.examples}: does not belong to {folder.examples_info.name}; remove both and run prepare again"
+        )
+    examples = from_table(table)
+    by_split = {split: [e for e in examples if e.split == split] for split in FILES}
+    _refuse_shared_ids(by_split)
+    return Examples(**by_split, labels=info["labels"], fingerprint=info["fingerprint"], task=info["task"])
+
+
+def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], dict[str, int]]:
+    """The label set; train and test whole, dev in its final size, no sentence in two of them; the rows dropped."""
+    data, seed = recipe.data, recipe.seed
+    labels = _label_set(data, seed)
+    train: list[Example] | None
+    dev: list[Example] | None
+    test: list[Example] | None
+    if data.format == "grammar":
+        corpus = grammar_corpus(
+            data.train_size or TRAIN_SIZE, data.dev_size or DEV_SIZE, data.test_size or TEST_SIZE, seed
+        )
+        if missing := sorted({e.label for e in corpus} - set(labels)):
+            raise InputError(f"data.labels: the grammar also makes the label {missing[0]!r}; leave `labels` out")
+        train, dev, test = ([e for e in corpus if e.split == split] for split in FILES)
+    else:
+        train, test = _read(data, "train", labels, seed), _read(data, "test", labels, seed)
+        dev = _read(data, "dev", labels, seed)
+        if not train or not test:
+            raise InputError(f"data.{'test' if train else 'train'}: holds no example")
+    assert train is not None and test is not None
+    _refuse_shared_ids({"train": train, "dev": dev or [], "test": test})
+    kept_train, kept_dev, dropped = assign_splits(train, dev, test, data.dev_size, seed)
+    if dev is not None:  # a dev split of its own, not one cut to size from train
+        kept_dev = subset(kept_dev, data.dev_size or None, seed, "dev_size")
+    return labels, {"train": kept_train, "dev": kept_dev, "test": test}, dropped
+
+
+def _read(data: Data, split: str, labels: list[str] | None, seed: int) -> list[Example] | None:
+    """One whole split; None where there is no such file or (dev only) hub split."""
+    if data.hub_id:
+        return read_hub(data.hub_id, data.format, split, data.negatives, seed, labels)
+    path = getattr(data, split)
+    if path is None:
+        return None
+    if data.format == "semeval2010_task8":
+        return read_semeval(path, split, labels)
+    if data.format == "conll04":
+        return read_conll04(path, split, data.negatives, seed, labels)
+    return read_jsonl(path, split, labels)
+
+
+def _label_set(data: Data, seed: int) -> list[str]:
+    if data.labels is not None:
+        doubled = [label for label, count in Counter(data.labels).items() if count > 1]
+        if not data.labels or doubled or not all(label.strip() for label in data.labels):
+            raise InputError("data.labels: give at least one label, each once and none empty")
+        return data.labels
+    if data.format in ("semeval2010_task8", "grammar"):
+        return list(SEMEVAL_LABELS)
+    if data.format == "conll04":
+        return CONLL04_LABELS + ([NO_RELATION] if data.negatives else [])
+    # Read a second time with this set, so that a foreign label is refused with its line.
+    return sorted({example.label for example in _read(data, "train", None, seed) or []})
+
+
+def _label_counts(examples: list[Example], labels: list[str]) -> dict[str, int]:
+    counts = Counter(example.label for example in examples)
+    return {label: counts[label] for label in labels}
+
+
+def _refuse_shared_ids(by_split: dict[str, list[Example]]) -> None:
+    split_of: dict[str, str] = {}
+    for split, examples in by_split.items():
+        for example in examples:
+            if example.id in split_of:
+                raise InputError(f"the id {example.id!r} stands in {split_of[example.id]} and in {split}; rename one")
+            split_of[example.id] = split
+
+
+def _fingerprint_in(path: Path) -> str | None:
+    """The fingerprint a file carries; None where it is missing or unreadable (it is then written anew)."""
+    try:
+        info = read_json(path) if path.suffix == ".json" else table_info(path)
+    except (InputError, OSError, pa.ArrowException):
+        return None
+    return info.get("fingerprint")
+
+
+def _hash(key: str, path: Path) -> str:
+    try:
+        return file_hash(path)
+    except FileNotFoundError:
+        raise InputError(f"{key}: {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{key}: {path}: cannot be read ({error.strerror})") from None
