@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from atlantis_ds import run_folder
+from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate import report
-from atlantis_ds.evaluate.metrics import OFFICIAL_LABELS, UNMAPPED, metrics, read_answers
+from atlantis_ds.evaluate.metrics import UNMAPPED, metrics, read_answers
 
 KEY = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8" / "test_answer_key.txt"
 INFO = {"fingerprint": "0123456789abcdef", "arm": "sft", "method": "generate"}
@@ -24,7 +25,7 @@ def semeval():
         pytest.skip(f"the SemEval-2010 Task 8 test key is not at {KEY}")
     key = read_answers(KEY)
     draw = random.Random(0)
-    choices = [*OFFICIAL_LABELS, UNMAPPED]
+    choices = [*UNMAPPED]
     predicted = [label if draw.random() < 0.8 else draw.choice(choices) for label in key.values()]
     return list(key), list(key.values()), predicted
 
@@ -70,7 +71,7 @@ def test_bad_input_leaves_an_older_evaluation_in_place(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 19, 80])
 def test_confusion_picture_has_an_unmapped_column_only_when_needed(tmp_path, size):
-    labels = [*OFFICIAL_LABELS, *(f"costs ${n} $_" for n in range(80))][:size]
+    labels = [*SEMEVAL_LABELS, *(f"costs ${n} $_" for n in range(80))][:size]
     report.plot_confusion(tmp_path / "without.png", labels * 3, labels * 3, labels)
     report.plot_confusion(tmp_path / "with.png", labels * 3, [*labels * 2, *([UNMAPPED] * size)], labels)
     without, with_column = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("without", "with"))

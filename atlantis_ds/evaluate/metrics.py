@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import write_atomic
 
@@ -21,13 +22,6 @@ OTHER = "Other"
 
 OFFICIAL_TASKS = frozenset({"semeval2010_task8", "grammar"})
 """The data formats whose labels are directed relations and ``Other``, so that the official score is defined."""
-
-_RELATIONS = (
-    *("Cause-Effect", "Component-Whole", "Content-Container", "Entity-Destination", "Entity-Origin"),
-    *("Instrument-Agency", "Member-Collection", "Message-Topic", "Product-Producer"),
-)
-OFFICIAL_LABELS = (*(f"{name}{way}" for name in _RELATIONS for way in ("(e1,e2)", "(e2,e1)")), OTHER)
-"""The 19 labels of SemEval-2010 Task 8."""
 
 _DIRECTION = re.compile(r"\((?:e1,e2|e2,e1)\)$")
 
@@ -167,7 +161,7 @@ def metrics(task: str, ids: Sequence[str], gold: Sequence[str], predicted: Seque
     }
 
 
-def read_answers(path: Path, labels: Collection[str] = OFFICIAL_LABELS) -> dict[str, str]:
+def read_answers(path: Path, labels: Collection[str] = SEMEVAL_LABELS) -> dict[str, str]:
     """Read a file in the scorer's format: one ``id TAB label`` a line, LF or CRLF; ``_Other`` is read as ``Other``.
 
     Raises:
@@ -185,7 +179,7 @@ def read_answers(path: Path, labels: Collection[str] = OFFICIAL_LABELS) -> dict[
         if not tab or not id or id != id.strip():
             raise InputError(f"{path}:{number}: not `id TAB label`: {line!r}")
         if label not in labels:
-            raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {OFFICIAL_LABELS[0]!r}")
+            raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {SEMEVAL_LABELS[0]!r}")
         if id in answers:
             raise InputError(f"{path}:{number}: id {id!r} comes a second time")
         answers[id] = label
