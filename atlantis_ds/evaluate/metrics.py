@@ -179,7 +179,7 @@ def read_answers(path: Path, labels: Collection[str] = SEMEVAL_LABELS) -> dict[s
         if not tab or not id or id != id.strip():
             raise InputError(f"{path}:{number}: not `id TAB label`: {line!r}")
         if label not in labels:
-            raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {SEMEVAL_LABELS[0]!r}")
+            raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {next(iter(labels))!r}")
         if id in answers:
             raise InputError(f"{path}:{number}: id {id!r} comes a second time")
         answers[id] = label
