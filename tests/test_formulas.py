@@ -72,7 +72,7 @@ def test_mean_is_one_bounds_hold_and_nothing_overflows(seed, n, options, spread)
         assert weights.min() >= options.clip[0] - 1e-9 and weights.max() <= options.clip[1] + 1e-9
     if options.temper:
         untempered = final(scores, options.model_copy(update={"temper": None}))
-        reached = formulas.effective_sample_size(weights) >= options.temper * n
+        reached = formulas.effective_sample_size(weights) / n >= options.temper
         assert reached or np.array_equal(weights, untempered)
 
 

@@ -229,7 +229,7 @@ def _tempering_exponent(log_weight: np.ndarray, groups: list[np.ndarray], target
     """
 
     def reached(exponent: float) -> bool:
-        return effective_sample_size(_normalise(exponent * log_weight, groups)) >= target * len(log_weight)
+        return effective_sample_size(_normalise(exponent * log_weight, groups)) / len(log_weight) >= target
 
     if reached(1.0):
         return 1.0
