@@ -1,0 +1,78 @@
+"""Start ranks on this machine when no launcher did: ``run --ranks N``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from atlantis_ds.cluster.ranks import free_port
+
+
+def run_ranks(arguments: list[str], ranks: int) -> int:
+    """Run ``python -m atlantis_ds ARGUMENTS`` on N local ranks.
+
+    torchrun would do, but it turns every exit code into 1: here the first rank that fails decides the exit code,
+    the others are ended, and signals are passed on.
+
+    Returns:
+        0, or the exit code of the first rank that failed.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # DeepSpeed compiles a small op at its first start and looks for `ninja` on PATH.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "atlantis_ds", *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, forward)
+    try:
+        return _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [code for code in codes if code]
+        if failed:
+            _end(processes)
+            # A rank that fails of itself (code > 0) tells more than one that a signal ended.
+            return next((code for code in failed if code > 0), 1)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(processes: list[subprocess.Popen[bytes]], grace_seconds: float = 3.0) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + grace_seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -1,0 +1,111 @@
+"""Encoded examples into batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atlantis_ds.lm.encode import Encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass over B examples with N label positions in all (label tokens and end tokens).
+
+    ``weight`` travels inside the batch, so that no collator or column filter can lose it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    """What the model's forward takes; int64 [B, T]."""
+    positions: torch.Tensor
+    """int64 [N]: index into the flattened [B * T] hidden states of the position that predicts each target."""
+    targets: torch.Tensor
+    """int64 [N]: token ids to predict."""
+    example: torch.Tensor
+    """int64 [N]: row of the batch that each target belongs to."""
+    is_eos: torch.Tensor
+    """int64 [N]: 1 where the target is the end-of-sequence token."""
+    weight: torch.Tensor
+    """float64 [B]: importance weights; 0 for padding examples."""
+
+    @property
+    def size(self) -> int:
+        return len(self.weight)
+
+    def to(self, device: torch.device) -> Batch:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            {name: move(tensor) for name, tensor in self.inputs.items()},
+            *(move(t) for t in (self.positions, self.targets, self.example, self.is_eos, self.weight)),
+        )
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut examples, longest first, into batches of at most ``budget`` tokens with padding.
+
+    Longest first makes an out-of-memory error come at once and the remaining time an upper bound.
+
+    Args:
+        lengths: tokens of each example.
+        budget: largest (examples in the batch) x (longest example of it); one longer example goes alone.
+
+    Returns:
+        lists of indices into ``lengths``; every index occurs once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    room = 0
+    for index in order:
+        if room == 0:
+            batches.append([])
+            room = max(1, budget // lengths[index])
+        batches[-1].append(index)
+        room -= 1
+    return batches
+
+
+def collate(
+    examples: Sequence[Encoded], config: Any, pad_token_id: int, weights: Sequence[float] | None = None
+) -> Batch:
+    """Build the tensors of one batch; the model's config decides between causal and encoder-decoder.
+
+    Causal inputs are padded on the right and need no attention mask: no position sees a later one.
+    """
+    targets = [[*pair.label, pair.eos] for pair in examples]
+    if config.is_encoder_decoder:
+        decoder = [[config.decoder_start_token_id, *pair.label] for pair in examples]
+        encoder = [pair.prompt for pair in examples]
+        width = max(map(len, decoder))
+        inputs = {
+            "input_ids": _pad(encoder, pad_token_id),
+            "attention_mask": _pad([[1] * len(ids) for ids in encoder], 0),
+            "decoder_input_ids": _pad(decoder, pad_token_id),
+        }
+        starts = [row * width for row in range(len(examples))]
+    else:
+        sequences = [pair.prompt + pair.label for pair in examples]
+        width = max(map(len, sequences))
+        inputs = {"input_ids": _pad(sequences, pad_token_id)}
+        starts = [row * width + len(pair.prompt) - 1 for row, pair in enumerate(examples)]
+    return Batch(
+        inputs=inputs,
+        positions=_flat([range(start, start + len(ids)) for start, ids in zip(starts, targets)]),
+        targets=_flat(targets),
+        example=_flat([[row] * len(ids) for row, ids in enumerate(targets)]),
+        is_eos=_flat([[0] * (len(ids) - 1) + [1] for ids in targets]),
+        weight=torch.tensor([1.0] * len(examples) if weights is None else list(weights), dtype=torch.float64),
+    )
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.int64)

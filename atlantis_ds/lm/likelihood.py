@@ -1,0 +1,79 @@
+"""The one function that computes label log-likelihoods: for scoring, training and ranking alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from atlantis_ds.lm.batch import Batch, collate, token_budget_batches
+from atlantis_ds.lm.encode import Encoded
+
+
+def label_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
+    """log p(y|x) of each example of a batch, differentiable.
+
+    Only the hidden states that predict a label token reach the LM head: with a vocabulary of 152k the full logits
+    would be the memory peak. Log-softmax is in fp32, the sum over tokens in float64.
+
+    Args:
+        model: a causal or encoder-decoder LM of transformers, bare, wrapped by peft, or a DeepSpeed engine.
+        batch: from ``collate``, on the model's device.
+
+    Returns:
+        float64 [B, 2]: the sum over the label's own tokens, and the end-of-sequence token after them.
+    """
+    with _label_positions_only(model, batch.positions):
+        logits = model(**batch.inputs, use_cache=False).logits
+    token_log_likelihoods = -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
+    sums = torch.zeros(2 * batch.size, dtype=torch.float64, device=token_log_likelihoods.device)
+    return sums.index_add(0, 2 * batch.example + batch.is_eos, token_log_likelihoods).view(-1, 2)
+
+
+@contextmanager
+def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]:
+    head = getattr(model, "module", model).get_output_embeddings()
+
+    def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (args[0].flatten(0, -2)[positions].to(head.weight.dtype),)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: Any,
+    pairs: Sequence[Encoded],
+    pad_token_id: int,
+    tokens_per_batch: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """Label log-likelihoods of many (prompt, label) pairs under a frozen model.
+
+    Args:
+        model: as in ``label_log_likelihoods``, in eval mode.
+        pairs: encoded examples.
+        pad_token_id: any token id; what stands in the padding changes nothing.
+        tokens_per_batch: token budget of one batch, padding included.
+        progress: called with (examples, tokens) after each batch.
+
+    Returns:
+        float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
+    """
+    result = torch.empty(len(pairs), 2, dtype=torch.float64)
+    config = getattr(model, "module", model).config
+    device = next(model.parameters()).device
+    lengths = [len(pair) for pair in pairs]
+    for rows in token_budget_batches(lengths, tokens_per_batch):
+        batch = collate([pairs[row] for row in rows], config, pad_token_id).to(device)
+        result[rows] = label_log_likelihoods(model, batch).cpu()
+        if progress:
+            progress(len(rows), sum(lengths[row] for row in rows))
+    return result

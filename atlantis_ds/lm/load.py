@@ -1,0 +1,122 @@
+"""Load tokenizers and models; say exactly which model it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import Model, Recipe
+from atlantis_ds.run_folder import RunFolder, file_hash, fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def model_source(recipe: Recipe, folder: RunFolder, name: str) -> Model:
+    """The model called ``large`` or ``small``, or the one the ``reference`` is or starts from, as path or id."""
+    reference = recipe.models.reference
+    if name == "reference" and reference.model_name_or_path is not None:
+        return Model(
+            model_name_or_path=reference.model_name_or_path,
+            revision=reference.revision,
+            trust_remote_code=reference.trust_remote_code,
+        )
+    name = "small" if name == "reference" else name
+    model: Model = getattr(recipe.models, name)
+    return Model(model_name_or_path=str(folder.base_model(name))) if model.scratch else model
+
+
+def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
+    path = str(model.model_name_or_path)
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise InputError(f"{path}: no such model folder")
+    try:
+        return loader.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
+            revision=model.revision or "main",
+            trust_remote_code=model.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, model)
+
+
+def load_config(model: Model) -> Any:
+    """The transformers config of a model.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, model)
+
+
+def load_model(model: Model, dtype: str) -> Any:
+    """Load a causal or encoder-decoder LM from safetensors, on the CPU (or sharded, under an HfDeepSpeedConfig).
+
+    A folder with a LoRA adapter loads its base model with the adapter merged in.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    adapter = Path(str(model.model_name_or_path)) / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel
+
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        base = model.model_copy(
+            update={"model_name_or_path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
+        )
+        return PeftModel.from_pretrained(load_model(base, dtype), adapter.parent).merge_and_unload()
+    loader = AutoModelForSeq2SeqLM if load_config(model).is_encoder_decoder else AutoModelForCausalLM
+    return _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True)
+
+
+def load_scorer(model: Model, dtype: str, device: torch.device) -> Any:
+    """Load a frozen model for scoring on one device, with an fp32 LM head whatever the dtype of its body.
+
+    bf16 logits have a spacing of 0.125 near 20, too coarse for a log-likelihood.
+    """
+    lm = load_model(model, dtype).eval().requires_grad_(False)
+    head = lm.get_output_embeddings()
+    if head.weight.dtype != torch.float32:
+        wide = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+        wide.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
+        lm.set_output_embeddings(wide.requires_grad_(False))
+    return lm.to(device)
+
+
+def model_identity(model: Model) -> dict[str, str]:
+    """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
+    tokenizer = load_tokenizer(model)
+    tokenizer_hash = fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str()])
+    path = Path(str(model.model_name_or_path)).expanduser()
+    if not path.is_dir():
+        commit = getattr(load_config(model), "_commit_hash", None) or model.revision or "main"
+        return {"model": str(model.model_name_or_path), "revision": commit, "tokenizer": tokenizer_hash}
+    files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
+    hashes = {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        settings = json.loads(adapter.read_text(encoding="utf-8"))
+        base = model.model_copy(update={"model_name_or_path": settings["base_model_name_or_path"]})
+        hashes["base"] = model_identity(base)["weights"]
+    return {"weights": fingerprint(hashes), "tokenizer": tokenizer_hash}

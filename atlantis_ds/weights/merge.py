@@ -1,0 +1,136 @@
+"""Merge the score shards into one weight per training example, and say whether the weights can be trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from atlantis_ds import __version__
+from atlantis_ds.data.prepare import Examples, load_examples
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import Recipe, Weights
+from atlantis_ds.run_folder import RunFolder, fingerprint, finished, read_json, read_table, write_json, write_table
+from atlantis_ds.weights.diagnostics import diagnose, plot_weights
+from atlantis_ds.weights.formulas import Scores, log_weights, stabilise
+from atlantis_ds.weights.score import COLUMNS, scoring_inputs, shard_path
+
+
+def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[Scores, str]:
+    """Read all score shards, in the order of the training examples.
+
+    Returns:
+        the scores, and the fingerprint they were made under.
+
+    Raises:
+        InputError: a shard is missing, broken, doubled, foreign or made from other inputs; an example is missing or
+            doubled; a score is not finite. The file or example is named.
+    """
+    manifest = read_json(folder.scores / "scores.json")
+    for key, value in scoring_inputs(recipe, examples).items():
+        if manifest["inputs"].get(key) != value:
+            raise InputError(f"{folder.scores}: made with another `{key}` than this recipe's; score again")
+    of = manifest["shards"]
+    expected = {shard_path(folder, shard, of).name for shard in range(of)}
+    found = {path.name for path in folder.scores.glob("*.parquet")}
+    if foreign := sorted(found - expected):
+        raise InputError(f"{folder.scores / foreign[0]}: not a shard of this run ({of} shards); remove it")
+    if missing := sorted(expected - found):
+        raise InputError(
+            f"{folder.scores / missing[0]}: missing ({len(missing)} of {of} shards are); run `score` to complete them"
+        )
+    tables = []
+    for shard in range(of):
+        path = shard_path(folder, shard, of)
+        table, info = read_table(path)
+        if info.get("fingerprint") != manifest["fingerprint"] or info.get("shard") != shard:
+            raise InputError(f"{path}: made from other inputs than scores.json says; remove it and score again")
+        tables.append(table)
+    table = pa.concat_tables(tables)
+    _check_ids(folder, table["id"].to_pylist(), [example.id for example in examples.train])
+    for name in table.column_names:
+        column = table[name]
+        if column.null_count or (pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py()):
+            bad = next(i for i, value in enumerate(column.to_pylist()) if value is None or not np.isfinite(value))
+            raise InputError(f"{folder.scores}: {name} of example {table['id'][bad].as_py()} is not finite")
+    arrays = {
+        f"{target}{column}": table[f"{source}_{column}"].to_numpy()
+        for column in COLUMNS
+        for target, source in (("", "logp"), ("eos_", "eos"), ("tokens_", "tokens"))
+    }
+    labels = np.array([example.label for example in examples.train])
+    return Scores(**arrays, labels=labels), manifest["fingerprint"]
+
+
+def _check_ids(folder: RunFolder, found: list[str], expected: list[str]) -> None:
+    if found == expected:
+        return
+    if len(set(found)) < len(found):
+        double = next(i for i in found if found.count(i) > 1)
+        raise InputError(f"{folder.scores}: example {double} is scored twice; remove the shards and score again")
+    if gone := set(expected) - set(found):
+        raise InputError(f"{folder.scores}: example {min(gone)} has no score ({len(gone)} in all); score again")
+    raise InputError(f"{folder.scores}: the shards hold examples that are not in the run; score again")
+
+
+def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """Write ``weights.parquet``, ``weights.png`` and, last, ``weights.json``.
+
+    Returns:
+        what stands in ``weights.json``: diagnostics, options and fingerprints.
+    """
+    examples = load_examples(folder)
+    scores, scores_fingerprint = load_scores(recipe, folder, examples)
+    mark = _weights_fingerprint(recipe, recipe.weights, scores_fingerprint)
+    if finished(folder.weights_info, mark) and finished(folder.weights, mark):
+        return read_json(folder.weights_info)
+    log_weight = log_weights(scores, recipe.weights, recipe.seed)
+    weight = stabilise(log_weight, scores.labels, recipe.weights)
+    gold = np.array([example.gold for example in examples.train], dtype=object)
+    diagnosis = diagnose(weight, log_weight, scores.labels, gold)
+    info = {
+        "fingerprint": mark,
+        "scores": scores_fingerprint,
+        "options": recipe.weights.model_dump(),
+        "seed": recipe.seed,
+        "atlantis_ds": __version__,
+        **diagnosis,
+    }
+    ids = pa.array([example.id for example in examples.train], pa.string())
+    write_table(
+        folder.weights,
+        pa.table({"id": ids, "log_weight": log_weight, "weight": weight}),
+        {"fingerprint": mark, "scores": scores_fingerprint},
+    )
+    plot_weights(folder.weights_plot, weight, scores.labels, diagnosis)
+    write_json(folder.weights_info, info)
+    return info
+
+
+def arm_weights(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str) -> np.ndarray:
+    """The weights of one arm: float64 [n], mean 1, in the order of the training examples.
+
+    Uniform weights need no scores. The recipe's own are read from ``weights.parquet``; other formulas are computed
+    from the same scores.
+
+    Raises:
+        InputError: the weights are missing or were merged from other scores or options.
+    """
+    options = recipe.arms[arm].weights or recipe.weights
+    if options.formula == "uniform":
+        return np.ones(len(examples.train))
+    if options != recipe.weights:
+        scores, _ = load_scores(recipe, folder, examples)
+        return stabilise(log_weights(scores, options, recipe.seed), scores.labels, options)
+    table, info = read_table(folder.weights)
+    if info["fingerprint"] != _weights_fingerprint(recipe, options, info["scores"]):
+        raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
+    if table["id"].to_pylist() != [example.id for example in examples.train]:
+        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+    return table["weight"].to_numpy()
+
+
+def _weights_fingerprint(recipe: Recipe, options: Weights, scores: str) -> str:
+    return fingerprint([scores, options.model_dump(), recipe.seed])

@@ -1,0 +1,252 @@
+"""Score every training example under the frozen models, shard by shard, sharded over ranks.
+
+Shards are cut by the data, and the batches of a shard depend on that shard alone: any number of ranks gives the same
+scores, and a run begun on one world size may finish on another. One model is in memory at a time; what a shard got
+from it is written at once as a *part*, and a shard is whole when all its parts are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atlantis_ds import __version__
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.data.prepare import Examples, load_examples
+from atlantis_ds.data.splits import fold_of
+from atlantis_ds.data.table import Example
+from atlantis_ds.errors import InputError
+from atlantis_ds.progress import Steps, console
+from atlantis_ds.recipe import Model, Recipe
+from atlantis_ds.run_folder import (
+    RunFolder,
+    append_log,
+    fingerprint,
+    finished,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+)
+
+COLUMNS = ("large", "small", "reference")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One frozen model over some of the examples: all of them, or the fold that a cross-fitted reference leaves out."""
+
+    column: str
+    """large, small or reference."""
+    model: Model
+    fold: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.column if self.fold is None else f"{self.column}-{self.fold}"
+
+
+def reference_name(fold: int, folds: int) -> str:
+    """Name of a fine-tuned reference among the trained models."""
+    return "reference" if folds == 1 else f"reference-{fold}-of-{folds}"
+
+
+def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
+    """The models to score with, in order."""
+    from atlantis_ds.lm.load import model_source
+
+    passes = [Pass(name, model_source(recipe, folder, name)) for name in ("large", "small")]
+    reference = recipe.models.reference
+    if reference.kind == "checkpoint":
+        return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
+    for fold in range(reference.folds):
+        path = folder.model(reference_name(fold, reference.folds)) / "last"
+        if not path.is_dir():
+            raise InputError(f"{path}: no fine-tuned reference there; run `train --arm reference` first")
+        passes.append(Pass("reference", Model(model_name_or_path=str(path)), fold if reference.folds > 1 else None))
+    return passes
+
+
+def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """Give shards to ranks, dearest first to the least loaded rank: balanced, and the same on every rank.
+
+    Returns:
+        for each rank, the indices of its shards in ascending order.
+    """
+    load = [0.0] * world_size
+    shards: list[list[int]] = [[] for _ in range(world_size)]
+    for shard in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(world_size), key=lambda r: (load[r], r))
+        load[rank] += costs[shard]
+        shards[rank].append(shard)
+    return [sorted(mine) for mine in shards]
+
+
+def shard_path(folder: RunFolder, shard: int, of: int) -> Path:
+    return folder.scores / f"shard-{shard:05d}-of-{of:05d}.parquet"
+
+
+def cut_shards(examples: Sequence[Example], shard_size: int) -> list[Sequence[Example]]:
+    return [examples[start : start + shard_size] for start in range(0, len(examples), shard_size)]
+
+
+def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
+    """All that the scores depend on, less the models: what ``merge`` can check without them."""
+    return {
+        "examples": examples.fingerprint,
+        "prompt": recipe.prompt.model_dump(),
+        "labels": examples.labels,
+        "dtype": recipe.score.dtype,
+        "tokens_per_batch": recipe.score.tokens_per_batch,
+        "shard_size": recipe.score.shard_size,
+    }
+
+
+def score(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
+    """Write ``scores/shard-*.parquet`` for all training examples; do only what is missing.
+
+    Raises:
+        InputError: the scores there were made from other inputs; the one that differs is named.
+    """
+    from atlantis_ds.lm.load import model_identity
+
+    examples = load_examples(folder)
+    passes = scoring_passes(recipe, folder)
+    shards = cut_shards(examples.train, recipe.score.shard_size)
+    inputs = scoring_inputs(recipe, examples)
+    models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
+    inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
+    manifest = {
+        "fingerprint": fingerprint(inputs),
+        "shards": len(shards),
+        "rows": len(examples.train),
+        "inputs": inputs,
+        "atlantis_ds": __version__,
+    }
+    if ranks.is_main:
+        _claim_folder(folder, manifest)
+    todo = ranks.broadcast(
+        [i for i in range(len(shards)) if not finished(shard_path(folder, i, len(shards)), manifest["fingerprint"])]
+        if ranks.is_main
+        else None
+    )
+    if ranks.is_main:
+        console.print(f"score: {len(shards) - len(todo)} of {len(shards)} shards are done, {len(todo)} to do")
+    for scoring in passes if todo else []:
+        _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest)
+    ranks.barrier()
+    for shard in todo[ranks.rank :: ranks.world_size]:
+        _join_parts(folder, passes, shards, shard, manifest)
+    ranks.barrier()
+
+
+def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
+    path = folder.scores / "scores.json"
+    if path.exists():
+        old = read_json(path)
+        if old["fingerprint"] != manifest["fingerprint"]:
+            keys = sorted(set(old["inputs"]) | set(manifest["inputs"]))
+            differing = [key for key in keys if old["inputs"].get(key) != manifest["inputs"].get(key)]
+            raise InputError(
+                f"{folder.scores}: holds scores made from other inputs (differs: {', '.join(differing)}); "
+                "choose another `name`, or remove this folder to score again"
+            )
+        return
+    write_json(path, manifest)
+
+
+def _score_pass(
+    recipe: Recipe,
+    folder: RunFolder,
+    ranks: Ranks,
+    examples: Examples,
+    shards: list[Sequence[Example]],
+    todo: list[int],
+    scoring: Pass,
+    manifest: dict[str, Any],
+) -> None:
+    from atlantis_ds.lm.encode import Encoder
+    from atlantis_ds.lm.likelihood import score_pairs
+    from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
+
+    folds = recipe.models.reference.folds
+    rows = {
+        shard: [e for e in shards[shard] if scoring.fold is None or fold_of(e, folds, recipe.seed) == scoring.fold]
+        for shard in todo
+    }
+    missing = ranks.broadcast(
+        [s for s in todo if not finished(_part_path(folder, s, len(shards), scoring), manifest["fingerprint"])]
+        if ranks.is_main
+        else None
+    )
+    costs = [sum(len(e.sentence) for e in rows[shard]) for shard in missing]
+    mine = [missing[i] for i in assign_shards(costs, ranks.world_size)[ranks.rank]]
+    if not mine:
+        return
+    encoder = Encoder(load_tokenizer(scoring.model), load_config(scoring.model), recipe.prompt, examples.labels)
+    model = load_scorer(scoring.model, recipe.score.dtype, ranks.device)
+    total = sum(len(rows[shard]) for shard in mine)
+    tokens = 0
+    with Steps(f"score {scoring.name}", total, "examples", ranks.is_main, every=max(1, total // 10)) as steps:
+
+        def progress(count: int, batch_tokens: int) -> None:
+            nonlocal tokens
+            tokens += batch_tokens
+            steps.advance(count)
+
+        for shard in mine:
+            pairs = [encoder(example) for example in rows[shard]]
+            sums = score_pairs(model, pairs, encoder.tokenizer.eos_token_id, recipe.score.tokens_per_batch, progress)
+            table = pa.table(
+                {
+                    "id": pa.array([example.id for example in rows[shard]], pa.string()),
+                    "logp": sums[:, 0].numpy(),
+                    "eos": sums[:, 1].numpy(),
+                    "tokens": pa.array([len(pair.label) for pair in pairs], pa.int64()),
+                }
+            )
+            write_table(
+                _part_path(folder, shard, len(shards), scoring), table, {"fingerprint": manifest["fingerprint"]}
+            )
+    append_log(
+        folder.log,
+        event="score",
+        model=scoring.name,
+        rank=ranks.rank,
+        examples=total,
+        tokens=tokens,
+        examples_per_s=round(steps.rate, 2),
+    )
+
+
+def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
+    return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.name}.parquet"
+
+
+def _join_parts(
+    folder: RunFolder, passes: list[Pass], shards: list[Sequence[Example]], shard: int, manifest: dict[str, Any]
+) -> None:
+    paths = [_part_path(folder, shard, len(shards), scoring) for scoring in passes]
+    ids = [example.id for example in shards[shard]]
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
+    for column in COLUMNS:
+        values: dict[str, tuple[float, float, int]] = {}
+        for scoring, path in zip(passes, paths):
+            if scoring.column == column:
+                part = read_table(path)[0].to_pydict()
+                values.update(zip(part["id"], zip(part["logp"], part["eos"], part["tokens"])))
+        logp, eos, tokens = zip(*(values[i] for i in ids))
+        columns[f"logp_{column}"] = pa.array(logp, pa.float64())
+        columns[f"eos_{column}"] = pa.array(eos, pa.float64())
+        columns[f"tokens_{column}"] = pa.array(tokens, pa.int64())
+    write_table(
+        shard_path(folder, shard, len(shards)),
+        pa.table(columns),
+        {"fingerprint": manifest["fingerprint"], "shard": shard, "of": len(shards)},
+    )
+    for path in paths:
+        path.unlink()
