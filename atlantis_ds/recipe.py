@@ -110,6 +110,14 @@ class Scratch(Section):
     vocab_size: Positive = 1024
     pretrain_epochs: Annotated[int, Field(ge=0)] = 1
 
+    @model_validator(mode="after")
+    def _shape(self) -> Scratch:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("`hidden_size` must be a multiple of 2 x `num_attention_heads`")
+        if self.vocab_size <= 256:
+            raise ValueError("`vocab_size` must be above 256: a token for each byte, and the end of a sequence")
+        return self
+
 
 class Model(Section):
     model_name_or_path: str | None = None
@@ -281,6 +289,13 @@ class Recipe(Section):
             raise ValueError("`arms` is empty")
         if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
             raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
+        return self
+
+    @model_validator(mode="after")
+    def _scratch_goes_with_grammar(self) -> Recipe:
+        for name in ("large", "small"):
+            if self.data.format != "grammar" and getattr(self.models, name).scratch:
+                raise ValueError(f"`models.{name}.scratch` is for data.format: grammar; give `model_name_or_path`")
         return self
 
 
