@@ -256,6 +256,8 @@ class Arm(Section):
 class Evaluate(Section):
     method: Literal["rank", "generate"] = "rank"
     """Rank all labels by log-likelihood, or generate greedily and map the text to a label."""
+    checkpoint: Literal["last", "best"] = "last"
+    """The model at the end of training, or at its lowest dev loss."""
     dtype: DType = "float32"
     tokens_per_batch: Positive = 4096
     """Token budget of one batch."""

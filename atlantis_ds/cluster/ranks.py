@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,6 +114,7 @@ def start_ranks(timeout_minutes: float) -> Ranks:
         MASTER_ADDR=place.master_addr,
         MASTER_PORT=str(place.master_port),
     )
+    _hush()
     import torch
     import torch.distributed as dist
 
@@ -129,6 +131,14 @@ def start_ranks(timeout_minutes: float) -> Ranks:
         timeout=timedelta(minutes=timeout_minutes),
     )
     return Ranks(place.rank, place.world_size, device)
+
+
+def _hush() -> None:
+    """Keep the libraries' loading bars and deprecation notes out of the log."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def stop_ranks() -> None:

@@ -120,7 +120,7 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
     inputs = scoring_inputs(recipe, examples)
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
-    manifest = {
+    manifest: dict[str, Any] = {
         "fingerprint": fingerprint(inputs),
         "shards": len(shards),
         "rows": len(examples.train),

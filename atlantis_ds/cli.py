@@ -1,0 +1,218 @@
+"""The command line: the only file that reads one. Heavy imports stand inside the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from atlantis_ds import __version__
+from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.recipe import Recipe, load_recipe
+from atlantis_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from atlantis_ds.cluster.ranks import Ranks
+
+app = typer.Typer(
+    name="atlantis-ds",
+    help="Importance-weighted fine-tuning of language models: examples → scores → weights → training → evaluation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.learning_rate=1e-5."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Train on weights whose effective sample size is below 10 %.")]
+NumberOfRanks = Annotated[
+    int, typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher did.")
+]
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Validate a recipe on a login node.
+
+    Reads the recipe and its DeepSpeed config, and looks whether the files it names are there. Loads no model, imports
+    no torch, writes nothing.
+
+    Example: atlantis-ds check recipes/demo.yaml --set train.learning_rate=1e-5
+    """
+    from atlantis_ds.train.deepspeed_config import deepspeed_config
+
+    settings, folder = _load(recipe, overrides)
+    deepspeed_config(settings.train, world_size=1)
+    for key in ("train", "dev", "test"):
+        path = getattr(settings.data, key)
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{recipe}: data.{key}: {path}: no such file")
+    print(f"{recipe}: valid. Run folder {folder.root}; arms {', '.join(settings.arms)}")
+
+
+@app.command()
+def prepare(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Write the table of examples.
+
+    Reads the data files (or hub dataset) of the recipe. Writes examples/ in the run folder, and base/ where the recipe
+    builds its own demo models.
+
+    Example: atlantis-ds prepare recipes/demo.yaml
+    """
+    from atlantis_ds import stages
+
+    _on_ranks(recipe, overrides, stages.prepare)
+
+
+@app.command()
+def score(recipe: RecipeFile, overrides: Overrides = [], ranks: NumberOfRanks = 1) -> None:  # noqa: B006
+    """Score all training examples under the frozen models.
+
+    Reads examples/ and the models (model/reference* where the reference is fine-tuned). Writes scores/, one Parquet
+    file a shard; a rerun does only the shards that are missing.
+
+    Example: torchrun --nproc-per-node 8 -m atlantis_ds score recipes/semeval_qwen2_1.5b.yaml
+    """
+    _start_local(ranks)
+    from atlantis_ds.weights.score import score
+
+    _on_ranks(recipe, overrides, score)
+
+
+@app.command()
+def merge(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Merge the score shards into one weight per example.
+
+    Reads examples/ and scores/. Writes weights.parquet, weights.json (diagnostics) and weights.png.
+
+    Example: atlantis-ds merge recipes/demo.yaml --set weights.temper=0.5
+    """
+    from atlantis_ds.progress import console
+    from atlantis_ds.weights.diagnostics import diagnosis_table
+    from atlantis_ds.weights.merge import merge
+
+    settings, folder = _load(recipe, overrides)
+    console.print(diagnosis_table(merge(settings, folder)))
+    print(f"weights: {folder.weights_plot}")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    arm: Annotated[str, typer.Option(help="Arm of the recipe, or `reference`.")] = "atlantis",
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    force: Force = False,
+) -> None:
+    """Train one arm with DeepSpeed; resume where a checkpoint is.
+
+    Reads examples/, weights.parquet and the large model. Writes checkpoints/ARM while it runs and model/ARM/last (and
+    model/ARM/best where there is a dev split) as safetensors. `--arm reference` trains the reference instead.
+
+    Example: deepspeed --num_gpus 8 --module atlantis_ds train recipes/semeval_qwen2_7b_zero3.yaml --arm sft
+    """
+    _start_local(ranks)
+    from atlantis_ds import stages
+
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.train(r, f, k, arm, force))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    arm: Annotated[list[str] | None, typer.Option(help="Arm to evaluate; without it all arms.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Predict the test examples and compute the metrics.
+
+    Reads examples/ and model/ARM. Writes eval/ARM/ (metrics.json, predictions.parquet, answers.txt for the official
+    scorer, confusion.png) and eval/comparison.csv.
+
+    Example: atlantis-ds evaluate recipes/demo.yaml --arm sft --arm atlantis --ranks 2
+    """
+    _start_local(ranks)
+    from atlantis_ds import stages
+
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.evaluate(r, f, k, arm or list(r.arms)))
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    force: Force = False,
+) -> None:
+    """Do all stages; skip what is finished and valid.
+
+    Reads what the recipe names. Writes the whole run folder runs/NAME, and ends with a table of the arms.
+
+    Example: atlantis-ds run recipes/demo.yaml --ranks 2
+    """
+    _load(recipe, overrides)  # a bad recipe ends here, before any rank starts
+    _start_local(ranks)
+    from atlantis_ds import stages
+
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.run(r, f, k, force))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run a command; errors become one line and an exit code: 2 bad input, 1 a fault in the run."""
+    arguments = sys.argv[1:]
+    # The `deepspeed` launcher puts this in front of every program's own arguments.
+    sys.argv[1:] = [argument for argument in arguments if not argument.startswith("--local_rank=")]
+    try:
+        app()
+    except InputError as error:
+        _end(f"error: {error}", 2)
+    except RunError as error:
+        _end(f"fault: {error}", 1)
+    sys.exit(0)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        # Mostly all ranks meet the same error: leave rank 0 the time to say it, and the launcher to end the rest.
+        time.sleep(2)
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # a rank that others wait for must not linger in teardown
+
+
+def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
+    settings = load_recipe(recipe, overrides)
+    return settings, RunFolder(Path(settings.runs_dir) / settings.name)
+
+
+def _start_local(ranks: int) -> None:
+    from atlantis_ds.cluster.local import run_ranks
+    from atlantis_ds.cluster.ranks import launched
+
+    if ranks > 1 and not launched(os.environ):
+        sys.exit(run_ranks(sys.argv[1:], ranks))
+
+
+def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Recipe, RunFolder, Ranks], None]) -> None:
+    from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+
+    settings, folder = _load(recipe, overrides)
+    ranks = start_ranks(settings.timeout_minutes)
+    stage(settings, folder, ranks)
+    stop_ranks()

@@ -1,0 +1,94 @@
+"""The stages of a run in their order, each on all ranks: examples → reference → scores → weights → arms → figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.data.prepare import load_examples
+from atlantis_ds.data.prepare import prepare as prepare_examples
+from atlantis_ds.progress import console
+from atlantis_ds.recipe import Recipe
+from atlantis_ds.run_folder import RunFolder, write_text
+
+
+def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
+    """Write ``examples/``, and the base models that the recipe builds itself (one a rank at a time)."""
+    if ranks.is_main:
+        examples = prepare_examples(recipe, folder)
+        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+        write_text(folder.recipe, text)
+        console.print(
+            f"prepare: {len(examples.train)} train, {len(examples.dev)} dev, {len(examples.test)} test examples, "
+            f"{len(examples.labels)} labels"
+        )
+    ranks.barrier()
+    labels = load_examples(folder).labels
+    for turn, name in enumerate(("large", "small")):
+        if getattr(recipe.models, name).scratch and turn % ranks.world_size == ranks.rank:
+            from atlantis_ds.lm.scratch import build_scratch_model
+
+            build_scratch_model(recipe, folder, name, labels, show=ranks.is_main)
+    ranks.barrier()
+
+
+def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool) -> None:
+    """Train one arm, or all folds of the ``reference``, into ``model/``."""
+    from atlantis_ds.train.fit import fit
+    from atlantis_ds.train.jobs import arm_job, reference_jobs
+
+    examples = load_examples(folder)
+    jobs = (
+        reference_jobs(recipe, folder, examples)
+        if arm == "reference"
+        else [arm_job(recipe, folder, examples, arm, force)]
+    )
+    for job in jobs:
+        fit(recipe, folder, examples, job, ranks)
+
+
+def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
+    """Write ``weights.parquet``, ``weights.json`` and ``weights.png``; rank 0 does it."""
+    if ranks.is_main:
+        from atlantis_ds.weights.diagnostics import diagnosis_table
+        from atlantis_ds.weights.merge import merge as merge_scores
+
+        console.print(diagnosis_table(merge_scores(recipe, folder)))
+    ranks.barrier()
+
+
+def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
+    """All stages; what is finished and valid is skipped. Ends with the table of arms."""
+    from atlantis_ds.weights.score import score
+
+    prepare(recipe, folder, ranks)
+    weighted = [arm for arm, options in recipe.arms.items() if (options.weights or recipe.weights).formula != "uniform"]
+    if weighted:
+        train(recipe, folder, ranks, "reference", force)
+        score(recipe, folder, ranks)
+        merge(recipe, folder, ranks)
+    for arm in recipe.arms:
+        train(recipe, folder, ranks, arm, force)
+    evaluate(recipe, folder, ranks, list(recipe.arms))
+    if ranks.is_main and weighted:
+        console.print(f"weights: {folder.weights_plot}")
+
+
+def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -> None:
+    """Write ``eval/ARM/`` for each arm, ``eval/comparison.*``, and print the table."""
+    from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
+    from atlantis_ds.evaluate.report import comparison_table, write_comparison
+    from atlantis_ds.train.jobs import training_summary
+
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        metrics = evaluate_arm(recipe, folder, arm, ranks)
+        if ranks.is_main:
+            summary = training_summary(folder, arm)
+            rows.append({**metrics, "arm": arm, "train_examples_per_s": summary["examples_per_s"]})
+    if ranks.is_main:
+        write_comparison(folder.root, rows)
+        console.print(comparison_table(rows))
+    ranks.barrier()

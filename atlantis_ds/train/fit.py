@@ -1,0 +1,175 @@
+"""Train one job from its first optimizer step, or from its last checkpoint, to its model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atlantis_ds import __version__
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.data.prepare import Examples
+from atlantis_ds.data.table import Example
+from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.lm.batch import Batch, collate, token_budget_batches
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.likelihood import label_log_likelihoods
+from atlantis_ds.lm.load import load_config, load_tokenizer
+from atlantis_ds.progress import Steps, console
+from atlantis_ds.recipe import Recipe
+from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
+from atlantis_ds.train.checkpoint import resume, save_checkpoint, save_model
+from atlantis_ds.train.deepspeed_config import accumulation_steps
+from atlantis_ds.train.engine import start_engine
+from atlantis_ds.train.jobs import Job
+from atlantis_ds.train.step import (
+    micro_batch_rows,
+    optimizer_step,
+    step_rows,
+    steps_per_epoch,
+)
+
+
+def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: Ranks) -> None:
+    """Train ``job`` into ``model/NAME/{last,best}``; resume where a checkpoint is, skip what is finished.
+
+    Raises:
+        InputError: the run folder holds a model or checkpoint of this name made with other data or settings.
+        RunError: a loss is not finite; the last good checkpoint stays.
+    """
+    settings, seed = job.settings, recipe.seed
+    done = folder.model(job.name) / "training.json"
+    mark = ranks.broadcast(job.fingerprint(recipe, examples) if ranks.is_main else None)
+    if ranks.broadcast(finished(done, mark)):
+        if ranks.is_main:
+            console.print(f"train {job.name}: already finished")
+        return
+    if done.exists():
+        raise InputError(f"{done.parent}: trained with other data or settings; choose another `name` or remove it")
+
+    tokenizer = load_tokenizer(job.model)
+    encoder = Encoder(tokenizer, load_config(job.model), recipe.prompt, examples.labels)
+    pairs = [encoder(example) for example in job.examples]
+    dev = [encoder(example) for example in examples.dev]
+    lengths = [len(pair) for pair in pairs]
+    an_epoch = steps_per_epoch(len(pairs), settings.train_batch_size)
+    total = max(1, math.ceil(settings.num_train_epochs * an_epoch))
+    every_eval, every_save = settings.eval_steps or an_epoch, settings.save_steps or an_epoch
+    if ranks.is_main:
+        accumulation = accumulation_steps(
+            settings.train_batch_size, settings.per_device_train_batch_size, ranks.world_size
+        )
+        console.print(
+            f"train {job.name}: {len(pairs)} examples, {total} optimizer steps of {settings.train_batch_size} "
+            f"({ranks.world_size} ranks x {accumulation} micro-batches x {settings.per_device_train_batch_size}), "
+            f"{settings.mode}, {settings.dtype}"
+        )
+    engine = start_engine(settings, job.model, total, seed, ranks)
+    state = resume(engine, folder.checkpoints(job.name), mark, ranks) or {
+        "step": 0,
+        "fingerprint": mark,
+        "best_loss": None,
+        "seconds": 0.0,
+    }
+    if state["step"] and ranks.is_main:
+        console.print(f"train {job.name}: going on from step {state['step']}")
+
+    with Steps(f"train {job.name}", total, "steps", ranks.is_main, settings.logging_steps) as steps:
+        steps.resume(state["step"])
+        for step in range(state["step"], total):
+            start = time.monotonic()
+            rows = step_rows(len(pairs), settings.train_batch_size, seed, step)
+            batches = _micro_batches(job, pairs, lengths, rows, engine, ranks)
+            targets = sum(len(pairs[row].label) + 1 for row in rows)
+            denominator = len(rows) if settings.reduction == "example" else targets
+            # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
+            torch.manual_seed(hash((seed, step, ranks.rank)) & 0x7FFFFFFF)
+            rate = engine.get_lr()[0]
+            result = optimizer_step(engine, batches, denominator, ranks)
+            if not math.isfinite(result.loss):
+                raise RunError(_not_finite(job, rows, step, result.loss))
+            seconds = time.monotonic() - start
+            state = {**state, "step": step + 1, "seconds": state["seconds"] + seconds}
+            if ranks.is_main:
+                append_log(
+                    folder.log,
+                    event="train",
+                    arm=job.name,
+                    step=step + 1,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    learning_rate=rate,
+                    examples_per_s=round(len(rows) / seconds, 2),
+                    tokens_per_s=round(sum(lengths[row] for row in rows) / seconds, 1),
+                )
+            if dev and (state["step"] % every_eval == 0 or state["step"] == total):
+                dev_loss = mean_loss(engine, dev, tokenizer.eos_token_id, recipe.score.tokens_per_batch, ranks)
+                if ranks.is_main:
+                    append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=dev_loss)
+                if state["best_loss"] is None or dev_loss < state["best_loss"]:
+                    state["best_loss"], state["best_step"] = dev_loss, step + 1
+                    save_model(engine, tokenizer, folder.model(job.name) / "best", ranks)
+            note = f"loss {result.loss:.4f}" + (f", dev {state['best_loss']:.4f}" if state["best_loss"] else "")
+            steps.advance(note=note)
+            if state["step"] % every_save == 0 and state["step"] < total:
+                save_checkpoint(engine, folder.checkpoints(job.name), state, settings.save_total_limit, ranks)
+
+    save_model(engine, tokenizer, folder.model(job.name) / "last", ranks)
+    engine.destroy()
+    if ranks.is_main:
+        summary = {
+            **state,
+            "examples": len(pairs),
+            "examples_per_s": round(_examples_seen(state["step"], len(pairs), settings) / state["seconds"], 2),
+            "world_size": ranks.world_size,
+            "atlantis_ds": __version__,
+            "torch": torch.__version__,
+        }
+        write_json(done, summary)
+    ranks.barrier()
+
+
+def mean_loss(engine: Any, pairs: Sequence[Encoded], pad_token_id: int, tokens_per_batch: int, ranks: Ranks) -> float:
+    """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
+    batches = token_budget_batches([len(pair) for pair in pairs], tokens_per_batch)
+    engine.eval()
+    local = 0.0
+    for first in range(0, len(batches), ranks.world_size):
+        mine = first + ranks.rank
+        rows = batches[min(mine, len(batches) - 1)]
+        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id).to(ranks.device)
+        with torch.no_grad():
+            log_likelihood = float(label_log_likelihoods(engine, batch).sum())
+        local -= log_likelihood if mine < len(batches) else 0.0
+    engine.train()
+    return ranks.sum(local)[0] / len(pairs)
+
+
+def _micro_batches(
+    job: Job, pairs: list[Encoded], lengths: list[int], rows: Any, engine: Any, ranks: Ranks
+) -> list[Batch]:
+    settings = job.settings
+    places = micro_batch_rows(rows, lengths, settings.train_batch_size, settings.per_device_train_batch_size, ranks)
+    return [
+        collate(
+            [pairs[row] for row, _ in micro],
+            engine.module.config,
+            pairs[0].eos,
+            [job.weights[row] if counts else 0.0 for row, counts in micro],
+        )
+        for micro in places
+    ]
+
+
+def _examples_seen(steps: int, examples: int, settings: Any) -> int:
+    epochs, rest = divmod(steps, steps_per_epoch(examples, settings.train_batch_size))
+    return int(epochs * examples + rest * settings.train_batch_size)
+
+
+def _not_finite(job: Job, rows: Any, step: int, loss: float) -> str:
+    batch: list[Example] = [job.examples[row] for row in rows]
+    ids = ", ".join(example.id for example in batch[:32])
+    return f"train {job.name}: the loss of step {step + 1} is {loss}; the batch held the examples {ids}"

@@ -1,0 +1,105 @@
+"""One weighted optimizer step, and which examples it sees.
+
+The loss of a step is L = -(1/D) Σ_i W_i log p(y_i|x_i) over its global batch (ATLANTIS, Algorithm 1), with D the
+number of examples, or of label tokens, of that batch. D is known before the first backward and divides once, so that
+the gradient is the same for every micro-batch size, accumulation and world size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.lm.batch import Batch
+from atlantis_ds.lm.likelihood import label_log_likelihoods
+from atlantis_ds.train.deepspeed_config import accumulation_steps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """The step's loss over all ranks; not finite when the step must not be trusted."""
+    grad_norm: float
+    """L2 norm of the gradient over all ranks, before clipping."""
+
+
+def weighted_loss(model: Any, batch: Batch, denominator: float) -> torch.Tensor:
+    """-(1/D) Σ_i W_i log p(y_i|x_i) over one micro-batch, end-of-sequence token included.
+
+    Args:
+        model: the DeepSpeed engine, or a bare model.
+        batch: the micro-batch, with its weights.
+        denominator: D of the whole global batch.
+
+    Returns:
+        float64 scalar.
+    """
+    log_likelihood = label_log_likelihoods(model, batch).sum(dim=1)
+    return -(batch.weight * log_likelihood).sum() / denominator
+
+
+def optimizer_step(engine: Any, micro_batches: Sequence[Batch], denominator: float, ranks: Ranks) -> StepResult:
+    """Forward, backward and update for one global batch; ``micro_batches`` is this rank's part of it.
+
+    The optimizer is not stepped when the loss of any rank is not finite.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        engine.set_gradient_accumulation_boundary(last)
+        micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator)
+        # DeepSpeed averages gradients over the ranks, and D already counts them all.
+        engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
+        loss += micro_loss.detach()
+        if last:
+            (total,) = ranks.sum(loss.item())
+            if not math.isfinite(total):
+                return StepResult(total, math.nan)
+            # Below ZeRO the gradients are whole here; with ZeRO the optimizer knows their norm after the step.
+            norm = _whole_norm(engine) if engine.zero_optimization_stage() == 0 else None
+        engine.step()
+    return StepResult(total, float(engine.get_global_grad_norm() if norm is None else norm))
+
+
+def _whole_norm(engine: Any) -> float:
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not gradients:  # the bf16 optimizer keeps fp32 gradients of its own
+        return math.nan
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return math.ceil(examples / batch_size)
+
+
+def step_rows(examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The rows of the global batch of optimizer step ``step`` (from 0): int64, the last batch of an epoch may be short.
+
+    Depends on its arguments alone, not on ranks or on what ran before: a resumed run sees the same rows.
+    """
+    epoch, position = divmod(step, steps_per_epoch(examples, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(examples)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def micro_batch_rows(
+    rows: np.ndarray, lengths: Sequence[int], batch_size: int, micro_batch_size: int, ranks: Ranks
+) -> list[list[tuple[int, bool]]]:
+    """This rank's micro-batches of one global batch, as (row, counts) pairs.
+
+    Rows are dealt by length, so that the micro-batches that run at the same time on all ranks cost the same. Every
+    rank gets the same number of equal micro-batches, as ZeRO-3 needs: free places are filled with the shortest row,
+    which does not count (weight 0).
+    """
+    accumulation = accumulation_steps(batch_size, micro_batch_size, ranks.world_size)
+    by_length = sorted(rows.tolist(), key=lambda row: (-lengths[row], row))
+    places = accumulation * ranks.world_size * micro_batch_size
+    filled = [(row, True) for row in by_length] + [(by_length[-1], False)] * (places - len(by_length))
+    micro_batches = [filled[start : start + micro_batch_size] for start in range(0, places, micro_batch_size)]
+    return micro_batches[ranks.rank :: ranks.world_size]
