@@ -39,7 +39,7 @@ setup(
     extras_require={
         "qlora": ["bitsandbytes"],
         "gguf": ["gguf"],
-        "test": ["gguf", "hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+        "test": ["gguf", "hypothesis", "mpi4py", "mypy", "openmpi", "pytest", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["atlantis-ds=atlantis_ds.cli:main"]},
 )

@@ -17,7 +17,8 @@ SYSTEM_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 def need(*commands: str) -> None:
     for command in commands:
         if shutil.which(command, path=SYSTEM_PATH) is None:
-            pytest.skip(f"{command} is not installed: run tools/install_test_services.sh as root")
+            # .ci/run looks for the first two words
+            pytest.skip(f"service missing: {command}; run tools/install_test_services.sh as root")
 
 
 def start(script: str, *arguments: str) -> dict[str, str]:

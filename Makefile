@@ -1,0 +1,32 @@
+# make demo      the whole method on a small problem, from nothing, on the CPU
+# make test      linters, type checks and all tests that are not slow
+# make smollm2   a real pretrained model of 135M parameters into models/
+# Each makes .venv first, a few minutes the first time.
+
+SHELL := /bin/bash
+python := $(shell command -v python3.11 || command -v python3)
+
+.PHONY: demo test smollm2
+
+demo: .venv/.installed
+	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
+
+# All checks run, whichever of them fail. .venv/bin on the PATH: the tests call ninja, mpirun and the like by name.
+test: .venv/.installed
+	@export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; failed=; \
+	for check in tools/install_test_services.sh 'ruff check' 'ruff format --check' 'mypy atlantis_ds' \
+		'pytest -m "not slow"'; do \
+		echo "== $$check"; eval "$$check" || failed+="; $$check"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make test: FAILED: $${failed#; }"; exit 1; fi; \
+	echo "make test: all passed"
+
+smollm2: .venv/.installed
+	.venv/bin/python tools/get_smollm2.py
+
+# torch first and by its exact version: a looser request takes a build with gigabytes of CUDA libraries.
+.venv/.installed: constraints.txt setup.py
+	$(python) -m venv .venv
+	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
+	.venv/bin/pip install -q -c constraints.txt -e '.[test,qlora,gguf]'
+	touch $@
