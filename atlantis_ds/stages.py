@@ -15,7 +15,7 @@ from atlantis_ds.run_folder import RunFolder, write_text
 
 
 def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
-    """Write ``examples/``, and the base models that the recipe builds itself (one a rank at a time)."""
+    """Write ``examples/``, and the base models that the recipe builds itself; rank 0 does it."""
     if ranks.is_main:
         examples = prepare_examples(recipe, folder)
         text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
@@ -24,13 +24,11 @@ def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
             f"prepare: {len(examples.train)} train, {len(examples.dev)} dev, {len(examples.test)} test examples, "
             f"{len(examples.labels)} labels"
         )
-    ranks.barrier()
-    labels = load_examples(folder).labels
-    for turn, name in enumerate(("large", "small")):
-        if getattr(recipe.models, name).scratch and turn % ranks.world_size == ranks.rank:
-            from atlantis_ds.lm.scratch import build_scratch_model
+        for name in ("large", "small"):
+            if getattr(recipe.models, name).scratch:
+                from atlantis_ds.lm.scratch import build_scratch_model
 
-            build_scratch_model(recipe, folder, name, labels, show=ranks.is_main)
+                build_scratch_model(recipe, folder, name, examples.labels, show=True)
     ranks.barrier()
 
 

@@ -22,6 +22,8 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     from transformers import get_scheduler
     from transformers.integrations import HfDeepSpeedConfig
 
+    # Sharding at load needs to know the world size; this takes over the process group that is there.
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     config = deepspeed_config(train, ranks.world_size)
     # from_pretrained shards at load for as long as this object lives.
     sharding = HfDeepSpeedConfig(config)
