@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -68,30 +70,113 @@ class Ranks:
         return tensor.tolist()
 
 
+_NAMED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+
+
 def launched(environ: Mapping[str, str]) -> bool:
     """Whether a launcher started this process as one of several ranks."""
-    return "WORLD_SIZE" in environ or "RANK" in environ
+    outer = _mpi_or_slurm(environ)
+    return any(name in environ for name in _NAMED) or (outer is not None and environ.get(outer[1]) != "1")
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """Find this rank's place under torchrun or ``deepspeed``; alone, rank 0 of 1.
+    """Find this rank's place under torchrun, ``deepspeed``, ``mpirun`` or ``srun``; alone, rank 0 of 1.
+
+    torchrun and ``deepspeed`` name it in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and win: they may
+    run below srun themselves. Under mpirun the ranks agree on the master through mpi4py. Under srun the master is the
+    first host of the step's node list, and the port follows from job and step. MASTER_ADDR and MASTER_PORT, where both
+    are set, decide in any case.
 
     Raises:
         InputError: the environment is half set or contradicts itself; the variables are named.
     """
-    if not launched(environ):
+    outer = _mpi_or_slurm(environ)
+    master = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
+    if any(name in environ for name in _NAMED):
+        if len(master) < 2 or any(name not in environ for name in _NAMED):
+            all_of = (*_NAMED, "MASTER_ADDR", "MASTER_PORT")
+            unset = ", ".join(name for name in all_of if name not in environ)
+            raise InputError(f"of {', '.join(all_of)} some are set, but not {unset}; a launcher sets all or none")
+        rank, size, local = _numbers(environ, _NAMED)
+        if outer:
+            outer_rank, outer_size, _ = _numbers(environ, outer)
+            if size < outer_size or (size == outer_size and rank != outer_rank):
+                raise InputError(
+                    f"RANK={rank} of WORLD_SIZE={size} contradicts {outer[0]}={outer_rank} of {outer[1]}={outer_size}; "
+                    f"unset {', '.join(_NAMED)}"
+                )
+    elif outer:
+        rank, size, local = _numbers(environ, outer)
+    else:
         return Place(0, 1, 0, "127.0.0.1", free_port())
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in environ]:
-        raise InputError(f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}")
+    if len(master) == 1:
+        raise InputError(f"only {master[0]} is set: set both MASTER_ADDR and MASTER_PORT, or none")
+    if master:
+        address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+    else:
+        address, port = _agree_by_mpi(environ) if outer == _MPI else _slurm_master(environ)
+    return Place(rank, size, local, address, port)
+
+
+def _mpi_or_slurm(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
+    if any(name in environ for name in _MPI):
+        return _MPI
+    # In a batch script outside srun SLURM_PROCID and SLURM_NTASKS stand too, although one process runs.
+    return _SLURM if "SLURM_STEP_ID" in environ else None
+
+
+def _numbers(environ: Mapping[str, str], names: tuple[str, str, str]) -> tuple[int, int, int]:
+    if unset := [name for name in names if name not in environ]:
+        raise InputError(f"of {', '.join(names)} some are set, but not {', '.join(unset)}; start with srun or mpirun")
+    rank, size, local = (_number(environ, name) for name in names)
+    if not 0 <= rank < size:
+        raise InputError(f"{names[0]}={rank} does not fit {names[1]}={size}")
+    return rank, size, local
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
     try:
-        rank, world_size, local_rank, port = (int(environ[n]) for n in (*names[:3], names[4]))
+        return int(environ.get(name, ""))
     except ValueError:
-        values = ", ".join(f"{name}={environ[name]!r}" for name in names)
-        raise InputError(f"the launcher's variables are not numbers: {values}") from None
-    if not 0 <= rank < world_size:
-        raise InputError(f"RANK={rank} does not fit WORLD_SIZE={world_size}")
-    return Place(rank, world_size, local_rank, environ["MASTER_ADDR"], port)
+        raise InputError(f"{name}={environ.get(name, '')!r} is not a whole number") from None
+
+
+def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise InputError("SLURM_STEP_ID is set, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST")
+    host = first_host(nodes)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        # Node names need not resolve; the batch script, which starts srun, runs on the first node.
+        host = environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    # Below the range that outgoing connections use; the step counts, so that two steps of one job do not meet.
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    return host, 15000 + (31 * job + step) % 15000
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: ``gpu[07-09,12],cpu1`` gives ``gpu07``."""
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def _agree_by_mpi(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Rank 0's address (that of DeepSpeed's own discovery) and a free port there, told to all ranks through MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise InputError("mpirun: mpi4py is missing; install it, or set MASTER_ADDR and MASTER_PORT") from None
+    place: tuple[str, int] | None = None
+    if MPI.COMM_WORLD.Get_rank() == 0:
+        address = "127.0.0.1"
+        if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != environ["OMPI_COMM_WORLD_SIZE"]:
+            address = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()[0]
+        place = address, free_port()
+    agreed: tuple[str, int] = MPI.COMM_WORLD.bcast(place, root=0)
+    return agreed
 
 
 def free_port() -> int:
@@ -104,7 +189,11 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     """Join the process group (NCCL on GPUs, Gloo on CPUs).
 
     Args:
-        timeout_minutes: how long a collective may wait for the slowest rank.
+        timeout_minutes: how long a rank waits for the master, and a collective for the slowest rank.
+
+    Raises:
+        InputError: the launcher's variables are half set or contradict each other.
+        RunError: the ranks did not meet in time; host and port of the master are named.
     """
     place = find_place(os.environ)
     os.environ.update(
@@ -124,12 +213,19 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except RuntimeError as error:
+        master = f"{place.master_addr}:{place.master_port}"
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} on {socket.gethostname()} did not meet the others at the master "
+            f"{master} within {timeout_minutes:g} minutes: {str(error).splitlines()[0]}"
+        ) from None
     return Ranks(place.rank, place.world_size, device)
 
 

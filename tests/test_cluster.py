@@ -1,0 +1,154 @@
+"""Who am I: the variables of each launcher, and the real launchers."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_services import need, start, stop
+
+from atlantis_ds.cluster.ranks import Place, find_place, first_host, launched
+from atlantis_ds.errors import InputError
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+SRUN = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "localhost,node[08-11]",
+    "SLURM_JOB_NODELIST": "elsewhere[1-9]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.9.9.9",
+}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+# Inside a batch script, outside srun.
+BATCH = {name: value for name, value in SRUN.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
+
+
+def without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def test_each_launcher_is_understood() -> None:
+    assert find_place(TORCHRUN) == Place(3, 4, 1, "10.0.0.1", 29500)
+    assert find_place(SRUN) == Place(5, 8, 1, "localhost", 15000 + 31 * 77 + 2)
+    assert find_place(SRUN | MASTER) == Place(5, 8, 1, "10.0.0.1", 29500)
+    assert find_place(MPIRUN | MASTER) == Place(1, 2, 0, "10.0.0.1", 29500)
+    # torchrun on each of two nodes, started by srun: the inner launcher wins.
+    two_nodes = SRUN | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    assert find_place(TORCHRUN | two_nodes) == find_place(TORCHRUN)
+    # mpirun inside a Slurm job starts its daemons with srun, whose variables are not the ranks'.
+    assert find_place(two_nodes | MPIRUN | MASTER).rank == 1
+    assert all(launched(environ) for environ in (TORCHRUN, SRUN, MPIRUN))
+
+
+def test_alone_and_in_a_batch_script_there_is_one_rank() -> None:
+    for environ in ({}, BATCH, {"MASTER_ADDR": "10.0.0.1"}):
+        place = find_place(environ)
+        assert (place.rank, place.world_size, place.local_rank, place.master_addr) == (0, 1, 0, "127.0.0.1")
+        assert not launched(environ)
+    assert not launched(SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
+
+
+def test_node_names_that_do_not_resolve_fall_back_to_the_batch_node() -> None:
+    assert find_place(SRUN | {"SLURM_STEP_NODELIST": "no-such-node[1-2]"}).master_addr == "10.9.9.9"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("a", "a"), ("a,b", "a"), ("n[07-09,12],c1", "n07"), ("r[1-2]n[003-4]x,q", "r1n003x"), ("n[5,7-9]", "n5")],
+)
+def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        (without(TORCHRUN, "RANK"), ["not RANK"]),
+        (without(TORCHRUN, "MASTER_ADDR", "MASTER_PORT"), ["MASTER_ADDR", "MASTER_PORT"]),
+        ({"LOCAL_RANK": "0"}, ["RANK", "WORLD_SIZE"]),
+        (TORCHRUN | {"RANK": "4"}, ["RANK=4", "WORLD_SIZE=4"]),
+        (TORCHRUN | {"RANK": "-1"}, ["RANK=-1"]),
+        (TORCHRUN | {"WORLD_SIZE": "four"}, ["WORLD_SIZE='four'"]),
+        (TORCHRUN | {"MASTER_PORT": ""}, ["MASTER_PORT=''"]),
+        (without(SRUN, "SLURM_NTASKS"), ["SLURM_NTASKS"]),
+        (without(SRUN, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), ["SLURM_JOB_NODELIST"]),
+        (SRUN | {"MASTER_PORT": "29500"}, ["MASTER_ADDR"]),
+        (without(MPIRUN, "OMPI_COMM_WORLD_SIZE"), ["OMPI_COMM_WORLD_SIZE"]),
+        # Exported for another launcher and forgotten: every rank would take itself for the same one.
+        (SRUN | TORCHRUN, ["RANK=3", "WORLD_SIZE=4", "SLURM_PROCID=5", "SLURM_NTASKS=8"]),
+        (MPIRUN | TORCHRUN | {"WORLD_SIZE": "2", "RANK": "0"}, ["RANK=0", "OMPI_COMM_WORLD_RANK=1"]),
+    ],
+)
+def test_half_set_and_contradictory_environments_are_refused(environ: dict[str, str], named: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        find_place(environ)
+    assert all(name in str(refused.value) for name in named), str(refused.value)
+
+
+MEET = """
+import os
+from atlantis_ds.cluster.ranks import find_place, start_ranks, stop_ranks
+ranks = start_ranks(float(os.environ.get("MINUTES", "1")))
+print("rank", ranks.rank, "of", ranks.world_size, "sum", ranks.sum(ranks.rank + 1)[0], flush=True)
+stop_ranks()
+"""
+ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+def meet(*launcher: str, environ: dict[str, str] = ENVIRON, script: Path) -> list[str]:
+    script.write_text(MEET)
+    done = subprocess.run([*launcher, str(script)], env=environ, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    said = meet(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script=tmp_path / "meet.py")
+    assert said == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
+
+
+def test_mpirun(tmp_path: Path) -> None:
+    need("mpirun")
+    pytest.importorskip("mpi4py")
+    mpirun = ("mpirun", "-np", "2", "--allow-run-as-root", "--oversubscribe", sys.executable)
+    assert meet(*mpirun, script=tmp_path / "meet.py") == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    need("slurmctld", "slurmd", "munged", "srun")
+    env = start("slurm_up.sh")
+    yield ENVIRON | {name: value for name, value in env.items() if name.startswith("SLURM_")}
+    stop("slurm_down.sh", env["SLURM_STATE_DIR"])
+
+
+def test_srun_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
+    srun = ("srun", "--nodes=2", "--ntasks-per-node=1", "--time=2", sys.executable)
+    assert meet(*srun, environ=slurm, script=tmp_path / "meet.py") == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_without_its_master_says_where_and_ends(rank: int, tmp_path: Path) -> None:
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
+    if rank == 0:
+        place["MASTER_PORT"] = "14999"  # it can listen there, but nobody comes
+    recipe = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    command = [sys.executable, "-m", "atlantis_ds", "prepare", str(recipe), "--set", f"runs_dir={tmp_path}"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, "--set", "timeout_minutes=0.05"], env=ENVIRON | place, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and time.monotonic() - start < 40
+    assert f"rank {rank} of 2" in done.stderr and f"localhost:{place['MASTER_PORT']}" in done.stderr
+    assert "Traceback" not in done.stderr
