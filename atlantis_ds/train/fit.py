@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -129,6 +130,8 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             "torch": torch.__version__,
         }
         write_json(done, summary)
+        # The model is there; optimizer states several times its size are of no more use.
+        shutil.rmtree(folder.checkpoints(job.name), ignore_errors=True)
     ranks.barrier()
 
 
