@@ -86,8 +86,45 @@ def load_model(model: Model, dtype: str) -> Any:
             update={"model_name_or_path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
         )
         return PeftModel.from_pretrained(load_model(base, dtype), adapter.parent).merge_and_unload()
-    loader = AutoModelForSeq2SeqLM if load_config(model).is_encoder_decoder else AutoModelForCausalLM
+    config = load_config(model)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in _tensor_names(model):
+        return _load_untied_t5(loader, model, config, dtype)
     return _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True)
+
+
+def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str) -> Any:
+    """A T5 with a head of its own, as Flan-T5 (one that does not scale its outputs, in the terms of its config).
+
+    transformers 5 calls every T5 tied, and keeps the head apart only where its values differ from the embedding's.
+    Under ZeRO-3 it compares empty shards, and silently puts the embedding in place of the head.
+    """
+    kind = loader._model_mapping[type(config)]
+    declared = kind._tied_weights_keys
+    kind._tied_weights_keys = {key: to for key, to in declared.items() if key != "lm_head.weight"}
+    try:
+        lm = _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True)
+        lm._tied_weights_keys = kind._tied_weights_keys  # its own, for a later tie_weights()
+    finally:
+        kind._tied_weights_keys = declared
+    return lm
+
+
+def _tensor_names(model: Model) -> set[str]:
+    """Names of the tensors in a model's safetensors files, read without loading them; empty where there are none."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    path = str(Path(str(model.model_name_or_path)).expanduser())
+    path = path if Path(path).is_dir() else str(model.model_name_or_path)
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = cached_file(path, name, revision=model.revision or "main", _raise_exceptions_for_missing_entries=False)
+        if file and name.endswith(".json"):
+            return set(json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"])
+        if file:
+            with safe_open(file, framework="pt") as tensors:
+                return set(tensors.keys())
+    return set()
 
 
 def load_scorer(model: Model, dtype: str, device: torch.device) -> Any:

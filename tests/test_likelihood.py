@@ -1,0 +1,349 @@
+"""Label log-likelihoods against plain full logits, one example at a time; batches; encoding; the fp32 head."""
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+
+from atlantis_ds.cluster.ranks import free_port
+from atlantis_ds.data.formats import SEMEVAL_LABELS, read_semeval
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.batch import collate, token_budget_batches
+from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.likelihood import label_log_likelihoods, score_pairs
+from atlantis_ds.lm.load import load_model, load_scorer
+from atlantis_ds.recipe import Model, Prompt
+
+DATA = Path(__file__).parents[1] / "../shared/data"
+FAMILIES = ["qwen2-tied", "qwen2-untied", "t5-tied", "t5-untied"]
+
+
+@functools.cache
+def examples():
+    path = DATA / "semeval2010_task8" / "TRAIN_FILE.TXT"
+    if not path.is_file():
+        pytest.skip(f"the SemEval-2010 task 8 files are not at {path}")
+    rows = sorted(read_semeval(path, "train", None)[:200], key=lambda e: len(e.sentence))
+    return [*rows[:3], *rows[60:140:10], *rows[-3:]]  # 14 sentences, from the shortest to the longest
+
+
+@functools.cache
+def tokenizer_of(family):
+    path = DATA / "tokenizers" / ("qwen2" if family.startswith("qwen2") else "flan-t5")
+    if not path.is_dir():
+        pytest.skip(f"the real tokenizer is not at {path}")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def random_model(family):
+    """The real vocabulary and architecture, few and narrow layers, weights wide enough for log-likelihoods to vary."""
+    torch.manual_seed(0)
+    tied = family.endswith("-tied")
+    if family.startswith("qwen2"):
+        config = Qwen2Config(
+            vocab_size=151936,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.25,
+            tie_word_embeddings=tied,
+            bos_token_id=151643,
+            eos_token_id=151643,
+        )
+        return Qwen2ForCausalLM(config).eval()
+    config = T5Config(
+        vocab_size=32128,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=tied,  # says only whether to scale the outputs; see below
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    if not tied:  # transformers ties every T5 that it builds; a checkpoint as Flan-T5's has a head of its own
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        model.all_tied_weights_keys = {}
+    return model
+
+
+def plain_log_likelihood(model, pair):
+    """(label tokens, end-of-sequence token) of one example alone, from the full logits."""
+    wanted = torch.tensor([*pair.label, pair.eos])
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[model.config.decoder_start_token_id, *pair.label]])
+        logits = model(input_ids=torch.tensor([pair.prompt]), decoder_input_ids=decoder).logits[0]
+    else:
+        logits = model(input_ids=torch.tensor([[*pair.prompt, *pair.label, pair.eos]])).logits[0]
+        logits = logits[len(pair.prompt) - 1 : -1]
+    each = torch.log_softmax(logits, -1)[range(len(wanted)), wanted]
+    return torch.stack([each[:-1].sum(), each[-1]])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def lm(request):
+    model = random_model(request.param)
+    encoder = Encoder(tokenizer_of(request.param), model.config, Prompt(), list(SEMEVAL_LABELS))
+    pairs = [encoder(example) for example in examples()]
+    with torch.no_grad():
+        plain = torch.stack([plain_log_likelihood(model, pair) for pair in pairs])
+    assert plain.std(0).min() > 0.5  # else a score put in another's place would go unseen
+    return model, pairs, plain
+
+
+# --- log-likelihoods
+
+
+@pytest.mark.parametrize("budget", [1, 64, 200, 4096])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_scores_equal_plain_ones_in_any_order_and_batch(lm, budget, seed):
+    model, pairs, plain = lm
+    order = random.Random(seed).sample(range(len(pairs)), len(pairs))
+    scores = score_pairs(model, [pairs[i] for i in order], 0, budget)
+    assert scores.dtype == torch.float64 and scores.shape == (len(pairs), 2)
+    torch.testing.assert_close(scores, plain[order].double(), rtol=0, atol=1e-4)
+
+
+def test_other_labels_equal_plain_ones(lm):
+    """As ranking uses it: every label after one and the same prompt."""
+    model, pairs, _ = lm
+    labels = {tuple(pair.label): pair.label for pair in pairs}
+    ranked = [dataclasses.replace(pairs[5], label=label) for label in labels.values()]
+    with torch.no_grad():
+        plain = torch.stack([plain_log_likelihood(model, pair) for pair in ranked])
+    torch.testing.assert_close(score_pairs(model, ranked, 0, 300), plain.double(), rtol=0, atol=1e-4)
+
+
+def test_progress_counts_examples_and_tokens(lm):
+    model, pairs, _ = lm
+    seen = []
+    score_pairs(model, pairs, 0, 200, lambda *counts: seen.append(counts))
+    assert len(seen) > 1
+    assert [sum(column) for column in zip(*seen)] == [len(pairs), sum(map(len, pairs))]
+
+
+def test_padding_content_changes_nothing(lm):
+    model, pairs, _ = lm
+    scores = [score_pairs(model, pairs, pad, 4096) for pad in (0, pairs[0].eos, 777)]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_gradient_equals_the_plain_one(lm):
+    model, pairs, _ = lm
+    pairs = pairs[2:6]
+    weight = torch.tensor([[0.3, 1.0], [2.0, 0.5], [0.0, 0.1], [1.7, 1.0]])
+    gradients = []
+    for scores in (
+        label_log_likelihoods(model, collate(pairs, model.config, 0)),
+        torch.stack([plain_log_likelihood(model, pair) for pair in pairs]),
+    ):
+        model.zero_grad()
+        (scores * weight).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    model.zero_grad()
+    ours, plain = gradients
+    for name in plain:
+        scale = plain[name].abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_only_label_positions_reach_the_head(lm):
+    model, pairs, _ = lm
+    shapes = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, out: shapes.append(out.shape))
+    score_pairs(model, pairs, 0, 200)
+    handle.remove()
+    assert len(shapes) > 1
+    assert sum(shape[0] for shape in shapes) == sum(len(pair.label) + 1 for pair in pairs)
+    assert {shape[1:] for shape in shapes} == {(model.config.vocab_size,)}
+
+
+def test_hook_leaves_the_model_as_it_was(lm):
+    model, pairs, plain = lm
+    score_pairs(model, pairs[:2], 0, 4096)
+    broken = collate(pairs[:2], model.config, 0)
+    broken.inputs["input_ids"] = broken.inputs["input_ids"] + 10**7
+    with pytest.raises(IndexError):
+        label_log_likelihoods(model, broken)
+    with torch.no_grad():
+        assert torch.equal(plain_log_likelihood(model, pairs[0]), plain[0])
+
+
+# --- the scorer's head
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_scorer_has_an_fp32_head(family, tmp_path):
+    original = random_model(family)
+    original.save_pretrained(tmp_path)
+    source = Model(model_name_or_path=str(tmp_path))
+    full = load_scorer(source, "float32", torch.device("cpu"))
+    half = load_scorer(source, "bfloat16", torch.device("cpu"))
+    head, embedding = half.get_output_embeddings(), half.get_input_embeddings()
+    assert head.weight.dtype == torch.float32
+    assert embedding.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in half.parameters()) and not half.training
+    dtypes = {name: p.dtype for name, p in half.named_parameters() if p is not head.weight}
+    assert torch.float32 not in {d for name, d in dtypes.items() if ".wo." not in name}  # T5 keeps wo in fp32
+    if family.endswith("-tied"):
+        assert full.get_output_embeddings().weight is full.get_input_embeddings().weight
+        assert torch.equal(head.weight, embedding.weight.float())
+    else:
+        assert not torch.equal(head.weight, embedding.weight.float())
+
+    encoder = Encoder(tokenizer_of(family), full.config, Prompt(), list(SEMEVAL_LABELS))
+    pairs = [encoder(example) for example in examples()]
+    logits = []
+    handle = head.register_forward_hook(lambda _, args, out: logits.append(out))
+    half_scores = score_pairs(half, pairs, 0, 4096)
+    handle.remove()
+    assert logits[0].dtype == torch.float32
+    assert not torch.equal(logits[0], logits[0].bfloat16().float())  # and not rounded before
+    full_scores = score_pairs(full, pairs, 0, 4096)
+    per_token = (half_scores - full_scores).abs() / torch.tensor([[len(p.label), 1] for p in pairs])
+    torch.testing.assert_close(full_scores, score_pairs(original, pairs, 0, 4096), rtol=0, atol=1e-4)
+    assert per_token.mean() < 0.1 and per_token.max() < 0.5
+    assert (half_scores - full_scores).abs().max() > 0  # else the body was not in bf16
+
+
+ZERO3 = """
+import sys, torch, deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+from atlantis_ds.lm.load import load_model
+from atlantis_ds.recipe import Model
+
+source = Model(model_name_or_path=sys.argv[1])
+whole = load_model(source, "float32")
+assert whole.lm_head.weight is not whole.shared.weight
+deepspeed.init_distributed("gloo")
+sharding = HfDeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 3}})
+sharded = load_model(source, "float32")
+assert sharded.lm_head.weight.numel() == 0  # it is sharded
+for name in ("lm_head", "shared"):
+    parameter = getattr(sharded, name).weight
+    with deepspeed.zero.GatheredParameters([parameter]):
+        assert torch.equal(parameter, getattr(whole, name).weight), name
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_untied_t5_keeps_its_head_when_sharded_at_load(tmp_path):
+    random_model("t5-untied").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("scale_decoder_outputs") is False
+    config["tie_word_embeddings"] = False  # now as Flan-T5's published one
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environ = {**os.environ, **place, "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": "cpu"}
+    environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", ZERO3, tmp_path], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_t5_saved_without_a_head_loads_tied(tmp_path):
+    """transformers 5 builds a T5 with tie_word_embeddings: false tied, and saves one matrix: no random head then."""
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2, tie_word_embeddings=False)
+    )
+    model.save_pretrained(tmp_path)
+    loaded = load_model(Model(model_name_or_path=str(tmp_path)), "float32")
+    assert torch.equal(loaded.lm_head.weight, model.shared.weight)
+
+
+# --- batches
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_token_budget_batches(lengths, budget):
+    batches = token_budget_batches(lengths, budget)
+    flat = [index for batch in batches for index in batch]
+    assert sorted(flat) == list(range(len(lengths)))
+    in_order = [lengths[index] for index in flat]
+    assert in_order == sorted(in_order, reverse=True)
+    for batch, following in zip(batches, [*batches[1:], []]):
+        width = max(lengths[index] for index in batch)
+        assert width * len(batch) <= budget or len(batch) == 1
+        assert not following or width * (len(batch) + 1) > budget  # no batch is cut short
+
+
+def test_weights_travel_in_the_batch():
+    model = random_model("qwen2-tied")
+    encoder = Encoder(tokenizer_of("qwen2"), model.config, Prompt(), [])
+    pairs = [encoder(example) for example in examples()[:3]]
+    batch = collate(pairs, model.config, 0, [0.5, 0.0, 2.5]).to(torch.device("cpu"))
+    assert batch.weight.tolist() == [0.5, 0.0, 2.5] and batch.weight.dtype == torch.float64
+    assert collate(pairs, model.config, 0).weight.tolist() == [1, 1, 1]
+
+
+# --- encoding
+
+
+@pytest.mark.parametrize("family", ["qwen2", "t5"])
+def test_label_tokens_are_the_same_everywhere(family):
+    tokenizer = tokenizer_of(family)
+    encoder = Encoder(tokenizer, random_model(f"{family}-tied").config, Prompt(), list(SEMEVAL_LABELS))
+    ends = set()
+    for label in SEMEVAL_LABELS:
+        encoded = [encoder(example, label) for example in examples()]
+        assert len({tuple(pair.label) for pair in encoded}) == 1
+        assert tokenizer.decode(encoded[0].label).strip() == label
+        assert {pair.eos for pair in encoded} == {tokenizer.eos_token_id}
+        assert encoded[0].eos not in encoded[0].label
+        ends |= {tokenizer.decode(pair.prompt[-1:]) for pair in encoded}
+    # A causal prompt ends with the line end, alone or in one token with the mark before it; T5's with </s>.
+    assert all(end.endswith("\n") for end in ends) if family == "qwen2" else ends == {"</s>"}
+    own = examples()[4]
+    assert encoder(own) == encoder(own, own.label)
+
+
+def test_prompt_and_label_read_as_one_text():
+    """Tokenised apart, they still are the text that the model is meant to read, with no space or mark between."""
+    tokenizer = tokenizer_of("qwen2")
+    encoder = Encoder(tokenizer, random_model("qwen2-tied").config, Prompt(template="{sentence}"), [])
+    example = examples()[0]
+    pair = encoder(example)
+    assert tokenizer.decode(pair.prompt + pair.label) == f"{example.sentence}\n{example.label}"
+
+
+def test_entity_marks_are_known_to_t5():
+    tokenizer = tokenizer_of("t5")
+    encoder = Encoder(tokenizer, random_model("t5-tied").config, Prompt(template="{marked_sentence}"), [])
+    assert tokenizer.unk_token_id not in encoder(examples()[0]).prompt
+
+
+@pytest.mark.parametrize("family", ["qwen2", "t5"])
+def test_empty_label_is_refused(family):
+    encoder = Encoder(tokenizer_of(family), random_model(f"{family}-tied").config, Prompt(), [])
+    with pytest.raises(InputError, match="label ''"):
+        encoder(examples()[0], "")
+
+
+def test_too_long_example_is_refused_by_its_id():
+    config = random_model("qwen2-tied").config
+    longest = examples()[-1]
+    encoder = Encoder(tokenizer_of("qwen2"), config, Prompt(), [])
+    length = len(encoder(longest))
+    config.max_position_embeddings = length
+    assert len(Encoder(encoder.tokenizer, config, Prompt(), [])(longest)) == length
+    config.max_position_embeddings = length - 1
+    with pytest.raises(InputError, match=f"example {longest.id}: {length} tokens.*at most {length - 1}"):
+        Encoder(encoder.tokenizer, config, Prompt(), [])(longest)
