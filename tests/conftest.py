@@ -1,0 +1,220 @@
+"""What tests of real runs share: a tiny base model, a recipe around it, and launchers that start real ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 180
+
+# Tests decide on their own how many ranks there are and of how many threads.
+ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+ENV |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `deepspeed` itself, and `ninja`
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    """stdout and stderr together."""
+
+
+class Job:
+    """A running job of one or more ranks."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        self.command = command
+        self.output = tempfile.TemporaryFile()  # not a pipe: an orphaned rank would hold its end open
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENV | (env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def text(self) -> str:
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
+
+    def kill(self) -> None:
+        """kill -9 to the launcher and to all ranks at once; torchrun starts each rank in a session of its own."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            family = [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            family = []
+        for process in family:
+            process.suspend()  # so that no launcher reacts to the death of a rank
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=10)
+        self.process.wait(timeout=10)
+
+    def wait(self, timeout: float = TIMEOUT) -> Done:
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"not done after {timeout} s: {' '.join(self.command)}\n{self.text()[-3000:]}")
+        return Done(code, self.text())
+
+    def kill_when(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
+        """Kill all ranks as soon as the condition holds; fail where the job ends first."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                pytest.fail(f"ended, or hung, before it could be killed:\n{self.text()[-3000:]}")
+            time.sleep(0.005)
+        self.kill()
+
+
+def start(kind: str, ranks: int, *arguments: object, env: dict[str, str] | None = None) -> Job:
+    """Start ``atlantis_ds ARGUMENTS``, or a script where the first argument ends in .py, on so many ranks.
+
+    Args:
+        kind: ``torchrun``, ``deepspeed``, or ``local`` (``atlantis-ds … --ranks N``).
+    """
+    words = [str(word) for word in arguments]
+    script = words[0].endswith(".py")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = {
+        "torchrun": ["torchrun", "--nproc-per-node", str(ranks), "--master-port", port],
+        "deepspeed": ["deepspeed", "--num_gpus", str(ranks), "--master_port", port],
+        "local": [sys.executable],
+    }[kind]
+    module = {"torchrun": ["-m"], "deepspeed": ["--module"], "local": ["-m"]}[kind]
+    command += words if script else [*module, "atlantis_ds", *words]
+    if kind == "local" and ranks > 1:
+        command += ["--ranks", str(ranks)]
+    return Job(command, env)
+
+
+def launch(
+    kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT, env: dict[str, str] | None = None
+) -> Done:
+    """As ``start``, to the end. Kills all ranks and fails the test after ``timeout`` seconds."""
+    return start(kind, ranks, *arguments, env=env).wait(timeout)
+
+
+def succeed(kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT) -> str:
+    """As ``launch``, for a job that must end with exit code 0; returns what it printed."""
+    done = launch(kind, ranks, *arguments, timeout=timeout)
+    assert done.code == 0, done.out[-4000:]
+    return done.out
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of 2 layers with its tokenizer, from the project's own builder, not pretrained."""
+    from atlantis_ds.data.formats import SEMEVAL_LABELS
+    from atlantis_ds.lm.scratch import build_scratch_model
+    from atlantis_ds.recipe import Recipe
+    from atlantis_ds.run_folder import RunFolder
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}
+    scratch = {"scratch": {**shape, "pretrain_epochs": 0}}
+    recipe = Recipe.model_validate(
+        {"name": "base", "seed": 3, "data": {"format": "grammar"}, "models": {"large": scratch, "small": scratch}}
+    )
+    folder = RunFolder(tmp_path_factory.mktemp("base"))
+    build_scratch_model(recipe, folder, "large", list(SEMEVAL_LABELS), show=False)
+    return folder.base_model("large")
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of 2 layers with the tokenizer of ``base_model``."""
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("t5")
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+WriteRecipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(base_model: Path) -> WriteRecipe:
+    """``tiny_recipe(folder, {"train.dtype": "bfloat16"}, …)`` writes folder/recipe.yaml; the run goes to folder/run.
+
+    40 examples of the demo grammar, batches of 8 with the last of an epoch short, fp32, ZeRO-3, and a reference that
+    needs no training.
+    """
+
+    def write(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+        model = {"model_name_or_path": str(base_model)}
+        tree: dict[str, Any] = {
+            "name": "run",
+            "runs_dir": str(folder),
+            "seed": 5,
+            "data": {"format": "grammar", "train_size": 37, "dev_size": 6, "test_size": 10},
+            "models": {"large": model, "small": model, "reference": {"kind": "checkpoint", **model}},
+            "score": {"shard_size": 5, "tokens_per_batch": 256},
+            "weights": {"formula": "product", "temper": 0.5},
+            "train": {
+                "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
+                "dtype": "float32",
+                "learning_rate": 2e-3,
+                "num_train_epochs": 2,
+                "warmup_ratio": 0.2,
+                "train_batch_size": 8,
+                "per_device_train_batch_size": 4,
+            },
+            "timeout_minutes": 2,
+        }
+        for key, value in (changes or {}).items():
+            *parents, last = key.split(".")
+            section = tree
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return path
+
+    return write
