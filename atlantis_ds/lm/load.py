@@ -56,15 +56,26 @@ def load_tokenizer(model: Model) -> Any:
     return _from_pretrained(AutoTokenizer, model)
 
 
+def adapter_base(model: Model) -> Model | None:
+    """The base model that a LoRA adapter's folder names; None for any other model."""
+    file = Path(str(model.model_name_or_path)).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return model.model_copy(
+        update={"model_name_or_path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
+    )
+
+
 def load_config(model: Model) -> Any:
-    """The transformers config of a model.
+    """The transformers config of a model, or of the base of an adapter.
 
     Raises:
         InputError: it cannot be loaded.
     """
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, model)
+    return _from_pretrained(AutoConfig, adapter_base(model) or model)
 
 
 def load_model(model: Model, dtype: str) -> Any:
@@ -77,15 +88,10 @@ def load_model(model: Model, dtype: str) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    adapter = Path(str(model.model_name_or_path)) / "adapter_config.json"
-    if adapter.is_file():
+    if base := adapter_base(model):
         from peft import PeftModel
 
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        base = model.model_copy(
-            update={"model_name_or_path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
-        )
-        return PeftModel.from_pretrained(load_model(base, dtype), adapter.parent).merge_and_unload()
+        return PeftModel.from_pretrained(load_model(base, dtype), model.model_name_or_path).merge_and_unload()
     config = load_config(model)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in _tensor_names(model):
@@ -151,9 +157,6 @@ def model_identity(model: Model) -> dict[str, str]:
         return {"model": str(model.model_name_or_path), "revision": commit, "tokenizer": tokenizer_hash}
     files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
     hashes = {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
-    adapter = path / "adapter_config.json"
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text(encoding="utf-8"))
-        base = model.model_copy(update={"model_name_or_path": settings["base_model_name_or_path"]})
-        hashes["base"] = model_identity(base)["weights"]
+    if base := adapter_base(model):
+        hashes["base"] = fingerprint(model_identity(base))
     return {"weights": fingerprint(hashes), "tokenizer": tokenizer_hash}
