@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from atlantis_ds import __version__
-from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
+from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.recipe import Recipe, load_recipe
 from atlantis_ds.run_folder import RunFolder
 
@@ -74,7 +75,12 @@ def prepare(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B00
 
 
 @app.command()
-def score(recipe: RecipeFile, overrides: Overrides = [], ranks: NumberOfRanks = 1) -> None:  # noqa: B006
+def score(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share it.")] = "1/1",
+) -> None:
     """Score all training examples under the frozen models.
 
     Reads examples/ and the models (model/reference* where the reference is fine-tuned). Writes scores/, one Parquet
@@ -85,7 +91,10 @@ def score(recipe: RecipeFile, overrides: Overrides = [], ranks: NumberOfRanks = 
     _start_local(ranks)
     from atlantis_ds.weights.score import score
 
-    _on_ranks(recipe, overrides, score)
+    number, _, of = part.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise InputError(f"--part {part}: write it as I/N with 1 <= I <= N")
+    _on_ranks(recipe, overrides, lambda r, f, k: score(r, f, k, (int(number), int(of))))
 
 
 @app.command()
@@ -166,6 +175,73 @@ def run(
     _on_ranks(recipe, overrides, lambda r, f, k: stages.run(r, f, k, force))
 
 
+@app.command()
+def export(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    arm: Annotated[str, typer.Option(help="Arm whose model to export.")] = "atlantis",
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write a trained model as one folder for plain transformers.
+
+    Reads model/ARM (the checkpoint that `evaluate` takes). Merges an adapter into its base model, in host memory;
+    copies a full model. Writes OUT: safetensors, tokenizer, configs, model card.
+
+    Example: atlantis-ds export recipes/conll04_qwen2_7b_lora.yaml --arm atlantis merged/
+    """
+    from atlantis_ds.train.export import export
+
+    settings, folder = _load(recipe, overrides)
+    export(settings, folder, arm, out)
+    print(f"model: {out}")
+
+
+@app.command()
+def submit(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes for training; as many array elements for scoring.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a node, one rank each; 0: none.")] = 1,
+    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node where there are no GPUs.")] = 1,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPU cores a rank.")] = 8,
+    time: Annotated[str, typer.Option(help="Time limit of a job; longer work goes on in a requeued one.")] = "04:00:00",
+    partition: Annotated[str | None, typer.Option(help="Slurm partition; without it the cluster's default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job files; write and submit nothing.")] = False,
+) -> None:
+    """Submit all stages to Slurm as a chain of jobs.
+
+    Reads the recipe and the sbatch files of slurm/. Writes them filled in, and the recipe as it is now, to slurm/ in
+    the run folder, where the logs go too; prints the job ids.
+
+    Example: atlantis-ds submit recipes/semeval_qwen2_7b_zero3.yaml --nodes 4 --gpus-per-node 8 --partition gpu
+    """
+    from atlantis_ds.cluster import slurm
+
+    settings, folder = _load(recipe, overrides)
+    resources = slurm.Resources(nodes, gpus_per_node, gpus_per_node or tasks_per_node, cpus_per_task, time, partition)
+    files = slurm.job_files(settings, folder, resources)
+    if dry_run:
+        for name, text in files.items():
+            print(f"==> {folder.root / 'slurm' / name} <==\n{text}")
+        return
+    for stage, job in slurm.submit(settings, folder, files).items():
+        print(f"{stage} {job}")
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo.")]) -> None:
+    """Show how far a run is.
+
+    Reads the run folder, and asks Slurm for the jobs that `submit` started. Writes nothing.
+
+    Example: atlantis-ds status runs/demo
+    """
+    from atlantis_ds.cluster import slurm
+
+    for what, state in slurm.status(run):
+        print(f"{what:20} {state}")
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -174,7 +250,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> NoReturn:
-    """Run a command; errors become one line and an exit code: 2 bad input, 1 a fault in the run."""
+    """Run a command; errors become one line and an exit code: 2 bad input, 1 a fault in the run, 75 preempted."""
     arguments = sys.argv[1:]
     # The `deepspeed` launcher puts this in front of every program's own arguments.
     sys.argv[1:] = [argument for argument in arguments if not argument.startswith("--local_rank=")]
@@ -184,6 +260,16 @@ def main() -> NoReturn:
         _end(f"error: {error}", 2)
     except RunError as error:
         _end(f"fault: {error}", 1)
+    except Preempted as error:
+        _end(f"preempted: {error}", 75)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except RuntimeError as error:
+        from atlantis_ds.cluster.ranks import lost_a_rank
+
+        if not lost_a_rank(error):
+            raise
+        _end(f"fault: another rank has gone ({str(error).splitlines()[0][:200]}); its own message says why", 1)
     sys.exit(0)
 
 
@@ -214,5 +300,8 @@ def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Recipe, RunFo
 
     settings, folder = _load(recipe, overrides)
     ranks = start_ranks(settings.timeout_minutes)
+    watch_signals()
+    if ranks.is_main and remove_stale_stop(folder):
+        print(f"{folder.stop}: from before this job, removed")
     stage(settings, folder, ranks)
     stop_ranks()

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose, and their exit codes."""
+"""The ways in which a run ends early on purpose, and their exit codes."""
 
 
 class InputError(Exception):
@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A fault in the middle of a run; what was finished stays finished. Exit code 1."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved where it is: the same command goes on from there. Exit code 75."""

@@ -240,6 +240,8 @@ class Train(Section):
     """Checkpoint every so many steps; without it, once an epoch."""
     save_total_limit: Positive = 1
     """Checkpoints to keep an arm."""
+    max_skipped_steps: Positive = 5
+    """A step without a finite loss or gradient is skipped and counted; this many in a row end the run."""
 
     @model_validator(mode="after")
     def _batches(self) -> Train:

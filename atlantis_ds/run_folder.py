@@ -55,6 +55,11 @@ class RunFolder:
         return self.root / "weights.png"
 
     @property
+    def stop(self) -> Path:
+        """Whoever makes this file asks the job to save and stop."""
+        return self.root / "STOP"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.jsonl"
 

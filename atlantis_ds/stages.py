@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from atlantis_ds.cluster.preemption import leave_if_asked
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
@@ -78,13 +79,16 @@ def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -
     """Write ``eval/ARM/`` for each arm, ``eval/comparison.*``, and print the table."""
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
     from atlantis_ds.evaluate.report import comparison_table, write_comparison
+    from atlantis_ds.train.card import write_cards
     from atlantis_ds.train.jobs import training_summary
 
     rows: list[dict[str, Any]] = []
     for arm in arms:
+        leave_if_asked(folder, ranks, f"before the evaluation of {arm}")
         metrics = evaluate_arm(recipe, folder, arm, ranks)
         if ranks.is_main:
             summary = training_summary(folder, arm)
+            write_cards(folder.model(arm), summary, metrics, recipe.evaluate.checkpoint)
             rows.append({**metrics, "arm": arm, "train_examples_per_s": summary["examples_per_s"]})
     if ranks.is_main:
         write_comparison(folder.root, rows)

@@ -243,3 +243,10 @@ def stop_ranks() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended, or has not come in time."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from atlantis_ds import __version__
+from atlantis_ds.cluster.preemption import stop_asked
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import Examples
-from atlantis_ds.data.table import Example
-from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.lm.batch import Batch, collate, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
@@ -22,7 +21,8 @@ from atlantis_ds.lm.load import load_config, load_tokenizer
 from atlantis_ds.progress import Steps, console
 from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
-from atlantis_ds.train.checkpoint import resume, save_checkpoint, save_model
+from atlantis_ds.train.card import training_facts, write_cards
+from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
@@ -39,7 +39,8 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
 
     Raises:
         InputError: the run folder holds a model or checkpoint of this name made with other data or settings.
-        RunError: a loss is not finite; the last good checkpoint stays.
+        RunError: too many steps in a row without a finite loss or gradient; the last good checkpoint stays.
+        Preempted: the job was asked to stop; a checkpoint of the last step is there.
     """
     settings, seed = job.settings, recipe.seed
     done = folder.model(job.name) / "training.json"
@@ -74,10 +75,14 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
         "fingerprint": mark,
         "best_loss": None,
         "seconds": 0.0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
     }
     if state["step"] and ranks.is_main:
         console.print(f"train {job.name}: going on from step {state['step']}")
 
+    if ranks.is_main:
+        append_log(folder.log, event="start", arm=job.name, step=state["step"], steps=total)
     with Steps(f"train {job.name}", total, "steps", ranks.is_main, settings.logging_steps) as steps:
         steps.resume(state["step"])
         for step in range(state["step"], total):
@@ -89,46 +94,58 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
             torch.manual_seed(hash((seed, step, ranks.rank)) & 0x7FFFFFFF)
             rate = engine.get_lr()[0]
-            result = optimizer_step(engine, batches, denominator, ranks)
-            if not math.isfinite(result.loss):
-                raise RunError(_not_finite(job, rows, step, result.loss))
+            result = optimizer_step(engine, batches, denominator, ranks, stop_asked(folder, ranks.is_main))
             seconds = time.monotonic() - start
-            state = {**state, "step": step + 1, "seconds": state["seconds"] + seconds}
+            state = {
+                **state,
+                "step": step + 1,
+                "seconds": state["seconds"] + seconds,
+                "skipped": state["skipped"] + result.skipped,
+                "skipped_in_a_row": state["skipped_in_a_row"] + 1 if result.skipped else 0,
+            }
             if ranks.is_main:
                 append_log(
                     folder.log,
                     event="train",
                     arm=job.name,
                     step=step + 1,
-                    loss=result.loss,
-                    grad_norm=result.grad_norm,
+                    loss=_finite(result.loss),
+                    grad_norm=_finite(result.grad_norm),
                     learning_rate=rate,
                     examples_per_s=round(len(rows) / seconds, 2),
                     tokens_per_s=round(sum(lengths[row] for row in rows) / seconds, 1),
                 )
+            if result.skipped:
+                _note_skipped(folder, job, rows, state, ranks)
             if dev and (state["step"] % every_eval == 0 or state["step"] == total):
                 dev_loss = mean_loss(engine, dev, tokenizer.eos_token_id, recipe.score.tokens_per_batch, ranks)
                 if ranks.is_main:
-                    append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=dev_loss)
+                    append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=_finite(dev_loss))
+                state["dev_loss"] = _finite(dev_loss)
                 if state["best_loss"] is None or dev_loss < state["best_loss"]:
                     state["best_loss"], state["best_step"] = dev_loss, step + 1
                     save_model(engine, tokenizer, folder.model(job.name) / "best", ranks)
             note = f"loss {result.loss:.4f}" + (f", dev {state['best_loss']:.4f}" if state["best_loss"] else "")
             steps.advance(note=note)
-            if state["step"] % every_save == 0 and state["step"] < total:
+            if (state["step"] % every_save == 0 or result.stop) and state["step"] < total:
                 save_checkpoint(engine, folder.checkpoints(job.name), state, settings.save_total_limit, ranks)
+                if result.stop:
+                    raise Preempted(
+                        f"train {job.name}: stopped after step {state['step']} of {total}, checkpoint written; "
+                        "the same command goes on from here"
+                    )
 
     save_model(engine, tokenizer, folder.model(job.name) / "last", ranks)
     engine.destroy()
     if ranks.is_main:
         summary = {
             **state,
+            **training_facts(recipe, folder, examples, job),
             "examples": len(pairs),
             "examples_per_s": round(_examples_seen(state["step"], len(pairs), settings) / state["seconds"], 2),
             "world_size": ranks.world_size,
-            "atlantis_ds": __version__,
-            "torch": torch.__version__,
         }
+        write_cards(folder.model(job.name), summary)
         write_json(done, summary)
         # The model is there; optimizer states several times its size are of no more use.
         shutil.rmtree(folder.checkpoints(job.name), ignore_errors=True)
@@ -172,7 +189,19 @@ def _examples_seen(steps: int, examples: int, settings: Any) -> int:
     return int(epochs * examples + rest * settings.train_batch_size)
 
 
-def _not_finite(job: Job, rows: Any, step: int, loss: float) -> str:
-    batch: list[Example] = [job.examples[row] for row in rows]
-    ids = ", ".join(example.id for example in batch[:32])
-    return f"train {job.name}: the loss of step {step + 1} is {loss}; the batch held the examples {ids}"
+def _note_skipped(folder: RunFolder, job: Job, rows: Any, state: dict[str, Any], ranks: Ranks) -> None:
+    """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""
+    ids = [job.examples[row].id for row in rows]
+    if ranks.is_main:
+        append_log(folder.log, event="skipped", arm=job.name, step=state["step"], ids=ids)
+    if state["skipped_in_a_row"] >= job.settings.max_skipped_steps:
+        saved = complete_checkpoints(folder.checkpoints(job.name))
+        raise RunError(
+            f"train {job.name}: {state['skipped_in_a_row']} steps in a row had no finite loss or gradient; step "
+            f"{state['step']} held the examples {', '.join(ids)}; "
+            f"last good checkpoint: {saved[-1] if saved else 'none yet'}"
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN

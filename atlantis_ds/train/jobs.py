@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class Job:
 
     def fingerprint(self, recipe: Recipe, examples: Examples) -> str:
         """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
-        free = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "per_device_train_batch_size"}
+        free = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_skipped_steps"}
+        free |= {"per_device_train_batch_size"}
         return fingerprint(
             [
                 examples.fingerprint,
@@ -93,7 +95,7 @@ def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> lis
     return jobs
 
 
-def training_summary(folder: RunFolder, name: str) -> dict[str, float]:
+def training_summary(folder: RunFolder, name: str) -> dict[str, Any]:
     """What ``train`` wrote when the job was finished: ``model/NAME/training.json``."""
-    summary: dict[str, float] = read_json(folder.model(name) / "training.json")
+    summary: dict[str, Any] = read_json(folder.model(name) / "training.json")
     return summary

@@ -24,9 +24,13 @@ from atlantis_ds.train.deepspeed_config import accumulation_steps
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """The step's loss over all ranks; not finite when the step must not be trusted."""
+    """The step's loss over all ranks."""
     grad_norm: float
-    """L2 norm of the gradient over all ranks, before clipping."""
+    """L2 norm of the gradient over all ranks, before clipping; not finite when the step was skipped for it."""
+    skipped: bool
+    """Whether the update was left out because loss or gradient is not finite; the same on all ranks."""
+    stop: bool
+    """Whether any rank was asked to stop; the same on all ranks."""
 
 
 def weighted_loss(model: Any, batch: Batch, denominator: float) -> torch.Tensor:
@@ -44,27 +48,40 @@ def weighted_loss(model: Any, batch: Batch, denominator: float) -> torch.Tensor:
     return -(batch.weight * log_likelihood).sum() / denominator
 
 
-def optimizer_step(engine: Any, micro_batches: Sequence[Batch], denominator: float, ranks: Ranks) -> StepResult:
+def optimizer_step(
+    engine: Any, micro_batches: Sequence[Batch], denominator: float, ranks: Ranks, stop: bool = False
+) -> StepResult:
     """Forward, backward and update for one global batch; ``micro_batches`` is this rank's part of it.
 
-    The optimizer is not stepped when the loss of any rank is not finite.
+    A step whose loss or gradient is not finite on any rank changes no weight, on all ranks.
+
+    Args:
+        stop: whether this rank was asked to stop; it travels with the loss.
     """
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         engine.set_gradient_accumulation_boundary(last)
         micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator)
-        # DeepSpeed averages gradients over the ranks, and D already counts them all.
-        engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
         loss += micro_loss.detach()
         if last:
-            (total,) = ranks.sum(loss.item())
+            total, stops = ranks.sum(loss.item(), float(stop))
             if not math.isfinite(total):
-                return StepResult(total, math.nan)
-            # Below ZeRO the gradients are whole here; with ZeRO the optimizer knows their norm after the step.
-            norm = _whole_norm(engine) if engine.zero_optimization_stage() == 0 else None
+                micro_loss = micro_loss * math.nan  # DeepSpeed skips the update where the gradient is not finite
+        # DeepSpeed averages gradients over the ranks, and D already counts them all.
+        engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
+        if last and not hasattr(
+            engine.optimizer, "overflow"
+        ):  # stage 0 in fp32: torch's own optimizer, which never skips
+            norm = _whole_norm(engine)
+            if not math.isfinite(norm):
+                engine.zero_grad()
+                engine.global_steps += 1
+                return StepResult(total, norm, skipped=True, stop=stops > 0)
+            engine.step()
+            return StepResult(total, norm, skipped=False, stop=stops > 0)
         engine.step()
-    return StepResult(total, float(engine.get_global_grad_norm() if norm is None else norm))
+    return StepResult(total, float(engine.get_global_grad_norm()), not engine.was_step_applied(), stops > 0)
 
 
 def _whole_norm(engine: Any) -> float:

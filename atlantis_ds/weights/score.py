@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from atlantis_ds import __version__
+from atlantis_ds.cluster.preemption import leave_if_asked, stop_asked
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import Examples, load_examples
 from atlantis_ds.data.splits import fold_of
@@ -106,11 +107,15 @@ def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
     }
 
 
-def score(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
+def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int] = (1, 1)) -> None:
     """Write ``scores/shard-*.parquet`` for all training examples; do only what is missing.
+
+    Args:
+        part: (I, N): do the I-th of N parts of the shards, counted from 1, for N jobs that share the work.
 
     Raises:
         InputError: the scores there were made from other inputs; the one that differs is named.
+        Preempted: the job was asked to stop; each rank has finished its shard.
     """
     from atlantis_ds.lm.load import model_identity
 
@@ -129,16 +134,17 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
     }
     if ranks.is_main:
         _claim_folder(folder, manifest)
+    mine = range(len(shards))[part[0] - 1 :: part[1]]
     todo = ranks.broadcast(
-        [i for i in range(len(shards)) if not finished(shard_path(folder, i, len(shards)), manifest["fingerprint"])]
+        [i for i in mine if not finished(shard_path(folder, i, len(shards)), manifest["fingerprint"])]
         if ranks.is_main
         else None
     )
     if ranks.is_main:
-        console.print(f"score: {len(shards) - len(todo)} of {len(shards)} shards are done, {len(todo)} to do")
+        console.print(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
     for scoring in passes if todo else []:
         _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest)
-    ranks.barrier()
+        leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
     for shard in todo[ranks.rank :: ranks.world_size]:
         _join_parts(folder, passes, shards, shard, manifest)
     ranks.barrier()
@@ -212,6 +218,8 @@ def _score_pass(
             write_table(
                 _part_path(folder, shard, len(shards), scoring), table, {"fingerprint": manifest["fingerprint"]}
             )
+            if stop_asked(folder, look=True):
+                break
     append_log(
         folder.log,
         event="score",

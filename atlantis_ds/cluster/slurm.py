@@ -1,0 +1,190 @@
+"""Submit a recipe to Slurm as a chain of jobs, and show where a run stands. No torch: this runs on a login node."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import Recipe, load_recipe
+from atlantis_ds.run_folder import RunFolder, read_json, write_json, write_text
+
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+
+
+@dataclass(frozen=True)
+class Resources:
+    nodes: int
+    """For training; scoring takes as many array elements of one node each, evaluation one node."""
+    gpus_per_node: int
+    """0: ask for none."""
+    tasks_per_node: int
+    """Ranks a node: the GPUs, unless there are none."""
+    cpus_per_task: int
+    time: str
+    partition: str | None
+
+
+def job_files(recipe: Recipe, folder: RunFolder, resources: Resources) -> dict[str, str]:
+    """The files of ``slurm/`` filled in for one recipe: name → text. ``prepare`` and ``merge`` take no GPU.
+
+    Raises:
+        InputError: the sbatch files are not there, or the time limit is not in one of Slurm's forms.
+    """
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", resources.time):
+        raise InputError(f"--time {resources.time}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
+    if not (SCRIPTS / "pipeline.sh").is_file():
+        raise InputError(f"{SCRIPTS}: the sbatch files are not there; submit from a checkout (pip install -e .)")
+    logs = folder.root.absolute() / "slurm"
+    settings = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+    files = {"recipe.yaml": settings, "pipeline.sh": (SCRIPTS / "pipeline.sh").read_text(encoding="utf-8")}
+    for stage in ("prepare", "score", "merge", "train", "evaluate"):
+        options: dict[str, Any] = {
+            "job-name": f"{recipe.name}-{stage}",
+            "output": logs / ("%x-%A_%a.log" if stage == "score" else "%x-%j.log"),
+            "partition": resources.partition,
+        }
+        if stage in ("prepare", "merge"):
+            options["cpus-per-task"] = resources.cpus_per_task
+        else:
+            options |= {
+                "nodes": resources.nodes if stage == "train" else 1,
+                "ntasks-per-node": resources.tasks_per_node,
+                "gpus-per-node": resources.gpus_per_node or None,
+                "cpus-per-task": resources.cpus_per_task,
+                "time": resources.time,
+            }
+        if stage == "score":
+            options["array"] = f"1-{resources.nodes}"
+        text = _fill((SCRIPTS / f"{stage}.sbatch").read_text(encoding="utf-8"), options)
+        files[f"{stage}.sbatch"] = re.sub(r"(?m)^parts=\d+", f"parts={resources.nodes}", text)
+    return files
+
+
+def _fill(script: str, options: dict[str, Any]) -> str:
+    """Set the ``#SBATCH --name=value`` lines of a script; None removes one."""
+    lines = [line for line in script.splitlines() if line.removeprefix("#SBATCH --").split("=")[0] not in options]
+    new = [f"#SBATCH --{name}={_quote(value)}" for name, value in options.items() if value is not None]
+    first = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    return "\n".join([*lines[:first], *new, *lines[first:]]) + "\n"
+
+
+def _quote(value: Any) -> str:
+    text = str(value)
+    if re.search(r"[\"'\\\n]", text):
+        raise InputError(f"{text!r}: Slurm's #SBATCH lines cannot hold quotes, backslashes or line ends")
+    return f'"{text}"' if re.search(r"[\s#]", text) else text
+
+
+def submit(recipe: Recipe, folder: RunFolder, files: dict[str, str]) -> dict[str, str]:
+    """Write the files into the run folder's ``slurm/`` and submit the chain.
+
+    Returns:
+        stage → job id; it also stands in ``slurm/jobs.json``.
+
+    Raises:
+        InputError: no sbatch here, or Slurm refuses a job (its own words are quoted).
+    """
+    if shutil.which("sbatch") is None:
+        raise InputError("sbatch: no such command; submit on a login node of the cluster")
+    root = folder.root.absolute() / "slurm"
+    for name, text in files.items():
+        write_text(root / name, text)
+    done = subprocess.run(
+        ["bash", str(root / "pipeline.sh"), str(root / "recipe.yaml"), *recipe.arms],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    jobs = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    if done.returncode:
+        if jobs:  # the chain is broken: nothing of it may run
+            subprocess.run(["scancel", *jobs.values()], capture_output=True, check=False)
+        raise InputError(f"sbatch refused: {done.stderr.strip()}")
+    write_json(root / "jobs.json", jobs)
+    return jobs
+
+
+def status(root: Path) -> list[tuple[str, str]]:
+    """Where a run stands: (what, how far) lines, from the files of its folder and from Slurm.
+
+    Raises:
+        InputError: there is no run in this folder.
+    """
+    folder = RunFolder(root)
+    source = folder.recipe if folder.recipe.is_file() else root / "slurm" / "recipe.yaml"
+    if not source.is_file():
+        raise InputError(f"{root}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
+    recipe = load_recipe(source)
+    events = _events(folder)
+    lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]
+    references = sorted({e["arm"] for e in events if e["event"] == "start" and e["arm"].startswith("reference")})
+    lines += [(f"train {name}", _training(folder, name, events)) for name in references]
+    manifest = folder.scores / "scores.json"
+    if manifest.exists():
+        whole = len(list(folder.scores.glob("shard-*.parquet")))
+        lines.append(("score", f"{whole} of {read_json(manifest)['shards']} shards done"))
+    if folder.weights_info.exists():
+        lines.append(("merge", f"effective sample size {read_json(folder.weights_info)['ess_fraction']:.1%}"))
+    for arm in recipe.arms:
+        lines.append((f"train {arm}", _training(folder, arm, events)))
+        metrics = folder.evaluation(arm) / "metrics.json"
+        if metrics.exists():
+            lines.append((f"evaluate {arm}", f"macro10 {read_json(metrics)['macro10']:.4f}"))
+    return lines + _job_states(root / "slurm" / "jobs.json")
+
+
+def _events(folder: RunFolder) -> list[dict[str, Any]]:
+    """The log's events; a line that is only half there yet is left out."""
+    events = []
+    for line in folder.log.read_text(encoding="utf-8").splitlines() if folder.log.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:
+    if (folder.model(name) / "training.json").exists():
+        summary = read_json(folder.model(name) / "training.json")
+        return f"finished, {summary['step']} steps" + (f", {n} skipped" if (n := summary.get("skipped")) else "")
+    total = [e["steps"] for e in events if e["event"] == "start" and e["arm"] == name]
+    steps = [e for e in events if e["event"] == "train" and e["arm"] == name]
+    if not total or not steps:
+        return "not yet"
+    last, recent = steps[-1], steps[-20:]
+    text = f"step {last['step']} of {total[-1]}, loss {last['loss']}"
+    if len(recent) > 1:
+        left = (total[-1] - last["step"]) * (last["time"] - recent[0]["time"]) / (len(recent) - 1)
+        text += f", {timedelta(seconds=round(left))} left"
+    return text
+
+
+def _job_states(jobs_file: Path) -> list[tuple[str, str]]:
+    """What squeue says of the submitted jobs, or, once it has forgotten them, sacct."""
+    if not jobs_file.exists():
+        return []
+    lines = []
+    for stage, job in read_json(jobs_file).items():
+        asked = [
+            ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%i %T %M %R"],
+            ["sacct", "--noheader", "--allocations", f"--jobs={job}", "--format=JobID%20,State%20,Elapsed"],
+        ]
+        said = next((text for command in asked if (text := _ask(command))), "unknown to squeue and sacct")
+        lines += [(f"job {stage}", " ".join(line.split())) for line in said.splitlines()]
+    return lines
+
+
+def _ask(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,103 @@
+"""Jobs that are asked to stop in the middle, and steps that must not count."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from conftest import TIMEOUT, Job, WriteRecipe, start, succeed
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    if not (run / "log.jsonl").exists():
+        return []
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def losses(run: Path) -> list[float]:
+    steps = events(run, "train")
+    assert [event["step"] for event in steps] == list(range(1, len(steps) + 1)), "a step was lost, or done twice"
+    return [event["loss"] for event in steps]
+
+
+def stop_when(job: Job, run: Path, event: str, more_than: int, how: str) -> None:
+    """Ask the running job to stop as soon as the log holds more than so many events."""
+    end = time.monotonic() + TIMEOUT
+    while len(events(run, event)) <= more_than:
+        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
+        time.sleep(0.005)
+    if how == "STOP":
+        (run / "STOP").touch()
+    elif how == "one rank":
+        ranks = psutil.Process(job.process.pid).children()
+        ranks[1].send_signal(signal.SIGUSR2)
+    else:
+        os.kill(job.process.pid, getattr(signal, how))
+    done = job.wait()
+    assert done.code == 75, done.out[-3000:]
+    assert "preempted: " in done.out and "Traceback" not in done.out, done.out[-3000:]
+
+
+def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    changes = {"train.num_train_epochs": 60, "train.save_steps": 10000, "train.eval_steps": 50}
+    recipe = tiny_recipe(tmp_path / "a", changes)
+    undisturbed = tiny_recipe(tmp_path / "b", changes)
+    run = tmp_path / "a" / "run"
+    for path in (recipe, undisturbed):
+        succeed("local", 1, "prepare", path)
+    succeed("local", 2, "train", undisturbed, "--arm", "sft")
+    expected = losses(tmp_path / "b" / "run")
+    assert len(expected) == 300
+    (run / "STOP").touch()  # left by an earlier job: it must not count
+    for how in ("SIGTERM", "SIGUSR2", "STOP", "one rank", "SIGTERM"):
+        before = len(events(run, "train"))
+        stop_when(start("local", 2, "train", recipe, "--arm", "sft"), run, "train", before + 7, how)
+        assert before + 7 < len(losses(run)) < 300
+        assert [p.name for p in (run / "checkpoints" / "sft").glob("*step*")] == [f"step-{len(losses(run)):08d}"]
+    succeed("local", 2, "train", recipe, "--arm", "sft")
+    assert losses(run) == expected
+    weights = ["model/sft/last/model.safetensors", "model/sft/best/model.safetensors"]
+    assert all((run / w).read_bytes() == (tmp_path / "b" / "run" / w).read_bytes() for w in weights)
+
+
+def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    changes = {"data.train_size": 3000, "score.shard_size": 20}
+    recipe = tiny_recipe(tmp_path, changes)
+    run = tmp_path / "run"
+    succeed("local", 1, "prepare", recipe)
+    job = start("local", 2, "score", recipe)
+    parts = run / "scores" / "parts"
+    end = time.monotonic() + TIMEOUT
+    while not parts.is_dir() or len(list(parts.glob("shard*"))) < 4:
+        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
+        time.sleep(0.005)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait().code == 75
+    done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert 4 <= len(done) < 150 and not [path for path in done if path.suffix != ".parquet"]
+    job = start("local", 2, "score", recipe)
+    while not (parts / "shard-00149-of-00150.large.parquet").exists():
+        assert job.process.poll() is None, job.text()[-3000:]
+        time.sleep(0.005)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items() if path.exists())
+    assert job.wait().code == 0
+    assert len(list((run / "scores").glob("shard-*.parquet"))) == 150
+    succeed("local", 1, "merge", recipe)
+
+
+def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    succeed("local", 1, "prepare", recipe)
+    names = []
+    for part in ("1/3", "3/3", "2/3"):
+        out = succeed("local", 1, "score", recipe, "--part", part)
+        names.append(len(list((tmp_path / "run" / "scores").glob("shard-*.parquet"))))
+        assert "0 of 3 shards are done, 3 to do" in out or "0 of 2 shards are done, 2 to do" in out
+    assert names == [3, 5, 8]
+    succeed("local", 1, "merge", recipe)
