@@ -96,6 +96,8 @@ def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:
         def write(folder: Path) -> None:
             model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
+            if trained_only:  # a full model saves its own
+                model.generation_config.save_pretrained(folder)
 
         write_folder(path, write)
     ranks.barrier()

@@ -1,0 +1,202 @@
+"""The model card: what a model was made from, by which weights, and how it scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from atlantis_ds.data.prepare import Examples
+from atlantis_ds.lm.load import load_config
+from atlantis_ds.recipe import Recipe
+from atlantis_ds.run_folder import RunFolder, read_json, write_text
+from atlantis_ds.train.jobs import Job
+from atlantis_ds.weights.diagnostics import diagnose
+from atlantis_ds.weights.formulas import log_weights
+from atlantis_ds.weights.merge import load_scores
+
+CARD = "README.md"
+
+
+def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any]:
+    """What the card will say and only training knows, ready for JSON: ``training.json`` keeps it for later cards.
+
+    Returns:
+        ``arm``, ``recipe``, ``settings`` (of this job), ``base`` (the model trained from), ``encoder_decoder``,
+        ``data`` (fingerprint, sizes), ``weights`` (options, ``ess``, ``ess_fraction``, ``pareto_k``,
+        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a job that is no arm) and ``versions``.
+    """
+    packages = ["atlantis_ds", "torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
+    return {
+        "arm": job.name,
+        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "settings": job.settings.model_dump(mode="json"),
+        "base": job.model.model_dump(mode="json", exclude_defaults=True),
+        "encoder_decoder": bool(load_config(job.model).is_encoder_decoder),
+        "data": {
+            "fingerprint": examples.fingerprint,
+            "train": len(job.examples),
+            "dev": len(examples.dev),
+            "labels": len(examples.labels),
+        },
+        "weights": _weights_facts(recipe, folder, examples, job) if job.name in recipe.arms else None,
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any]:
+    options = recipe.arms[job.name].weights or recipe.weights
+    facts: dict[str, Any] = {"options": options.model_dump(mode="json")}
+    if options.formula == "uniform":
+        return facts
+    if options == recipe.weights:
+        diagnosis = read_json(folder.weights_info)
+    else:
+        scores, _ = load_scores(recipe, folder, examples)
+        log_weight = log_weights(scores, options, recipe.seed)
+        diagnosis = diagnose(np.asarray(job.weights), log_weight, scores.labels, None)
+    keys = ("ess", "ess_fraction", "pareto_k", "pareto_k_final", "pareto_k_threshold", "max")
+    return facts | {key: diagnosis[key] for key in keys}
+
+
+def write_cards(
+    models: Path, facts: Mapping[str, Any], metrics: Mapping[str, Any] | None = None, scored: str = "last"
+) -> None:
+    """Write the model card into ``last`` and, where it is, ``best`` below ``models``.
+
+    Args:
+        models: ``model/ARM`` of the run folder.
+        facts: of ``training_facts``, with the results of the training beside them.
+        metrics: the content of ``eval/ARM/metrics.json``, once it is there.
+        scored: which of the two models ``metrics`` belongs to.
+    """
+    for name in ("last", "best"):
+        if (models / name).is_dir():
+            text = card_text(facts, name, metrics if name == scored else None)
+            write_text(models / name / CARD, text)
+
+
+def card_text(
+    facts: Mapping[str, Any], checkpoint: str, metrics: Mapping[str, Any] | None, merged: bool = False
+) -> str:
+    """One model card: Markdown with the front matter that model hubs read.
+
+    Args:
+        facts: as for ``write_cards``.
+        checkpoint: last or best.
+        metrics: test scores of this very model, or None where it was not evaluated.
+        merged: whether an adapter was merged into its base model.
+    """
+    settings, base, data = facts["settings"], facts["base"], facts["data"]
+    adapter = settings["mode"] != "full" and not merged
+    source = base["model_name_or_path"]
+    front = {"library_name": "peft" if adapter else "transformers", "tags": ["atlantis_ds", "relation-extraction"]}
+    if not Path(source).expanduser().is_dir():
+        front["base_model"] = source
+    form = "LoRA adapter" if adapter else "LoRA adapter merged into its base model" if merged else "all weights"
+    where = f"{checkpoint}, optimizer step {facts['step'] if checkpoint == 'last' else facts['best_step']}"
+    dev_loss = facts.get("dev_loss") if checkpoint == "last" else facts["best_loss"]
+    rows = [
+        ("form", form),
+        ("trained from", f"`{source}`" + (f", revision `{base['revision']}`" if base.get("revision") else "")),
+        ("checkpoint", where),
+        ("data", f"fingerprint `{data['fingerprint']}`"),
+        ("examples", f"{data['train']} train, {data['dev']} dev; {data['labels']} labels"),
+        ("training", f"fingerprint `{facts['fingerprint']}`"),
+        ("mode", f"{settings['mode']}, {settings['dtype']}, `{settings['deepspeed']}`, {facts['world_size']} ranks"),
+        ("batch", f"{settings['train_batch_size']} examples, loss divided by each {settings['reduction']}"),
+        ("dev loss", "no dev split" if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(label) in nats)"),
+    ]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {facts['recipe']['name']}, {facts['arm']}",
+        "",
+        "Trained by atlantis_ds on the loss -(1/B) Σ W log p(label | prompt).",
+        "",
+        *_table(("what", ""), rows),
+        "",
+        "## Weights",
+        "",
+        *_weights_lines(facts["weights"]),
+        "",
+        "## Scores on the test split",
+        "",
+        *_score_lines(metrics),
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_use_lines(adapter, facts["encoder_decoder"]),
+        "```",
+        "",
+        "The label is predicted by its log-likelihood, end-of-sequence token included, after the prompt"
+        + ("." if facts["encoder_decoder"] else " and a line end."),
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump(facts["recipe"], sort_keys=False, allow_unicode=True).strip(),
+        "```",
+        "",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _weights_lines(weights: Mapping[str, Any] | None) -> list[str]:
+    if weights is None:
+        return ["None: a reference model is trained on every example alike."]
+    options = weights["options"]
+    if options["formula"] == "uniform":
+        return ["Uniform: W = 1 for every example (plain fine-tuning)."]
+    said = {key: value for key, value in options.items() if key != "formula" and value is not None}
+    k_hat = [weights["pareto_k"], weights["pareto_k_final"]]
+    before, final = ("none can be fitted" if k is None else f"{k:.2f}" for k in k_hat)
+    return _table(
+        ("what", ""),
+        [
+            ("formula", f"`{options['formula']}`"),
+            ("options", ", ".join(f"`{key}: {value}`" for key, value in said.items())),
+            ("effective sample size", f"{weights['ess']:.1f} ({weights['ess_fraction']:.1%} of the examples)"),
+            ("Pareto k-hat before stabilising", before),
+            ("Pareto k-hat, final", f"{final} (good below {weights['pareto_k_threshold']:.2f})"),
+            ("largest weight", f"{weights['max']:.3g} (the mean is 1)"),
+        ],
+    )
+
+
+def _score_lines(metrics: Mapping[str, Any] | None) -> list[str]:
+    if metrics is None:
+        return ["Not evaluated."]
+    official = "-" if metrics["official"] is None else f"{metrics['official']:.2f}"
+    rows = [
+        ("macro10 (macro-F1)", f"{metrics['macro10']:.4f}"),
+        ("official (percent)", official),
+        ("accuracy", f"{metrics['accuracy']:.4f}"),
+        ("examples", str(metrics["n"])),
+    ]
+    return _table(("metric", "value"), rows)
+
+
+def _use_lines(adapter: bool, encoder_decoder: bool) -> list[str]:
+    kind = "Seq2SeqLM" if encoder_decoder else "CausalLM"
+    name = f"AutoPeftModelFor{kind}" if adapter else f"AutoModelFor{kind}"
+    return [
+        f"from {'peft' if adapter else 'transformers'} import {name}",
+        "from transformers import AutoTokenizer",
+        "",
+        'path = "."  # this folder',
+        f"model, tokenizer = {name}.from_pretrained(path), AutoTokenizer.from_pretrained(path)",
+    ]
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
