@@ -17,6 +17,11 @@ from atlantis_ds.weights.diagnostics import diagnose, plot_weights
 from atlantis_ds.weights.formulas import Scores, log_weights, stabilise
 from atlantis_ds.weights.score import COLUMNS, scoring_inputs, shard_path
 
+_TYPES = {"logp": pa.float64(), "eos": pa.float64(), "tokens": pa.int64()}
+_SHARD = pa.schema(
+    [("id", pa.string()), *[(f"{kind}_{column}", _TYPES[kind]) for column in COLUMNS for kind in _TYPES]]
+)
+
 
 def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[Scores, str]:
     """Read all score shards, in the order of the training examples.
@@ -47,6 +52,8 @@ def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[
         table, info = read_table(path)
         if info.get("fingerprint") != manifest["fingerprint"] or info.get("shard") != shard:
             raise InputError(f"{path}: made from other inputs than scores.json says; remove it and score again")
+        if not table.schema.equals(_SHARD):
+            raise InputError(f"{path}: broken Parquet file (it has other columns); remove it and score again")
         tables.append(table)
     table = pa.concat_tables(tables)
     _check_ids(folder, table["id"].to_pylist(), [example.id for example in examples.train])

@@ -1,0 +1,362 @@
+"""Scoring and merging in one process, on tiny random models: resuming, refusing, weights."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.data.formats import SEMEVAL_LABELS
+from atlantis_ds.data.prepare import load_examples, prepare
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.likelihood import score_pairs
+from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
+from atlantis_ds.lm.scratch import build_scratch_model
+from atlantis_ds.recipe import Model, Recipe
+from atlantis_ds.run_folder import RunFolder, read_json, read_table, table_info, write_table
+from atlantis_ds.weights import score as score_module
+from atlantis_ds.weights.merge import arm_weights, load_scores, merge
+from atlantis_ds.weights.score import assign_shards, score
+
+TRAIN, SHARD = 44, 10
+SHARDS = [f"shard-{i:05d}-of-00005.parquet" for i in range(5)]
+
+
+def tiny_recipe(models, **changes):
+    tree = {
+        "name": "r",
+        "data": {"format": "grammar", "train_size": TRAIN, "dev_size": 2, "test_size": 2, "noise": {"rate": 0.2}},
+        "models": models,
+        "score": {"shard_size": SHARD, "tokens_per_batch": 256},
+        "arms": {
+            "sft": {"weights": {"formula": "uniform"}},
+            "atlantis": {},
+            "ratio": {"weights": {"formula": "ratio"}},
+        },
+    }
+    return Recipe.model_validate({**tree, **changes})
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    before = dict(os.environ)
+    yield start_ranks(1.0)
+    stop_ranks()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Three models of other shapes, not trained, with weights wide enough that they disagree."""
+    root = tmp_path_factory.mktemp("models")
+    shapes = {"large": (32, 2), "small": (16, 1), "reference": (24, 2)}
+    named = {}
+    for name, (hidden, layers) in shapes.items():
+        shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 2, "pretrain_epochs": 0}
+        recipe = tiny_recipe({"large": {"scratch": shape}, "small": {"scratch": shape}})
+        folder = RunFolder(root / name)
+        build_scratch_model(recipe, folder, "large", list(SEMEVAL_LABELS), False)
+        path = str(folder.base_model("large"))
+        model = load_model(Model(model_name_or_path=path), "float32")
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(10)
+        model.save_pretrained(path)
+        named[name] = {"model_name_or_path": path}
+    return {**named, "reference": {"kind": "checkpoint", **named["reference"]}}
+
+
+@pytest.fixture(scope="module")
+def scored(models, ranks, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    recipe = tiny_recipe(models)
+    prepare(recipe, folder)
+    score(recipe, folder, ranks)
+    return recipe, folder
+
+
+@pytest.fixture
+def run(scored, tmp_path):
+    """A copy of a run with all its scores."""
+    recipe, folder = scored
+    shutil.copytree(folder.root, tmp_path / "run")
+    return recipe, RunFolder(tmp_path / "run")
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.scores.glob("*.parquet")}
+
+
+def passes_run(folder, since):
+    """(model, examples) of each pass that the log tells of after its first ``since`` lines."""
+    events = [json.loads(line) for line in folder.log.read_text().splitlines()[since:]]
+    return [(event["model"], event["examples"]) for event in events if event["event"] == "score"]
+
+
+def log_lines(folder):
+    return len(folder.log.read_text().splitlines())
+
+
+def change(path, edit):
+    """Rewrite a shard with another content under its own fingerprint."""
+    table, info = read_table(path)
+    write_table(path, edit(table), info)
+
+
+def set_value(table, column, row, value):
+    values = table[column].to_pylist()
+    values[row] = value
+    return table.set_column(table.column_names.index(column), column, pa.array(values, table[column].type))
+
+
+# --- scores
+
+
+def test_shards_hold_the_log_likelihoods_of_each_model(scored, models):
+    recipe, folder = scored
+    examples = load_examples(folder)
+    assert sorted(times(folder)) == SHARDS
+    assert not list((folder.scores / "parts").iterdir())
+    table = pa.concat_tables([pq.read_table(folder.scores / name) for name in SHARDS])
+    assert table["id"].to_pylist() == [example.id for example in examples.train]
+    for name in ("large", "small", "reference"):
+        source = Model(model_name_or_path=models[name]["model_name_or_path"])
+        encoder = Encoder(load_tokenizer(source), load_config(source), recipe.prompt, examples.labels)
+        pairs = [encoder(example) for example in examples.train]
+        alone = score_pairs(load_model(source, "float32").eval(), pairs, 0, 1).numpy()
+        assert table[f"logp_{name}"].type == table[f"eos_{name}"].type == pa.float64()
+        np.testing.assert_allclose(table[f"logp_{name}"].to_numpy(), alone[:, 0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(table[f"eos_{name}"].to_numpy(), alone[:, 1], rtol=0, atol=1e-4)
+        assert table[f"tokens_{name}"].to_pylist() == [len(pair.label) for pair in pairs]
+        assert alone[:, 0].std() > 1  # else one example's score could stand for another's
+
+
+def test_nothing_is_scored_twice(run, ranks):
+    recipe, folder = run
+    before, lines = times(folder), log_lines(folder)
+    score(recipe, folder, ranks)
+    assert times(folder) == before
+    assert passes_run(folder, lines) == []
+
+
+def test_only_missing_and_broken_shards_are_scored(run, ranks):
+    recipe, folder = run
+    before, lines = times(folder), log_lines(folder)
+    kept = {name: read_table(folder.scores / name)[0] for name in SHARDS}
+    (folder.scores / SHARDS[1]).unlink()
+    cut = folder.scores / SHARDS[4]  # the last shard: 4 examples
+    cut.write_bytes(cut.read_bytes()[:-100])
+    score(recipe, folder, ranks)
+    after = times(folder)
+    assert {name for name in SHARDS if before[name] != after[name]} == {SHARDS[1], SHARDS[4]}
+    assert passes_run(folder, lines) == [("large", 14), ("small", 14), ("reference", 14)]
+    assert all(read_table(folder.scores / name)[0].equals(kept[name]) for name in SHARDS)
+
+
+def test_killed_between_models_goes_on_with_what_is_missing(scored, ranks, tmp_path, monkeypatch):
+    recipe, whole = scored
+    folder = RunFolder(tmp_path)
+    prepare(recipe, folder)
+    go = score_module._score_pass
+
+    def killed(*args):
+        scoring = next(arg for arg in args if isinstance(arg, score_module.Pass))
+        if scoring.name == "reference":
+            raise KeyboardInterrupt
+        return go(*args)
+
+    monkeypatch.setattr(score_module, "_score_pass", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score(recipe, folder, ranks)
+    monkeypatch.undo()
+    parts = folder.scores / "parts"
+    assert len(list(parts.iterdir())) == 10 and not times(folder)
+    with pytest.raises(InputError, match=r"shard-00000-of-00005.parquet: missing \(5 of 5"):
+        merge(recipe, folder)
+    (parts / "shard-00003-of-00005.small.parquet").unlink()
+    broken = parts / "shard-00004-of-00005.large.parquet"
+    broken.write_bytes(broken.read_bytes()[:200])
+    lines = log_lines(folder)
+    score(recipe, folder, ranks)
+    assert passes_run(folder, lines) == [("large", 4), ("small", 10), ("reference", TRAIN)]
+    assert not list(parts.iterdir())
+    for name in SHARDS:
+        assert read_table(folder.scores / name)[0].equals(read_table(whole.scores / name)[0])
+        assert table_info(folder.scores / name) == table_info(whole.scores / name)
+
+
+def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
+    folder = run[1]
+    (folder.scores / SHARDS[0]).unlink()
+    other = tiny_recipe(models, prompt={"template": "Relation of {e1} and {e2}: {sentence}"})
+    with pytest.raises(InputError, match=r"differs: prompt\)"):
+        score(other, folder, ranks)
+    swapped = tiny_recipe({**models, "small": models["large"]})
+    with pytest.raises(InputError, match=r"differs: model small\)"):
+        score(swapped, folder, ranks)
+    assert sorted(times(folder)) == SHARDS[1:]
+
+
+@given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 9))
+def test_shards_are_shared_out_once_and_evenly(costs, world_size):
+    given_out = assign_shards(costs, world_size)
+    assert len(given_out) == world_size
+    assert sorted(shard for mine in given_out for shard in mine) == list(range(len(costs)))
+    loads = [sum(costs[shard] for shard in mine) for mine in given_out]
+    assert max(loads) - min(loads) <= max(costs, default=0) * (1 + 1e-9)
+
+
+# --- merge refuses
+
+
+def refused(run, message):
+    recipe, folder = run
+    with pytest.raises(InputError, match=message):
+        merge(recipe, folder)
+    assert not folder.weights.exists() and not folder.weights_info.exists()
+
+
+def test_missing_shard_is_refused(run):
+    (run[1].scores / SHARDS[3]).unlink()
+    refused(run, r"shard-00003-of-00005.parquet: missing \(1 of 5")
+
+
+def test_doubled_example_is_refused(run):
+    first = read_table(run[1].scores / SHARDS[0])[0]["id"][0].as_py()
+    change(run[1].scores / SHARDS[2], lambda table: set_value(table, "id", 4, first))
+    refused(run, f"{first} is scored twice")
+
+
+def test_lost_and_strange_examples_are_refused(run):
+    path = run[1].scores / SHARDS[2]
+    gone = read_table(path)[0]["id"][9].as_py()
+    change(path, lambda table: set_value(table, "id", 9, "nobody"))
+    refused(run, f"{gone} has no score")
+    change(path, lambda table: table.slice(0, 9))
+    refused(run, f"{gone} has no score")
+
+
+@pytest.mark.parametrize("column", ["logp_large", "logp_reference", "eos_small"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None])
+def test_score_that_is_not_finite_is_refused(run, column, value):
+    path = run[1].scores / SHARDS[1]
+    example = read_table(path)[0]["id"][7].as_py()
+    change(path, lambda table: set_value(table, column, 7, value))
+    refused(run, f"{column} of example {example} is not finite")
+
+
+def test_foreign_shard_is_refused(run):
+    shutil.copy(run[1].scores / SHARDS[0], run[1].scores / "shard-00000-of-00007.parquet")
+    refused(run, "shard-00000-of-00007.parquet: not a shard of this run")
+
+
+def test_shard_under_another_number_is_refused(run):
+    shutil.copy(run[1].scores / SHARDS[0], run[1].scores / SHARDS[1])
+    refused(run, "shard-00001-of-00005.parquet: made from other inputs")
+
+
+def test_shard_of_another_run_is_refused(run, models, ranks, tmp_path):
+    other = RunFolder(tmp_path / "other")
+    recipe = tiny_recipe(models, seed=1)
+    prepare(recipe, other)
+    score(recipe, other, ranks)
+    shutil.copy(other.scores / SHARDS[2], run[1].scores / SHARDS[2])
+    refused(run, "shard-00002-of-00005.parquet: made from other inputs")
+
+
+def test_file_not_written_here_is_refused(run):
+    path = run[1].scores / SHARDS[0]
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    refused(run, "shard-00000-of-00005.parquet: not written by atlantis_ds")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 500, -1])
+def test_truncated_shard_is_refused(run, keep):
+    path = run[1].scores / SHARDS[0]
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(run, "shard-00000-of-00005.parquet: broken Parquet file")
+
+
+def test_no_flipped_bit_passes_into_the_scores(run):
+    recipe, folder = run
+    examples = load_examples(folder)
+    before, _ = load_scores(recipe, folder, examples)
+    path = folder.scores / SHARDS[1]
+    whole = path.read_bytes()
+    caught = 0
+    for place in range(0, len(whole), 23):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << (place % 8)
+        path.write_bytes(flipped)
+        try:
+            after, _ = load_scores(recipe, folder, examples)
+        except InputError:
+            caught += 1
+        else:  # a bit that means nothing, as a statistic of a column
+            for name in ("large", "small", "reference", "eos_large", "tokens_small"):
+                assert np.array_equal(getattr(before, name), getattr(after, name)), (place, name)
+    assert caught > len(whole) / 23 / 3
+
+
+def test_other_prompt_than_the_recipes_is_refused(run, models):
+    other = tiny_recipe(models, prompt={"template": "{sentence}"})
+    refused((other, run[1]), "another `prompt`")
+
+
+# --- weights
+
+
+def test_weights_have_mean_one_and_arms_read_them(run):
+    recipe, folder = run
+    info = merge(recipe, folder)
+    examples = load_examples(folder)
+    table, _ = read_table(folder.weights)
+    weight = table["weight"].to_numpy()
+    assert table["id"].to_pylist() == [example.id for example in examples.train]
+    assert weight.mean() == pytest.approx(1, abs=1e-12) and weight.std() > 0.01
+    scores, _ = load_scores(recipe, folder, examples)
+    np.testing.assert_allclose(table["log_weight"].to_numpy(), scores.large - scores.small + scores.reference)
+    assert info == read_json(folder.weights_info)
+    assert folder.weights_plot.stat().st_size > 0
+    assert np.array_equal(arm_weights(recipe, folder, examples, "atlantis"), weight)
+
+
+def test_uniform_weights_are_exactly_one_and_need_no_scores(run):
+    recipe, folder = run
+    shutil.rmtree(folder.scores)
+    weights = arm_weights(recipe, folder, load_examples(folder), "sft")
+    assert weights.dtype == np.float64 and weights.tolist() == [1.0] * TRAIN
+
+
+def test_other_weights_need_no_scoring(run, models, ranks):
+    recipe, folder = run
+    merge(recipe, folder)
+    examples = load_examples(folder)
+    before, lines = times(folder), log_lines(folder)
+    own = arm_weights(recipe, folder, examples, "ratio")  # an arm's own formula, from the same scores
+    assert own.mean() == pytest.approx(1, abs=1e-12)
+
+    other = tiny_recipe(models, weights={"formula": "ratio"})
+    with pytest.raises(InputError, match=r"merged with other options.*run `merge` again"):
+        arm_weights(other, folder, examples, "atlantis")
+    score(other, folder, ranks)
+    merge(other, folder)
+    assert times(folder) == before and passes_run(folder, lines) == []
+    assert np.array_equal(arm_weights(other, folder, examples, "atlantis"), own)
+    assert not np.array_equal(own, arm_weights(recipe, folder, examples, "sft"))
+
+
+def test_merge_writes_once(run):
+    recipe, folder = run
+    first = merge(recipe, folder)
+    before = folder.weights.stat().st_mtime_ns
+    assert merge(recipe, folder) == first
+    assert folder.weights.stat().st_mtime_ns == before
