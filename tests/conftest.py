@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -43,7 +44,8 @@ class Job:
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
         self.command = command
-        self.output = tempfile.TemporaryFile()  # not a pipe: an orphaned rank would hold its end open
+        # Not a pipe: an orphaned rank would hold its end open.
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -89,6 +91,23 @@ class Job:
                 pytest.fail(f"ended, or hung, before it could be killed:\n{self.text()[-3000:]}")
             time.sleep(0.005)
         self.kill()
+
+
+def events(run: Path, kind: str, arm: str | None = None) -> list[dict[str, Any]]:
+    """The events of one kind (and arm) in ``log.jsonl`` of a run folder, in order."""
+    path = run / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [event for event in found if event["event"] == kind and arm in (None, event.get("arm"))]
+
+
+def refuse(done: Done, *words: str) -> None:
+    """Bad input: exit code 2, one line that holds these words, no traceback."""
+    assert done.code == 2, done.out[-4000:]
+    assert "Traceback" not in done.out, done.out[-4000:]
+    lines = [line for line in done.out.splitlines() if line.startswith(("error:", "fault:"))]
+    assert len(lines) == 1, done.out[-4000:]
+    assert all(word in lines[0] for word in words), lines[0]
 
 
 def start(kind: str, ranks: int, *arguments: object, env: dict[str, str] | None = None) -> Job:

@@ -123,6 +123,9 @@ def equal_gradients(path: str, ranks: Ranks, stage: int, accumulation: int, **op
     setting = Setting(path, ranks, deepspeed=config, per_device_train_batch_size=micro, **options)
     order = np.random.default_rng(2).permutation(BATCH)
     errors = {}
+    if setting.train.mode == "full":  # what stands in the file, and not some other initial weights
+        loaded = {name: parameter.detach() for name, parameter in setting.bare.named_parameters()}
+        errors["loaded weights"] = error(setting.weights_now(), loaded)
     for name, rows in (("full", order), ("short", order[:17])):
         setting.copy_to_bare()
         gradients, result = setting.step(rows)
