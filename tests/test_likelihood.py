@@ -19,8 +19,8 @@ from atlantis_ds.cluster.ranks import free_port
 from atlantis_ds.data.formats import SEMEVAL_LABELS, read_semeval
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate, token_budget_batches
-from atlantis_ds.lm.encode import Encoder
-from atlantis_ds.lm.likelihood import label_log_likelihoods, score_pairs
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
 from atlantis_ds.recipe import Model, Prompt
 
@@ -347,3 +347,24 @@ def test_too_long_example_is_refused_by_its_id():
     config.max_position_embeddings = length - 1
     with pytest.raises(InputError, match=f"example {longest.id}: {length} tokens.*at most {length - 1}"):
         Encoder(encoder.tokenizer, config, Prompt(), [])(longest)
+
+
+@pytest.mark.parametrize("family", ["causal", "encoder-decoder"])
+@pytest.mark.parametrize("budget", [1, 300, 4096])
+def test_all_labels_behind_one_prompt_equal_the_single_pairs(family: str, budget: int) -> None:
+    """Ranking reads a causal prompt once for all labels: the same values as each (prompt, label) pair alone."""
+    torch.manual_seed(0)
+    if family == "causal":
+        shape = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_hidden_layers=2, **shape)).eval()
+    else:
+        config = T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+        config.decoder_start_token_id = 0
+        model = T5ForConditionalGeneration(config).eval()
+    prompts = [[5 + i for i in range(n)] for n in (12, 3, 25, 12)]
+    labels = [[7], [8, 9, 10], [7, 11], [12, 13, 14, 15]]
+    pairs = [Encoded(prompt, label, 2) for prompt in prompts for label in labels]
+    expected = torch.cat([score_pairs(model, [pair], 2, 1) for pair in pairs]).view(4, 4, 2)
+    result = score_choices(model, prompts, labels, 2, budget)
+    assert (result - expected).abs().max() < 1e-4
+    assert expected.std() > 1e-3

@@ -15,7 +15,7 @@ from atlantis_ds.evaluate.metrics import UNMAPPED
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.lm.batch import token_budget_batches
 from atlantis_ds.lm.encode import Encoder
-from atlantis_ds.lm.likelihood import score_pairs
+from atlantis_ds.lm.likelihood import score_choices
 from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.progress import Steps, console
 from atlantis_ds.recipe import Evaluate, Model, Recipe
@@ -79,15 +79,15 @@ def rank_labels(
     lm: Any, encoder: Encoder, examples: Sequence[Example], options: Evaluate, advance: Advance
 ) -> list[str]:
     """The label with the greatest log-likelihood, end-of-sequence token included, for each example."""
-    labels, best = encoder.labels, []
-    chunk = max(1, options.tokens_per_batch // 64)
-    for start in range(0, len(examples), chunk):
-        some = examples[start : start + chunk]
-        pairs = [encoder(example, label) for example in some for label in labels]
-        sums = score_pairs(lm, pairs, encoder.tokenizer.eos_token_id, options.tokens_per_batch).sum(dim=1)
-        best += [labels[index] for index in sums.view(len(some), len(labels)).argmax(dim=1)]
-        advance(len(some))
-    return best
+    sums = score_choices(
+        lm,
+        [encoder.prompt_ids(example) for example in examples],
+        [encoder.label_ids(label) for label in encoder.labels],
+        encoder.tokenizer.eos_token_id,
+        options.tokens_per_batch,
+        advance,
+    )
+    return [encoder.labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
 
 
 @torch.inference_mode()

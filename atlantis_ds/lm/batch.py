@@ -102,6 +102,52 @@ def collate(
     )
 
 
+def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], eos: int) -> Batch:
+    """One batch of causal prompts, each followed by all labels: prompt tokens are read once, not once a label.
+
+    The labels stand behind the prompt side by side. Each sees the prompt and itself alone, and counts its positions
+    from the prompt's end, so that its log-likelihood is that of the plain pair.
+
+    Args:
+        prompts: token ids of B prompts.
+        labels: token ids of K labels, without the end-of-sequence token.
+        eos: the end-of-sequence token.
+
+    Returns:
+        a batch of B * K examples: the K labels of the first prompt, then those of the second, and so on.
+    """
+    behind = sum(map(len, labels))
+    width = max(map(len, prompts)) + behind
+    ids = torch.full((len(prompts), width), eos)
+    position_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    # Every position sees itself, also those of the padding: a row without any would be NaN.
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(prompts), 1, 1)
+    starts: list[list[int]] = []
+    for row, prompt in enumerate(prompts):
+        end = len(prompt)
+        ids[row, :end] = torch.tensor(prompt)
+        position_ids[row, :end] = torch.arange(end)
+        sees[row, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
+        start = end
+        for label in labels:
+            stop = start + len(label)
+            ids[row, start:stop] = torch.tensor(label)
+            position_ids[row, start:stop] = torch.arange(end, end + len(label))
+            sees[row, start:stop, :end] = True
+            sees[row, start:stop, start:stop] = torch.ones(len(label), len(label), dtype=torch.bool).tril()
+            starts.append([row * width + end - 1, *range(row * width + start, row * width + stop)])
+            start = stop
+    targets = [[*label, eos] for label in labels] * len(prompts)
+    return Batch(
+        inputs={"input_ids": ids, "position_ids": position_ids, "attention_mask": sees[:, None]},
+        positions=_flat(starts),
+        targets=_flat(targets),
+        example=_flat([[row] * len(target) for row, target in enumerate(targets)]),
+        is_eos=_flat([[0] * (len(target) - 1) + [1] for target in targets]),
+        weight=torch.ones(len(targets), dtype=torch.float64),
+    )
+
+
 def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)

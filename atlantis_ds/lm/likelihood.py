@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from atlantis_ds.lm.batch import Batch, collate, token_budget_batches
+from atlantis_ds.lm.batch import Batch, collate, collate_choices, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
 
 
@@ -76,4 +76,45 @@ def score_pairs(
         result[rows] = label_log_likelihoods(model, batch).cpu()
         if progress:
             progress(len(rows), sum(lengths[row] for row in rows))
+    return result
+
+
+@torch.inference_mode()
+def score_choices(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    eos: int,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Label log-likelihoods of every label behind every prompt.
+
+    A causal model reads each prompt once for all labels. An encoder-decoder reads it once a label.
+
+    Args:
+        model: as in ``label_log_likelihoods``, in eval mode.
+        prompts: token ids of n prompts.
+        labels: token ids of K labels, without the end-of-sequence token.
+        eos: the end-of-sequence token.
+        tokens_per_batch: token budget of one batch, padding included.
+        progress: called with the number of prompts after each batch.
+
+    Returns:
+        float64 [n, K, 2] on the CPU, in the order of the arguments: label tokens, end-of-sequence token.
+    """
+    config = getattr(model, "module", model).config
+    device = next(model.parameters()).device
+    result = torch.empty(len(prompts), len(labels), 2, dtype=torch.float64)
+    lengths = [len(prompt) + sum(map(len, labels)) for prompt in prompts]
+    for rows in token_budget_batches(lengths, tokens_per_batch):
+        if config.is_encoder_decoder:
+            pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
+            sums = score_pairs(model, pairs, eos, tokens_per_batch)
+        else:
+            batch = collate_choices([prompts[row] for row in rows], labels, eos).to(device)
+            sums = label_log_likelihoods(model, batch).cpu()
+        result[rows] = sums.view(len(rows), len(labels), 2)
+        if progress:
+            progress(len(rows))
     return result

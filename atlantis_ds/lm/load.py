@@ -78,10 +78,13 @@ def load_config(model: Model) -> Any:
     return _from_pretrained(AutoConfig, adapter_base(model) or model)
 
 
-def load_model(model: Model, dtype: str) -> Any:
+def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None) -> Any:
     """Load a causal or encoder-decoder LM from safetensors, on the CPU (or sharded, under an HfDeepSpeedConfig).
 
-    A folder with a LoRA adapter loads its base model with the adapter merged in.
+    A folder with a LoRA adapter loads its base model, whole and in ``dtype``, with the adapter merged in.
+
+    Args:
+        quantised: for a base in 4 bits, ``quantization_config`` and ``device_map`` of ``from_pretrained``.
 
     Raises:
         InputError: it cannot be loaded.
@@ -95,11 +98,11 @@ def load_model(model: Model, dtype: str) -> Any:
     config = load_config(model)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in _tensor_names(model):
-        return _load_untied_t5(loader, model, config, dtype)
-    return _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True)
+        return _load_untied_t5(loader, model, config, dtype, quantised)
+    return _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True, **(quantised or {}))
 
 
-def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str) -> Any:
+def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str, quantised: dict[str, Any] | None) -> Any:
     """A T5 with a head of its own, as Flan-T5 (one that does not scale its outputs, in the terms of its config).
 
     transformers 5 calls every T5 tied, and keeps the head apart only where its values differ from the embedding's.
@@ -109,7 +112,7 @@ def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str) -> Any:
     declared = kind._tied_weights_keys
     kind._tied_weights_keys = {key: to for key, to in declared.items() if key != "lm_head.weight"}
     try:
-        lm = _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True)
+        lm = _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True, **(quantised or {}))
         lm._tied_weights_keys = kind._tied_weights_keys  # its own, for a later tie_weights()
     finally:
         kind._tied_weights_keys = declared
