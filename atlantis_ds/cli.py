@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -276,7 +277,8 @@ def main() -> NoReturn:
 def _end(line: str, code: int) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         # Mostly all ranks meet the same error: leave rank 0 the time to say it, and the launcher to end the rest.
-        time.sleep(2)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(5)
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # a rank that others wait for must not linger in teardown
