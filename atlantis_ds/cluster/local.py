@@ -29,7 +29,7 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        # DeepSpeed compiles a small op at its first start and looks for `ninja` on PATH.
+        # DeepSpeed compiles the ops it needs (CPU Adam) with the `ninja` that it finds on PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     processes = [

@@ -22,6 +22,9 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     from transformers import get_scheduler
     from transformers.integrations import HfDeepSpeedConfig
 
+    # On CPUs DeepSpeed would compile an op that only inference uses: half a minute, and a rank that is killed meanwhile
+    # leaves a lock on which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Sharding at load needs to know the world size; this takes over the process group that is there.
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     config = deepspeed_config(train, ranks.world_size)
