@@ -275,7 +275,10 @@ def main() -> NoReturn:
 
 
 def _end(line: str, code: int) -> NoReturn:
-    if os.environ.get("RANK", "0") != "0":
+    main_rank = os.environ.get("RANK", "0") == "0"
+    if code == 75 and not main_rank:
+        os._exit(code)  # all ranks have agreed and saved; one of them says so
+    if not main_rank:
         # Mostly all ranks meet the same error: leave rank 0 the time to say it, and the launcher to end the rest.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(5)
