@@ -209,8 +209,10 @@ class Weights(Section):
 
 
 class Train(Section):
-    mode: Literal["full", "lora"] = "full"
-    """Train all weights, or LoRA adapters."""
+    mode: Literal["full", "lora", "qlora"] = "full"
+    """All weights, LoRA adapters, or LoRA adapters on a base in 4 bits (bitsandbytes NF4, double quantisation)."""
+    bnb_4bit_quant_storage: DType | None = None
+    """qlora: the type that holds the packed 4-bit weights; must be `dtype`. Setting it allows ZeRO-3."""
     deepspeed: str = "ds_configs/zero3.json"
     """DeepSpeed config; its `auto` values are filled from this recipe."""
     dtype: DType = "bfloat16"
@@ -247,6 +249,15 @@ class Train(Section):
     def _batches(self) -> Train:
         if self.per_device_train_batch_size > self.train_batch_size:
             raise ValueError("`per_device_train_batch_size` is larger than `train_batch_size`")
+        return self
+
+    @model_validator(mode="after")
+    def _quant_storage(self) -> Train:
+        if self.bnb_4bit_quant_storage is not None:
+            if self.mode != "qlora":
+                raise ValueError("`bnb_4bit_quant_storage` is for mode: qlora")
+            if self.bnb_4bit_quant_storage != self.dtype:
+                raise ValueError("`bnb_4bit_quant_storage` must be `dtype`: ZeRO-3 shards weights of one type together")
         return self
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ def deepspeed_config(train: Train, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config file of a recipe with its ``auto`` values filled in.
 
     Raises:
-        InputError: the file is missing or broken, contradicts the recipe, or holds an ``auto`` that the recipe
-            has no value for.
+        InputError: the file is missing or broken, contradicts the recipe, asks for what cannot work together, or holds
+            an ``auto`` that the recipe has no value for.
     """
     path = Path(train.deepspeed)
     try:
@@ -39,13 +41,49 @@ def deepspeed_config(train: Train, world_size: int) -> dict[str, Any]:
         "train_batch_size": micro * accumulation * world_size,
         "gradient_clipping": train.max_grad_norm,
         "bf16.enabled": train.dtype == "bfloat16",
+        "zero_optimization.offload_optimizer.nvme_path": os.environ.get("TMPDIR", tempfile.gettempdir()),
+        "zero_optimization.offload_param.nvme_path": os.environ.get("TMPDIR", tempfile.gettempdir()),
     }
     for forbidden in ("optimizer", "scheduler", "fp16"):
         if forbidden in config:
             raise InputError(f"train.deepspeed: {path}: remove `{forbidden}`; the recipe decides it")
     # Always said: without it DeepSpeed would train bare bf16 weights, which hardly move at small learning rates.
     config.setdefault("bf16", {}).setdefault("enabled", "auto")
-    return _fill(config, known, path, "")
+    filled = _fill(config, known, path, "")
+    if reason := refusal(train, filled):
+        raise InputError(f"train.deepspeed: {path}: {reason}")
+    return filled
+
+
+def offload_device(config: dict[str, Any], part: str) -> str:
+    """Where a DeepSpeed config keeps ``optimizer`` or ``param``: ``none`` (the GPU), ``cpu`` or ``nvme``."""
+    section = config.get("zero_optimization", {}).get(f"offload_{part}") or {}
+    return str(section.get("device", "none"))
+
+
+def refusal(train: Train, config: dict[str, Any]) -> str | None:
+    """Why a mode cannot work under a DeepSpeed config, with the nearest one that does; None where it can."""
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    optimizer, param = offload_device(config, "optimizer"), offload_device(config, "param")
+    if stage not in (0, 1, 2, 3):
+        return f"ZeRO stage {stage!r} does not exist; take 0, 1, 2 or 3"
+    if param != "none" and stage != 3:
+        return f"parameters are offloaded under ZeRO-3 only, not under ZeRO-{stage}; take ds_configs/zero3_offload.json"
+    if optimizer != "none" and stage == 0:
+        return "ZeRO-0 does not offload the optimizer; take ds_configs/zero2_offload.json"
+    if optimizer == "nvme" and stage != 3:
+        return f"ZeRO-{stage} offloads to the CPU only; take ds_configs/zero2_offload.json (or zero3_nvme.json)"
+    if train.mode == "qlora" and param != "none":
+        return (
+            "4-bit weights cannot be offloaded; take ds_configs/zero2_offload.json (optimizer on the CPU), "
+            "or train.mode: lora with this file"
+        )
+    if train.mode == "qlora" and stage == 3 and train.bnb_4bit_quant_storage is None:
+        return (
+            "4-bit weights under ZeRO-3 are loaded whole on every GPU before they are sharded; take "
+            "ds_configs/zero2.json, train.mode: lora, or ask for it with train.bnb_4bit_quant_storage: " + train.dtype
+        )
+    return None
 
 
 def _fill(config: dict[str, Any], known: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.lm.load import load_model
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.load import DTYPES, load_model
 from atlantis_ds.recipe import Model, Train
-from atlantis_ds.train.deepspeed_config import deepspeed_config
+from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device
 
 
 def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks: Ranks) -> Any:
@@ -28,23 +29,26 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     # Sharding at load needs to know the world size; this takes over the process group that is there.
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     config = deepspeed_config(train, ranks.world_size)
+    _check_machine(train, config, ranks.device)
     # from_pretrained shards at load for as long as this object lives.
     sharding = HfDeepSpeedConfig(config)
-    lm = load_model(model, train.dtype)
+    lm = load_model(model, train.dtype, _four_bits(train, ranks.device))
     del sharding
     torch.manual_seed(seed)
-    if train.mode == "lora":
+    if train.mode != "full":
         lm = _add_lora(lm, train)
     lm.config.use_cache = False
     if train.gradient_checkpointing:
         # LoRA under ZeRO-3 needs the reentrant kind, which in turn needs an input with a gradient.
-        reentrant = train.mode == "lora" and config["zero_optimization"]["stage"] == 3
+        reentrant = train.mode != "full" and config["zero_optimization"]["stage"] == 3
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant:
             lm.enable_input_require_grads()
     lm.train()
     parameters = [parameter for parameter in lm.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = _adamw_class(train, config, ranks.device)(
+        parameters, lr=train.learning_rate, weight_decay=train.weight_decay
+    )
     scheduler = get_scheduler(
         train.lr_scheduler_type,
         optimizer,
@@ -53,6 +57,57 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     )
     engine, *_ = deepspeed.initialize(model=lm, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
+
+
+def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -> None:
+    """Refuse, before a model is loaded, what this machine cannot do.
+
+    Raises:
+        InputError: NVMe offload without libaio; 4-bit weights under ZeRO-3 on CPU ranks.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if "nvme" in (offload_device(config, "optimizer"), offload_device(config, "param")):
+        builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+        if builder is None or not builder.is_compatible(verbose=False):
+            raise InputError(
+                f"train.deepspeed: {train.deepspeed}: offload to NVMe needs libaio with its headers (libaio-dev) on "
+                "every node; install it, or take ds_configs/zero3_offload.json"
+            )
+    if train.mode == "qlora" and device.type == "cpu" and config["zero_optimization"]["stage"] == 3:
+        raise InputError(
+            f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks take "
+            "ds_configs/zero2.json, or train.mode: lora"
+        )
+
+
+def _adamw_class(train: Train, config: dict[str, Any], device: torch.device) -> Any:
+    """AdamW by where its states lie; all of them compute the same update, the 8-bit one up to its rounding."""
+    if offload_device(config, "optimizer") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam
+    if train.mode == "qlora" and device.type == "cuda":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit
+    return torch.optim.AdamW
+
+
+def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
+    """What ``from_pretrained`` needs to load a QLoRA base (Dettmers et al. 2023): NF4, double quantisation."""
+    if train.mode != "qlora":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[train.dtype],
+        bnb_4bit_quant_storage=DTYPES[train.bnb_4bit_quant_storage] if train.bnb_4bit_quant_storage else None,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _add_lora(lm: Any, train: Train) -> Any:
