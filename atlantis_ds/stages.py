@@ -12,7 +12,7 @@ from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.progress import console
 from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, write_text
+from atlantis_ds.run_folder import RunFolder, read_json, write_text
 
 
 def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
@@ -60,6 +60,7 @@ def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
 
 def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
     """All stages; what is finished and valid is skipped. Ends with the table of arms."""
+    from atlantis_ds.weights.diagnostics import diagnosis_table
     from atlantis_ds.weights.score import score
 
     prepare(recipe, folder, ranks)
@@ -72,6 +73,8 @@ def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
         train(recipe, folder, ranks, arm, force)
     evaluate(recipe, folder, ranks, list(recipe.arms))
     if ranks.is_main and weighted:
+        # Shown before training, when there is still time to stop, and again beside the figures they explain.
+        console.print(diagnosis_table(read_json(folder.weights_info)))
         console.print(f"weights: {folder.weights_plot}")
 
 
