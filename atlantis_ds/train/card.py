@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from atlantis_ds import __version__
 from atlantis_ds.data.prepare import Examples
 from atlantis_ds.lm.load import load_config
 from atlantis_ds.recipe import Recipe
@@ -30,7 +31,7 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
         ``data`` (fingerprint, sizes), ``weights`` (options, ``ess``, ``ess_fraction``, ``pareto_k``,
         ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a job that is no arm) and ``versions``.
     """
-    packages = ["atlantis_ds", "torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
+    packages = ["torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
     return {
         "arm": job.name,
         "recipe": recipe.model_dump(mode="json", exclude_unset=True),
@@ -44,7 +45,8 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
             "labels": len(examples.labels),
         },
         "weights": _weights_facts(recipe, folder, examples, job) if job.name in recipe.arms else None,
-        "versions": {package: version(package) for package in packages},
+        # Our own version needs no installed package: a checkout on PYTHONPATH trains as well.
+        "versions": {"atlantis_ds": __version__} | {package: version(package) for package in packages},
     }
 
 
