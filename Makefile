@@ -1,12 +1,13 @@
 # make demo      the whole method on a small problem, from nothing, on the CPU
 # make test      linters, type checks and all tests that are not slow
+# make soak      48 injected faults and the slow tests; an hour or so
 # make smollm2   a real pretrained model of 135M parameters into models/
 # Each makes .venv first, a few minutes the first time.
 
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test smollm2
+.PHONY: demo test soak smollm2
 
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
@@ -20,6 +21,10 @@ test: .venv/.installed
 	done; \
 	if [ -n "$$failed" ]; then echo "make test: FAILED: $${failed#; }"; exit 1; fi; \
 	echo "make test: all passed"
+
+soak: .venv/.installed
+	export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; tools/install_test_services.sh && \
+		python tools/soak.py --faults 48 && pytest -m slow
 
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py

@@ -90,12 +90,12 @@ def score(
     Example: torchrun --nproc-per-node 8 -m atlantis_ds score recipes/semeval_qwen2_1.5b.yaml
     """
     _start_local(ranks)
-    from atlantis_ds.weights.score import score
+    from atlantis_ds import stages
 
     number, _, of = part.partition("/")
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         raise InputError(f"--part {part}: write it as I/N with 1 <= I <= N")
-    _on_ranks(recipe, overrides, lambda r, f, k: score(r, f, k, (int(number), int(of))))
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.score(r, f, k, (int(number), int(of))))
 
 
 @app.command()
@@ -243,6 +243,26 @@ def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, 
         print(f"{what:20} {state}")
 
 
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: A100, H100, H200, L4 or 4090.")] = "H100",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file, too.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Estimate memory, micro-batch and hours of every mode.
+
+    Reads the recipe, its data and the configs of its models: a folder with config.json, or a config file, is enough.
+    Needs no GPU and no weights; writes nothing but the file of --json.
+
+    Example: atlantis-ds plan recipes/semeval_qwen2_7b_zero3.yaml --gpus 8 --gpu A100
+    """
+    from atlantis_ds.train.plan import plan
+
+    plan(*_load(recipe, overrides), gpus, gpu, json_file)
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -263,6 +283,8 @@ def main() -> NoReturn:
         _end(f"fault: {error}", 1)
     except Preempted as error:
         _end(f"preempted: {error}", 75)
+    except OSError as error:
+        _end(f"fault: {error}", 1)  # a full disk, a read-only folder: what was finished stays finished
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except RuntimeError as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import load_examples
@@ -45,7 +46,16 @@ def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool
         else [arm_job(recipe, folder, examples, arm, force)]
     )
     for job in jobs:
-        fit(recipe, folder, examples, job, ranks)
+        with claimed(folder, f"train-{job.name}", ranks):
+            fit(recipe, folder, examples, job, ranks)
+
+
+def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int] = (1, 1)) -> None:
+    """Write ``scores/``: the I-th of N parts of the shards, counted from 1."""
+    from atlantis_ds.weights.score import score as score_shards
+
+    with claimed(folder, f"score-{part[0]}-of-{part[1]}", ranks):
+        score_shards(recipe, folder, ranks, part)
 
 
 def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
@@ -61,7 +71,6 @@ def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
 def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
     """All stages; what is finished and valid is skipped. Ends with the table of arms."""
     from atlantis_ds.weights.diagnostics import diagnosis_table
-    from atlantis_ds.weights.score import score
 
     prepare(recipe, folder, ranks)
     weighted = [arm for arm, options in recipe.arms.items() if (options.weights or recipe.weights).formula != "uniform"]

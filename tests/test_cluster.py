@@ -120,7 +120,7 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_mpirun(tmp_path: Path) -> None:
     need("mpirun")
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="service missing: mpi4py")
     mpirun = ("mpirun", "-np", "2", "--allow-run-as-root", "--oversubscribe", sys.executable)
     assert meet(*mpirun, script=tmp_path / "meet.py") == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
 

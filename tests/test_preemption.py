@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import TIMEOUT, Job, WriteRecipe, start, succeed
+from conftest import TIMEOUT, Job, WriteRecipe, launch, start, succeed
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
@@ -101,3 +101,27 @@ def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: 
         assert "0 of 3 shards are done, 3 to do" in out or "0 of 2 shards are done, 2 to do" in out
     assert names == [3, 5, 8]
     succeed("local", 1, "merge", recipe)
+
+
+def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.save_steps": 5, "train.eval_steps": 10**6})
+    run = tmp_path / "run"
+    succeed("local", 1, "prepare", recipe)
+    first = start("local", 1, "train", recipe, "--arm", "sft")
+    end = time.monotonic() + TIMEOUT
+    while len(events(run, "train")) < 3:
+        assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
+        time.sleep(0.05)
+    second = launch("local", 2, "train", recipe, "--arm", "sft")
+    assert second.code == 2 and f"process {first.process.pid})" in second.out, second.out[-3000:]
+    claim = run / "claims" / "train-sft.json"
+    assert str(first.process.pid) in claim.read_text()
+    first.kill()
+    assert claim.exists()
+    stop_when(start("local", 1, "train", recipe, "--arm", "sft"), run, "train", len(events(run, "train")) + 2, "STOP")
+    assert not claim.exists()
+    # From another host no process can be seen: the file is watched, and it does not change.
+    claim.write_text('{"host": "gone", "pid": 1, "machine": "gone", "beat": 9}')
+    before = time.monotonic()
+    stop_when(start("local", 1, "train", recipe, "--arm", "sft"), run, "train", len(events(run, "train")) + 2, "STOP")
+    assert time.monotonic() - before > 15

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from atlantis_ds.cluster.ranks import Ranks
@@ -29,11 +33,23 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
         shutil.rmtree(folder / temporary, ignore_errors=True)
     ranks.barrier()
     lora = hasattr(engine.module, "peft_config")
-    engine.save_checkpoint(str(folder), tag=temporary, save_latest=False, exclude_frozen_parameters=lora)
+    try:
+        engine.save_checkpoint(
+            str(folder),
+            tag=temporary,
+            # Without it the conversion for another number of ranks refuses checkpoints of stages 1 and 2.
+            client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
+            save_latest=False,
+            exclude_frozen_parameters=lora,
+        )
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder / temporary, ignore_errors=True)
+        raise RunError(f"{folder / name}: cannot be written: {str(error).splitlines()[0]}") from None
+    moments = second_moments(engine, ranks)
     ranks.barrier()
     if ranks.is_main:
         move_folder(folder / temporary, folder / name)
-        write_json(folder / name / COMPLETED, {**state, "world_size": ranks.world_size})
+        write_json(folder / name / COMPLETED, {**state, "world_size": ranks.world_size, "second_moments": moments})
         for old in complete_checkpoints(folder)[:-keep]:
             (old / COMPLETED).unlink()
             shutil.rmtree(old)
@@ -46,13 +62,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[str, Any] | None:
-    """Load the newest complete checkpoint into the engine.
+    """Load the newest complete checkpoint into the engine, whatever the number of ranks that saved it.
 
     Returns:
         the state it was saved with, or None where there is none.
 
     Raises:
-        InputError: it belongs to other data, settings or another number of ranks.
+        InputError: it belongs to other data or settings, or DeepSpeed cannot convert it to this number of ranks.
+        RunError: weights, optimizer or position did not come back.
     """
     newest = ranks.broadcast(next((str(path) for path in reversed(complete_checkpoints(folder))), None))
     if newest is None:
@@ -60,16 +77,56 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
     state: dict[str, Any] = read_json(Path(newest) / COMPLETED)
     if state["fingerprint"] != fingerprint:
         raise InputError(f"{newest}: made with other data or settings; choose another `name` or remove {folder}")
-    if state["world_size"] != ranks.world_size:
-        raise InputError(
-            f"{newest}: saved by {state['world_size']} ranks, this job has {ranks.world_size}; "
-            f"start it with {state['world_size']}, or remove {folder} to train again"
-        )
+    tag = Path(newest).name
+    other_ranks = state["world_size"] != ranks.world_size and engine.zero_optimization_stage() > 0
+    if other_ranks:
+        tag = _convert(Path(newest), state["world_size"], ranks)
+    # DeepSpeed reads this of its own config, and only when it loads.
+    engine._config.load_universal_checkpoint = other_ranks
     lora = hasattr(engine.module, "peft_config")
-    loaded, _ = engine.load_checkpoint(str(folder), tag=Path(newest).name, load_module_strict=not lora)
-    if loaded is None or engine.global_steps != state["step"]:
-        raise RunError(f"{newest}: DeepSpeed did not load it; remove it to go on from an older one")
+    try:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not lora)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RunError(f"{newest}: cannot be read ({reason}); remove it to go on from an older one") from None
+    engine._config.load_universal_checkpoint = False
+    moments = second_moments(engine, ranks)
+    # Conversions that silently left the optimizer empty have been seen (DeepSpeed#6691).
+    if (
+        loaded is None
+        or engine.global_steps != state["step"]
+        or not math.isclose(moments, state["second_moments"], rel_tol=1e-4)
+    ):
+        raise RunError(f"{newest}: DeepSpeed did not load all of it; remove it to go on from an older one")
+    if other_ranks and ranks.is_main:
+        shutil.rmtree(folder / tag)
     return state
+
+
+def _convert(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
+    """Rank 0 converts a checkpoint to DeepSpeed's universal format, beside it; returns the tag."""
+    target = checkpoint.with_name(f".{checkpoint.name}.universal")
+    words = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint)]
+    failure = None
+    if ranks.is_main:
+        shutil.rmtree(target, ignore_errors=True)
+        done = subprocess.run([sys.executable, *words, "--output_folder", str(target)], capture_output=True, text=True)
+        failure = done.stderr.strip().splitlines()[-1:] if done.returncode else None
+    if (failure := ranks.broadcast(failure)) is not None:
+        raise InputError(
+            f"{checkpoint}: saved by {saved_by} ranks, this job has {ranks.world_size}, and DeepSpeed cannot convert "
+            f"it ({''.join(failure)}); start the job with {saved_by} ranks. Or start a new run from its weights alone: "
+            f"`python {checkpoint.parent}/zero_to_fp32.py {checkpoint.parent} OUT --tag {checkpoint.name} "
+            "--safe_serialization` writes them"
+        )
+    return target.name
+
+
+def second_moments(engine: Any, ranks: Ranks) -> float:
+    """Sum of Adam's second moments over all weights and ranks: the same however they are sharded."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    total = sum(float(s["exp_avg_sq"].double().sum()) for s in optimizer.state.values() if "exp_avg_sq" in s)
+    return ranks.sum(total)[0] if engine.zero_optimization_stage() > 0 else total
 
 
 def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:

@@ -122,7 +122,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
                 if ranks.is_main:
                     append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=_finite(dev_loss))
                 state["dev_loss"] = _finite(dev_loss)
-                if state["best_loss"] is None or dev_loss < state["best_loss"]:
+                if math.isfinite(dev_loss) and (state["best_loss"] is None or dev_loss < state["best_loss"]):
                     state["best_loss"], state["best_step"] = dev_loss, step + 1
                     save_model(engine, tokenizer, folder.model(job.name) / "best", ranks)
             note = f"loss {result.loss:.4f}" + (f", dev {state['best_loss']:.4f}" if state["best_loss"] else "")

@@ -1,0 +1,120 @@
+"""One job at a time does one piece of work in a run folder.
+
+The claim is a small file that its owner rewrites every few seconds. Nothing is locked (NFS and Lustre break locks), no
+clocks are compared: another job looks whether the file changes, and takes over the claim of a dead one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.errors import InputError
+from atlantis_ds.run_folder import RunFolder
+
+BEAT_SECONDS = 5.0
+PATIENCE_SECONDS = 3 * BEAT_SECONDS
+
+
+@contextlib.contextmanager
+def claimed(folder: RunFolder, work: str, ranks: Ranks) -> Iterator[None]:
+    """Hold the claim on ``work``, a word such as ``train-sft``, for this job; rank 0 does it for all.
+
+    Raises:
+        InputError: another job that is alive holds it; its host and process are named.
+    """
+    path = folder.root / "claims" / f"{work}.json"
+    other = _take(path) if ranks.is_main else None
+    if other := ranks.broadcast(other):
+        raise InputError(f"{path}: another job is doing this ({other}); wait for it, or choose another `name`")
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    if ranks.is_main:
+        beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if ranks.is_main:
+            beat.join()
+            path.unlink(missing_ok=True)
+
+
+def _take(path: Path) -> str | None:
+    """Take the claim, from a dead owner if need be; or name the living one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):  # O_EXCL is atomic on NFS too
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.write(descriptor, _owner(0).encode())
+            os.close(descriptor)
+            return None
+        if other := _living_owner(path):
+            return other
+        with contextlib.suppress(FileNotFoundError):  # of several that see a dead owner, one gets to rename it
+            grave = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+            os.rename(path, grave)
+            grave.unlink()
+
+
+def _living_owner(path: Path) -> str | None:
+    seen = _read(path)
+    try:
+        owner = json.loads(seen)
+        if owner["machine"] == _machine():
+            os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass  # half written: look whether it goes on
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        time.sleep(BEAT_SECONDS / 10)
+        if (now := _read(path)) != seen:
+            return _name(now)
+    return None
+
+
+def _name(text: str) -> str | None:
+    try:
+        owner = json.loads(text)
+        return f"host {owner['host']}, process {owner['pid']}"
+    except (ValueError, KeyError, TypeError):
+        return None  # gone, or being written: the caller looks again
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _machine() -> str:
+    """This host and its process numbers: containers on one host count their processes apart."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _owner(beat: int) -> str:
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "beat": beat}
+    return json.dumps(owner)
+
+
+def _beat(path: Path, stop: threading.Event) -> None:
+    beat = 0
+    while not stop.wait(BEAT_SECONDS):
+        beat += 1
+        temporary = path.with_name(f".{path.name}.beat")
+        with contextlib.suppress(OSError):  # a full disk must not look like a second job
+            temporary.write_text(_owner(beat), encoding="utf-8")
+            os.replace(temporary, path)

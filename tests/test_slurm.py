@@ -1,0 +1,176 @@
+"""The real sbatch files on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ENV, ROOT, WriteRecipe, launch, succeed
+from test_preemption import events, losses
+from test_services import job, need, run, wait_for
+from test_services import start as start_service
+from test_services import stop as stop_service
+
+SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1")
+"""The files ask for GPU nodes; what stands on sbatch's command line wins."""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    need("slurmctld", "slurmd", "munged", "srun")
+    env = start_service("slurm_up.sh")
+    yield {k: v for k, v in ENV.items() if not k.startswith("SLURM_")} | {
+        name: value for name, value in env.items() if name.startswith("SLURM_")
+    }
+    stop_service("slurm_down.sh", env["SLURM_STATE_DIR"])
+
+
+def sbatch(slurm: dict[str, str], log: Path, *words: object) -> str:
+    script = next(i for i, word in enumerate(words) if str(word).endswith(".sbatch"))
+    options, arguments = words[:script], words[script + 1 :]
+    file = str(ROOT / "slurm" / str(words[script]))
+    return run(slurm, "sbatch", "--parsable", f"--output={log}", *SMALL, *map(str, options), file, *map(str, arguments))
+
+
+def state(slurm: dict[str, str], job_id: str) -> str:
+    return job(slurm, job_id)["JobState"]
+
+
+def text(log: Path) -> str:
+    return log.read_text() if log.exists() else ""
+
+
+def ended(slurm: dict[str, str], job_id: str, log: Path, seconds: float = 180) -> str:
+    over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+    wait_for(lambda: state(slurm, job_id) in over, seconds, lambda: str(job(slurm, job_id)) + text(log))
+    return state(slurm, job_id)
+
+
+def cli(slurm: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atlantis_ds", *map(str, words)]
+    return subprocess.run(command, env=slurm, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_dry_run_shows_the_files_and_writes_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "a folder", {"name": "x1"})
+    options = ("--nodes", 4, "--gpus-per-node", 8, "--time", "1-12:00:00", "--partition", "gpu", "--dry-run")
+    done = cli(ENV, "submit", recipe, *options)
+    assert done.returncode == 0, done.stderr
+    files = dict(part.split(" <==\n", 1) for part in done.stdout.split("==> ")[1:])
+    files = {Path(name).name: body for name, body in files.items()}
+    assert {"recipe.yaml", "pipeline.sh", "score.sbatch", "train.sbatch"} <= files.keys()
+    for line in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "time=1-12:00:00", "partition=gpu"):
+        assert files["train.sbatch"].count(f"#SBATCH --{line}\n") == 1, line
+    assert f'--output="{tmp_path}/a folder/x1/slurm/%x-%j.log"' in files["train.sbatch"]
+    assert "--array=1-4" in files["score.sbatch"] and "\nparts=4" in files["score.sbatch"]
+    assert "gpus" not in files["merge.sbatch"] and "--nodes=1\n" in files["score.sbatch"]
+    assert not (tmp_path / "a folder" / "x1").exists()
+    for bad in ("soon", "4h", "1:2:3:4", "60; rm x"):
+        done = cli(ENV, "submit", recipe, "--time", bad, "--dry-run")
+        assert done.returncode == 2 and "--time" in done.stderr, done.stderr
+
+
+def test_chain_from_examples_to_the_table(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path
+) -> None:
+    reference = {"kind": "finetuned", "model_name_or_path": str(base_model), "folds": 2}
+    recipe = tiny_recipe(tmp_path / "with a blank", {"models.reference": reference})
+    where = tmp_path / "with a blank" / "run"
+    sized = ("--nodes", 2, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 10)
+    done = cli(slurm, "submit", recipe, *sized)
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in done.stdout.splitlines())
+    assert list(jobs) == ["prepare", "reference", "score", "merge", "train-sft", "train-atlantis", "evaluate"]
+    assert "PENDING" in cli(slurm, "status", where).stdout
+
+    def logs() -> str:
+        return "".join(f"\n== {log}\n{log.read_text()[-1500:]}" for log in (where / "slurm").glob("*.log"))
+
+    wait_for(lambda: state(slurm, jobs["evaluate"]) not in ("PENDING", "RUNNING", "COMPLETING"), 400, logs)
+    assert {state(slurm, number) for number in jobs.values()} == {"COMPLETED"}, logs()
+    table = (where / "slurm" / f"run-evaluate-{jobs['evaluate']}.log").read_text()
+    assert "macro10" in table and "│ sft " in table and "│ atlantis " in table
+    said = cli(slurm, "status", where).stdout
+    for line in ("8 of 8 shards done", "finished, 10 steps", "effective sample size 50.0%", "macro10 0."):
+        assert line in said, said
+    assert said.count("COMPLETED") == len(jobs) + 1  # the array has two elements
+
+
+def test_refused_submission_leaves_no_job(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    done = cli(slurm, "submit", recipe, "--partition", "nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("error: sbatch refused: "), done.stderr
+    assert run(slurm, "squeue", "--noheader", "--states=PENDING,RUNNING") == ""
+
+
+def test_cancelled_element_of_the_array_is_done_later(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    scores = tmp_path / "run" / "scores"
+    succeed("local", 1, "prepare", recipe)
+    array = sbatch(slurm, tmp_path / "%a.log", "--array=1-4", "--time=10", "score.sbatch", recipe)
+    wait_for(lambda: state(slurm, f"{array}_3") == "RUNNING", 60, lambda: run(slurm, "squeue"))
+    run(slurm, "scancel", f"{array}_3")
+    for element in (1, 2, 4):
+        assert ended(slurm, f"{array}_{element}", tmp_path / f"{element}.log") == "COMPLETED", text(
+            tmp_path / f"{element}.log"
+        )
+    assert ended(slurm, f"{array}_3", tmp_path / "3.log") == "CANCELLED"
+    done = {path.name: path.stat().st_mtime_ns for path in scores.glob("shard-*.parquet")}
+    assert len(done) == 6 and "shard-00002-of-00008.parquet" not in done
+    refused = launch("local", 1, "merge", recipe)
+    assert refused.code == 2 and "shard-00002-of-00008.parquet: missing (2 of 8 shards are)" in refused.out
+    again = sbatch(slurm, tmp_path / "again.log", "--array=3", "--time=10", "score.sbatch", recipe)
+    assert ended(slurm, f"{again}_3", tmp_path / "again.log") == "COMPLETED", text(tmp_path / "again.log")
+    merged = sbatch(slurm, tmp_path / "merge.log", "merge.sbatch", recipe)
+    assert ended(slurm, merged, tmp_path / "merge.log") == "COMPLETED", text(tmp_path / "merge.log")
+    assert pq.read_metadata(tmp_path / "run" / "weights.parquet").num_rows == 37
+    assert all((scores / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
+def test_preempted_training_requeues_and_loses_nothing(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    changes = {"train.num_train_epochs": 100, "train.save_steps": 10000, "train.eval_steps": 10000}
+    recipe, undisturbed = tiny_recipe(tmp_path / "a", changes), tiny_recipe(tmp_path / "b", changes)
+    where, log = tmp_path / "a" / "run", tmp_path / "train.log"
+    for path in (recipe, undisturbed):
+        succeed("local", 1, "prepare", path)
+    number = sbatch(slurm, log, "--nodes=2", "--time=10", "train.sbatch", recipe, "sft")
+    for preempt in (
+        ("srun", "--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "true"),
+        ("scancel", "--batch", "--signal=USR2", number),
+    ):
+        before = len(events(where, "train"))
+        wait_for(lambda: len(events(where, "train")) > before + 3, 240, lambda: text(log))  # noqa: B023
+        run(slurm, *preempt)
+    assert ended(slurm, number, log, 240) == "COMPLETED", text(log)
+    assert job(slurm, number)["Restarts"] == "2"
+    assert text(log).count("preempted: train sft: stopped after step") == 2
+    succeed("local", 2, "train", undisturbed, "--arm", "sft")
+    assert len(losses(where)) == 500
+    assert losses(where) == losses(tmp_path / "b" / "run")
+
+
+@pytest.mark.slow
+def test_time_limit_requeues_and_cancelling_does_not(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    changes = {"train.num_train_epochs": 20000, "train.save_steps": 10**6, "train.eval_steps": 10**6}
+    recipe, log = tiny_recipe(tmp_path, changes), tmp_path / "train.log"
+    succeed("local", 1, "prepare", recipe)
+    options = ("--nodes=2", "--time=2", "--signal=B:USR2@30")
+    number = sbatch(slurm, log, *options, "train.sbatch", recipe, "sft")
+    wait_for(lambda: text(log).count("going on from step") == 1, 240, lambda: text(log))
+    assert job(slurm, number)["Restarts"] == "1" and "TIME LIMIT" not in text(log)
+    before = len(losses(tmp_path / "run"))
+    wait_for(lambda: len(events(tmp_path / "run", "train")) > before + 3, 60, lambda: text(log))
+    run(slurm, "scancel", number)
+    assert ended(slurm, number, log) == "CANCELLED"
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("step-*")]
+    assert saved == [f"step-{len(losses(tmp_path / 'run')):08d}"], text(log)
