@@ -1,0 +1,191 @@
+"""Scoring that is killed and finished elsewhere, whole runs through the command line, and how bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
+
+# --- scoring
+
+
+def tables(run: Path) -> dict[str, bytes]:
+    """All score shards and the weights."""
+    return {path.name: path.read_bytes() for path in [*(run / "scores").glob("*.parquet"), run / "weights.parquet"]}
+
+
+def test_killed_scoring_is_finished_by_other_numbers_of_ranks(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """On 2 ranks, killed halfway, finished on 1 and on 3: the same bytes as 2 undisturbed ranks.
+
+    All with one thread a rank, as everywhere in these tests: the order of sums within an operation may follow the
+    number of threads, it does not follow the number of ranks.
+    """
+    examples, shard = 600, 10
+    changes = {"data.train_size": examples, "score.shard_size": shard, "score.tokens_per_batch": 1024}
+    whole = tiny_recipe(tmp_path / "whole", changes)
+    succeed("local", 1, "prepare", whole)
+    killed = tiny_recipe(tmp_path / "killed", changes)
+    shutil.copytree(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+    succeed("torchrun", 2, "score", whole)
+    succeed("local", 1, "merge", whole)
+    expected = tables(tmp_path / "whole" / "run")
+    assert len(expected) == examples // shard + 1
+
+    parts = tmp_path / "killed" / "run" / "scores" / "parts"
+    start("torchrun", 2, "score", killed).kill_when(lambda: len(list(parts.glob("shard*"))) >= 80)
+    done = len(list(parts.glob("shard*")))
+    assert 80 <= done < 3 * examples // shard
+    refuse(launch("local", 1, "merge", killed), "missing")
+    for ranks in (1, 3):
+        folder = tmp_path / f"on {ranks}"
+        shutil.copytree(tmp_path / "killed" / "run", folder / "run")
+        succeed("local", ranks, "score", tiny_recipe(folder, changes))
+        succeed("local", 1, "merge", folder / "recipe.yaml")
+        assert tables(folder / "run") == expected
+        scored = sum(event["examples"] for event in events(folder / "run", "score"))
+        logged_before = sum(event["examples"] for event in events(tmp_path / "killed" / "run", "score"))
+        assert scored - logged_before == 3 * examples - done * shard, "finished parts were scored again"
+
+    # Whole shards stay as they are; the one that is gone comes back.
+    scores = tmp_path / "on 1" / "run" / "scores"
+    gone = scores / "shard-00004-of-00060.parquet"
+    gone.unlink()
+    before = {path: path.stat().st_mtime_ns for path in scores.glob("*.parquet")}
+    assert "59 of 60 shards are done" in succeed("local", 1, "score", tmp_path / "on 1" / "recipe.yaml")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert tables(tmp_path / "on 1" / "run") == expected
+
+
+# --- a whole run
+
+RUN = {
+    # Both models are the same one: the weights of `ratio` are all exactly 1, computed by scoring and merging.
+    "weights": {"formula": "ratio"},
+    "models.reference": {"kind": "finetuned", "folds": 2, "num_train_epochs": 1},
+    "train.deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+    "train.dtype": "bfloat16",
+}
+
+
+def changed(before: dict[Path, int], run: Path) -> set[str]:
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    return {str(path.relative_to(run)) for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+
+
+def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = tiny_recipe(tmp_path, RUN), tmp_path / "run"
+    first = succeed("local", 2, "run", recipe)
+    assert sorted(path.name for path in (run / "model").iterdir()) == [
+        "atlantis",
+        "reference-0-of-2",
+        "reference-1-of-2",
+        "sft",
+    ]
+
+    weights = pq.read_table(run / "weights.parquet")["weight"].to_pylist()
+    assert weights == [1.0] * 37
+    for name in ("last", "best"):
+        models = [(run / "model" / arm / name / "model.safetensors").read_bytes() for arm in ("sft", "atlantis")]
+        assert models[0] == models[1], "weights of 1 are not plain fine-tuning"
+    for arm in ("sft", "atlantis"):
+        losses = [event["loss"] for event in events(run, "train", arm)]
+        dev = [event["loss"] for event in events(run, "dev", arm)]
+        assert len(losses) == 10 and len(dev) == 2
+        assert sum(losses[-5:]) < sum(losses[:5]), "bf16 did not learn"
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    second = succeed("local", 2, "run", recipe)
+    # Small summaries are written again, with the same content; folders change with them.
+    rewritten = {".", "recipe.yaml", "eval"} | {f"eval/comparison.{kind}" for kind in ("csv", "md", "json", "png")}
+    assert changed(before, run) - rewritten == set()
+    assert second.count("already finished") == 6  # 2 references, 2 arms trained, 2 arms evaluated
+    assert tail(second) == tail(first) and "atlantis" in tail(first)
+
+    third = succeed("local", 2, "run", recipe, "--set", "evaluate.method=generate")
+    assert all(name.startswith("eval") for name in changed(before, run) - rewritten)
+    assert tail(third) and third.count("already finished") == 4
+    for arm in ("sft", "atlantis"):
+        metrics = json.loads((run / "eval" / arm / "metrics.json").read_text())
+        assert metrics["n"] == 10 and metrics["settings"]["method"] == "generate"
+
+
+def tail(out: str) -> str:
+    """The table of arms at the end."""
+    lines = out.splitlines()
+    top = max(number for number, line in enumerate(lines) if line.startswith("┏"))
+    return "\n".join(lines[top:])
+
+
+# --- bad input
+
+
+def test_bad_recipes_and_flags(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    flag = launch("local", 1, "run", recipe, "--rank", "2")
+    assert flag.code == 2 and "--rank" in flag.out and "Traceback" not in flag.out
+    for command in ("check", "run"):
+        refuse(launch("local", 1, command, tmp_path / "absent.yaml"), "absent.yaml", "no such recipe file")
+        done = launch("local", 2 if command == "run" else 1, command, recipe, "--set", "train.learning_rat=1")
+        refuse(done, "recipe.yaml", "train.learning_rat", "did you mean `learning_rate`?")
+        assert done.out.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_missing_data_on_two_ranks_leaves_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    data = {"format": "jsonl", "train": str(tmp_path / "absent.jsonl"), "test": str(tmp_path / "absent.jsonl")}
+    recipe = tiny_recipe(tmp_path, {"data": data})
+    refuse(launch("local", 1, "check", recipe), "data.train", "absent.jsonl", "no such file")
+    refuse(launch("local", 2, "run", recipe), "data.train", "absent.jsonl", "no such file")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["recipe.yaml"]
+
+
+def test_arms_that_cannot_be_trained(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = tiny_recipe(tmp_path, {"weights": {"formula": "product", "power": 50.0}}), tmp_path / "run"
+    refuse(launch("local", 1, "train", recipe), "examples.json", "run the stage that writes it first")
+    succeed("local", 1, "prepare", recipe)
+    refuse(launch("local", 2, "train", recipe, "--arm", "nope"), "--arm nope", "sft, atlantis", "reference")
+    refuse(launch("local", 1, "train", recipe), "weights.parquet", "run the stage that writes it first")
+    succeed("local", 1, "score", recipe)
+    out = succeed("local", 1, "merge", recipe)
+    assert "ESS" in out or "ffective sample size" in out
+    refuse(launch("local", 1, "train", recipe), "effective sample size", "--force")
+    assert not (run / "model").exists() and not (run / "checkpoints").exists()
+    succeed("local", 1, "train", recipe, "--force")
+    assert (run / "model" / "atlantis" / "last" / "model.safetensors").is_file()
+
+
+CHECK = """
+import sys
+sys.argv = ["atlantis-ds", "check", sys.argv[1]]
+from atlantis_ds.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "deepspeed", "datasets", "matplotlib", "sklearn", "pandas"} & sys.modules.keys()
+    print("heavy:", sorted(heavy))
+"""
+
+
+def test_check_is_light_and_writes_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    command = [sys.executable, "-c", CHECK, str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=TIMEOUT)
+    assert done.returncode == 0 and "valid" in done.stdout, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_committed_recipes_are_valid(name: str) -> None:
+    from atlantis_ds.recipe import load_recipe
+    from atlantis_ds.train.deepspeed_config import deepspeed_config
+
+    recipe = load_recipe(ROOT / "recipes" / name)
+    train = recipe.train.model_copy(update={"deepspeed": str(ROOT / recipe.train.deepspeed)})
+    assert deepspeed_config(train, world_size=4)["zero_optimization"]["stage"] in (0, 1, 2, 3)
