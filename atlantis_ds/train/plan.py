@@ -1,0 +1,261 @@
+"""``atlantis-ds plan``: memory of every mode, the largest micro-batch, hours; with no GPU and no weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlantis_ds.data.prepare import Examples, load_examples, prepare
+from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.load import load_tokenizer, model_source
+from atlantis_ds.progress import console
+from atlantis_ds.recipe import Model, Recipe, Train
+from atlantis_ds.run_folder import RunFolder, write_json
+from atlantis_ds.train.deepspeed_config import accumulation_steps
+from atlantis_ds.train.memory import GIB, largest_micro_batch, training_memory, usable
+from atlantis_ds.train.trace import Activations, Shape, activations, build_model, model_shape, read_config
+
+GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "L4": (24, 121), "4090": (24, 165)}
+"""Memory in GB as sold, and dense bf16 peak in TFLOP/s (the makers' data sheets)."""
+SIZES = {24: 23.5 * GIB, 40: 39.4 * GIB, 80: 79.1 * GIB, 141: 139.7 * GIB}
+"""Bytes that GPUs of these sizes in GB show."""
+UTILISATION = 0.35
+"""Assumed share of the peak; short examples in small batches reach less."""
+FASTEST_FIRST = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
+CHARACTERS_A_TOKEN = 3.5
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the examples (label with its end token), or an assumption about them."""
+
+    source: str
+    train: int
+    test: int
+    labels: int
+    prompt_mean: float
+    prompt_max: int
+    label_mean: float
+    label_max: int
+
+
+def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | None) -> None:
+    """Print the plan of a recipe, and write it as JSON where ``out`` is given.
+
+    Raises:
+        InputError: an unknown kind of GPU, or a model without a readable config.
+    """
+    if gpu not in GPUS:
+        raise InputError(f"--gpu {gpu}: unknown; known: {', '.join(GPUS)}")
+    model = model_source(recipe, folder, "large")
+    config = read_config(model)
+    lengths = measure_lengths(recipe, folder, model)
+    files = sorted(Path("ds_configs").glob("*.json"), key=_speed) or [Path(recipe.train.deepspeed)]
+    rows, shapes = [], {}
+    for mode in ("full", "lora", "qlora"):
+        # QLoRA computes as LoRA does; its weights are unpacked one layer at a time.
+        traced = _with(recipe.train, mode="lora" if mode == "qlora" else mode)
+        if mode != "qlora":
+            shapes[mode] = model_shape(build_model(config, traced))
+            passes = {
+                kept: activations(
+                    config, _with(traced, gradient_checkpointing=kept), lengths.prompt_max, lengths.label_max
+                )
+                for kept in (False, True)
+            }
+        for file in files:
+            row = mode_row(recipe.train, mode, file, shapes[traced.mode], passes, gpus)
+            if row is not None:
+                rows.append(row)
+    hours = work_hours(recipe, folder, shapes, lengths, gpus, gpu)
+    choice = choose(rows, recipe.train, GPUS[gpu][0])
+    result = {
+        "model": str(model.model_name_or_path),
+        "parameters": shapes["full"].parameters,
+        "gpus": gpus,
+        "gpu": gpu,
+        "lengths": lengths.__dict__,
+        "modes": rows,
+        "hours": hours,
+        "take": choice,
+    }
+    _show(recipe, result)
+    if out is not None:
+        write_json(out, result)
+
+
+def _with(train: Train, **changes: Any) -> Train:
+    changes.setdefault("bnb_4bit_quant_storage", None)
+    return train.model_copy(update=changes)
+
+
+def _speed(file: Path) -> int:
+    return FASTEST_FIRST.index(file.stem) if file.stem in FASTEST_FIRST else len(FASTEST_FIRST)
+
+
+def mode_row(
+    train: Train, mode: str, file: Path, shape: Shape, passes: dict[bool, Activations], gpus: int
+) -> dict[str, Any] | None:
+    """One line of the plan, sizes in GiB, for the recipe's micro-batch; None for a combination that is refused."""
+    try:
+        zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON: {error}") from None
+    offloads = [zero[key] for key in ("offload_optimizer", "offload_param") if key in zero]
+    if mode == "qlora" and (zero.get("stage", 0) == 3 or offloads):
+        return None
+    micro = train.per_device_train_batch_size
+    accumulation = accumulation_steps(train.train_batch_size, micro, gpus)
+    memory = training_memory(_with(train, mode=mode), shape, zero, gpus, accumulation)
+    taken = passes[train.gradient_checkpointing].bytes(micro)
+    return {
+        "mode": mode,
+        "deepspeed": str(file),
+        "parameters": round(memory.parameters / GIB, 2),
+        "gradients": round(memory.gradients / GIB, 2),
+        "optimizer": round(memory.optimizer / GIB, 2),
+        "buffers": round((memory.bucket + memory.gathered) / GIB, 2),
+        "activations": round(taken / GIB, 2),
+        "total": round(memory.peak(taken) / GIB, 2),
+        "host": round(memory.host / GIB, 1),
+        "largest_micro_batch": {
+            str(size): [largest_micro_batch(memory, passes[kept], usable(room)) for kept in (False, True)]
+            for size, room in SIZES.items()
+        },
+    }
+
+
+def choose(rows: list[dict[str, Any]], train: Train, size: int) -> str:
+    """The fastest ``ds_configs`` file for the recipe's mode on GPUs of ``size`` GB, and what else it needs."""
+    mine = [(row["deepspeed"], row["largest_micro_batch"][str(size)]) for row in rows if row["mode"] == train.mode]
+    wanted = train.per_device_train_batch_size
+    kept = train.gradient_checkpointing
+    for file, fits in mine:
+        if fits[kept] >= wanted:
+            return f"{file}, as the recipe is"
+    for file, fits in mine:
+        if fits[True] >= wanted:
+            return f"{file} with gradient_checkpointing: true"
+    for file, fits in mine:
+        if fits[True]:
+            return f"{file} with gradient_checkpointing: true and per_device_train_batch_size: {fits[True]}"
+    return f"none: mode {train.mode} does not fit; take more GPUs, larger ones, or a smaller mode (lora, qlora)"
+
+
+def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
+    """Token counts of the examples: from the run folder, else from the data files, else assumed; it says which."""
+    try:
+        if folder.examples_info.exists():
+            examples, source = load_examples(folder), "examples of the run folder"
+        else:
+            with tempfile.TemporaryDirectory() as place:
+                examples, source = prepare(recipe, RunFolder(Path(place))), "the data files"
+    except InputError as error:
+        return Lengths(f"ASSUMED, no data ({error})", 8000, 2000, 19, 100.0, 200, 8.0, 12)
+    try:
+        tokenizer = load_tokenizer(model)
+
+        def count(text: str) -> int:
+            return len(tokenizer(text)["input_ids"])
+
+    except (InputError, OSError):
+        source += f", tokens ASSUMED as {CHARACTERS_A_TOKEN} characters each (no tokenizer there)"
+
+        def count(text: str) -> int:
+            return round(len(text) / CHARACTERS_A_TOKEN) + 1
+
+    return _lengths(examples, recipe, source, count)
+
+
+def _lengths(examples: Examples, recipe: Recipe, source: str, count: Any) -> Lengths:
+    prompts = [count(render_prompt(e, recipe.prompt, examples.labels) + "\n") for e in examples.train]
+    of_label = {label: count(label) + 1 for label in examples.labels}
+    labels = [of_label[example.label] for example in examples.train]
+    sizes = len(examples.train), len(examples.test), len(examples.labels)
+    mean_prompt, mean_label = sum(prompts) / len(prompts), sum(labels) / len(labels)
+    return Lengths(source, *sizes, mean_prompt, max(prompts), mean_label, max(of_label.values()))
+
+
+def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> float:
+    """Floating-point operations of one forward pass over one example: 2 a weight and token.
+
+    Attention scores are left out: a few percent at a few hundred tokens. Only label positions reach the head.
+    """
+    body = shape.body * (prompt_tokens + (0 if shape.decoder else label_tokens))
+    return 2 * (body + (shape.decoder + shape.head) * label_tokens)
+
+
+def work_hours(
+    recipe: Recipe, folder: RunFolder, shapes: dict[str, Shape], lengths: Lengths, gpus: int, gpu: str
+) -> list[dict[str, Any]]:
+    """Operations and hours of each stage, on ``gpus`` GPUs at ``UTILISATION`` of their bf16 peak."""
+    train = recipe.train
+    # Forward 2ND, backward 4ND; with frozen weights the backward pass is 2ND; recomputing is one more forward.
+    passes = (3 if train.mode == "full" else 2) + train.gradient_checkpointing
+    factor = {key: 2 * value for key, value in {"score": 1, "train": passes}.items()}
+    large = forward_flops(shapes["full"], lengths.prompt_mean, lengths.label_mean)
+    others = []
+    for name in ("small", "reference"):
+        source = read_config(model_source(recipe, folder, name))
+        shape = model_shape(build_model(source, _with(train, mode="full")))
+        others.append(forward_flops(shape, lengths.prompt_mean, lengths.label_mean))
+    epochs = train.num_train_epochs
+    reference = recipe.models.reference
+    stages = []
+    if reference.kind == "finetuned":
+        share = reference.folds - 1 if reference.folds > 1 else 1
+        seen = lengths.train * share * (reference.num_train_epochs or epochs)
+        stages.append((f"train reference ({reference.folds} folds), {factor['train']}ND", passes * others[1] * seen))
+    stages.append(("score (large, small, reference), 2ND", lengths.train * (large + sum(others))))
+    stages.append((f"train one arm, {factor['train']}ND", passes * large * lengths.train * epochs))
+    if recipe.evaluate.method == "rank":
+        stages.append(
+            (f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * lengths.labels * large)
+        )
+    speed = gpus * GPUS[gpu][1] * 1e12 * UTILISATION
+    return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]
+
+
+def _show(recipe: Recipe, result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    wide = Console(width=max(console.width, 136), highlight=False)  # a narrow table of numbers cannot be read
+    train, lengths = recipe.train, result["lengths"]
+    micro = train.per_device_train_batch_size
+    console.print(
+        f"{result['model']}: {result['parameters'] / 1e9:.3f}e9 weights, {train.dtype}; "
+        f"{result['gpus']} x {result['gpu']} ({GPUS[result['gpu']][0]} GB)"
+    )
+    console.print(
+        f"lengths: {lengths['source']}; {lengths['train']} train examples, prompt {lengths['prompt_mean']:.0f} tokens "
+        f"(longest {lengths['prompt_max']}), label and end {lengths['label_mean']:.1f} (longest {lengths['label_max']})"
+    )
+    sizes = [f"{size} GB" for size in SIZES]
+    table = Table(
+        box=box.SIMPLE,
+        title=f"GiB per GPU (host: per node of up to 8), micro-batch {micro}, "
+        f"gradient_checkpointing: {str(train.gradient_checkpointing).lower()}; "
+        "right: largest micro-batch without / with checkpointing",
+    )
+    heads = ["weights", "grads", "optim.", "buffers", "activ.", "peak", "host", *sizes]
+    table.add_column("mode", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in result["modes"]:
+        numbers = [f"{row[k]:.1f}" for k in ("parameters", "gradients", "optimizer", "buffers", "activations", "total")]
+        fits = ["/".join(str(n or "-") for n in pair) for pair in row["largest_micro_batch"].values()]
+        table.add_row(f"{row['mode']} {Path(row['deepspeed']).stem}", *numbers, f"{row['host']:.0f}", *fits)
+    wide.print(table)
+    hours = Table(box=box.SIMPLE, title=f"at {UTILISATION:.0%} of the bf16 peak (assumed)")
+    for head in ("stage", "FLOPs", "hours"):
+        hours.add_column(head, justify="left" if head == "stage" else "right")
+    for stage in result["hours"]:
+        hours.add_row(stage["stage"], f"{stage['flops']:.2e}", f"{stage['hours']:.2f}")
+    wide.print(hours)
+    console.print(f"take ({train.mode}): {result['take']}")

@@ -1,0 +1,231 @@
+"""How much memory a forward and backward pass takes, without the memory: the real code on fake tensors.
+
+Fake tensors have shapes, dtypes and storages, but no data. The weighted loss of ``train.step`` runs on them as on real
+ones, and every storage that comes and goes is counted: activations, logits, what attention and the loss keep for the
+backward pass, and each weight's gradient for as long as autograd holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.batch import collate
+from atlantis_ds.lm.encode import Encoded
+from atlantis_ds.lm.load import DTYPES, load_config
+from atlantis_ds.recipe import Model, Train
+from atlantis_ds.train.step import weighted_loss
+
+LAYERS = (2, 3)
+"""Models are traced at these depths: what a pass takes is linear in the depth."""
+BATCHES = (48, 96)
+"""And at these micro-batches: beyond a few examples it is linear in them."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, in numbers of weights."""
+
+    parameters: int
+    trainable: int
+    largest: int
+    """The largest trainable tensor."""
+    body: int
+    """Weights that every token of the prompt is multiplied with: all but embeddings, head and decoder."""
+    decoder: int
+    """The same for label tokens of an encoder-decoder; 0 in a causal LM, where they go through the body."""
+    head: int
+    """LM head: label positions only."""
+    linear: int
+    """Weights that 4-bit loading quantises: all linear layers but the head."""
+    largest_linear: int
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Peak bytes of a forward and backward pass, beside weights and the gradients that stay."""
+
+    least: float
+    """Of one example: with a large vocabulary the gradients of embedding and head, while autograd adds them."""
+    constant: float
+    slope: float
+
+    def bytes(self, micro_batch: int) -> float:
+        return max(self.least, self.constant + self.slope * micro_batch)
+
+
+def read_config(model: Model) -> Any:
+    """The config of a model: from a Hugging Face id, a folder (config.json is enough), or a config file itself.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(str(model.model_name_or_path)).expanduser()
+    if not path.is_file():
+        return load_config(model)
+    from transformers import AutoConfig
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a transformers config: {' '.join(str(error).split())[:200]}") from None
+
+
+def build_model(config: Any, train: Train, layers: int | None = None) -> Any:
+    """The model of a config on the meta device, in the recipe's dtype, with adapters where the mode has them.
+
+    Args:
+        layers: cut the model to this depth (both stacks of an encoder-decoder).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    if layers is not None:
+        values = {**config.to_dict(), "num_hidden_layers": layers, "num_layers": layers, "num_decoder_layers": layers}
+        values.pop("layer_types", None)
+        config = AutoConfig.for_model(**values)
+    loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        lm = loader.from_config(config, dtype=DTYPES[train.dtype])
+        if train.mode != "full":
+            from peft import LoraConfig, get_peft_model
+
+            adapters = LoraConfig(
+                task_type="SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
+                r=train.lora_r,
+                target_modules=train.lora_target_modules,
+                lora_dropout=train.lora_dropout,
+            )
+            lm = get_peft_model(lm, adapters, autocast_adapter_dtype=False)
+    lm.config.use_cache = False
+    return lm.train()
+
+
+def model_shape(lm: Any) -> Shape:
+    """Count the weights of a model; nothing of it is computed."""
+    head = lm.get_output_embeddings().weight
+    embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
+    linears = [m.weight for m in lm.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+    trainable = [p.numel() for p in lm.parameters() if p.requires_grad]
+    body = sum(p.numel() for p in lm.parameters() if id(p) not in embeddings)
+    decoder = 0
+    if lm.config.is_encoder_decoder:
+        stack = (lm.get_base_model() if hasattr(lm, "peft_config") else lm).get_decoder()
+        decoder = sum(p.numel() for p in stack.parameters() if id(p) not in embeddings)
+    frozen_linears = [w.numel() for w in linears if not hasattr(lm, "peft_config") or not w.requires_grad]
+    return Shape(
+        parameters=sum(p.numel() for p in lm.parameters()),
+        trainable=sum(trainable),
+        largest=max(trainable),
+        body=body - decoder,
+        decoder=decoder,
+        head=head.numel(),
+        linear=sum(frozen_linears),
+        largest_linear=max(frozen_linears, default=0),
+    )
+
+
+def activations(config: Any, train: Train, prompt_tokens: int, label_tokens: int) -> Activations:
+    """Trace training passes of a model at small depths and micro-batches, and draw the line to its real depth.
+
+    Args:
+        train: mode, dtype, adapters and gradient_checkpointing are taken from it.
+        prompt_tokens, label_tokens: of every example of the batch.
+    """
+    depth = config.num_hidden_layers
+    few, more = LAYERS if depth > LAYERS[1] else (depth, depth)
+
+    def at_depth(batch: int) -> float:
+        shallow = _peak(config, train, few, batch, prompt_tokens, label_tokens)
+        if few == more:
+            return shallow
+        a_layer = (_peak(config, train, more, batch, prompt_tokens, label_tokens) - shallow) / (more - few)
+        return shallow + a_layer * (depth - few)
+
+    some, many = (at_depth(batch) for batch in BATCHES)
+    slope = (many - some) / (BATCHES[1] - BATCHES[0])
+    return Activations(at_depth(1), some - slope * BATCHES[0], slope)
+
+
+def _peak(config: Any, train: Train, layers: int, batch_size: int, prompt_tokens: int, label_tokens: int) -> int:
+    lm = build_model(config, train, layers)
+    with FakeTensorMode():
+        _fake(lm)
+        if train.gradient_checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if train.mode != "full":
+                lm.enable_input_require_grads()
+        batch = collate([Encoded([1] * prompt_tokens, [1] * (label_tokens - 1), 1)] * batch_size, lm.config, 0)
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        live = _LiveBytes(lm)
+        with live:
+            weighted_loss(lm, batch, 1.0).backward()  # type: ignore[no-untyped-call]
+    return live.peak
+
+
+def _fake(lm: Any) -> None:
+    """Replace the meta tensors of a model by fake ones that pass for CPU tensors; call it inside a FakeTensorMode.
+
+    On the meta device itself attention would take the path that keeps whole score matrices.
+    """
+    known: dict[int, torch.nn.Parameter] = {}
+    for module in lm.modules():
+        for name, old in list(module._parameters.items()):
+            if old is not None and id(old) not in known:
+                new = torch.empty(old.shape, dtype=old.dtype)
+                known[id(old)] = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+            if old is not None:
+                module._parameters[name] = known[id(old)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _forget_gradient(parameter: torch.Tensor) -> None:
+    # Where gradients stay is the plan's to say; here only what autograd itself holds is counted.
+    parameter.grad = None
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make, from when they are made to when they are dropped."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+        for tensor in [*lm.parameters(), *lm.buffers()]:
+            self._known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
