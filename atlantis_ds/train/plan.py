@@ -241,7 +241,7 @@ def _show(recipe: Recipe, result: dict[str, Any]) -> None:
         box=box.SIMPLE,
         title=f"GiB per GPU (host: per node of up to 8), micro-batch {micro}, "
         f"gradient_checkpointing: {str(train.gradient_checkpointing).lower()}; "
-        "right: largest micro-batch without / with checkpointing",
+        "right: largest micro-batch without/with it",
     )
     heads = ["weights", "grads", "optim.", "buffers", "activ.", "peak", "host", *sizes]
     table.add_column("mode", no_wrap=True)

@@ -160,12 +160,11 @@ def activations(config: Any, train: Train, prompt_tokens: int, label_tokens: int
 
 def _peak(config: Any, train: Train, layers: int, batch_size: int, prompt_tokens: int, label_tokens: int) -> int:
     lm = build_model(config, train, layers)
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a method that has a newer name
         _fake(lm)
         if train.gradient_checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if train.mode != "full":
                 lm.enable_input_require_grads()
         batch = collate([Encoded([1] * prompt_tokens, [1] * (label_tokens - 1), 1)] * batch_size, lm.config, 0)
