@@ -173,7 +173,7 @@ def _peak(config: Any, train: Train, layers: int, batch_size: int, prompt_tokens
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
         live = _LiveBytes(lm)
         with live:
-            weighted_loss(lm, batch, 1.0).backward()  # type: ignore[no-untyped-call]
+            weighted_loss(lm, batch, 1.0).backward()
     return live.peak
 
 
