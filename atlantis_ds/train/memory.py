@@ -76,7 +76,7 @@ def training_memory(
     trained, share = shape.trainable, shape.trainable / ranks
     quantised = train.mode == "qlora"
 
-    weights = width * shape.parameters
+    weights: float = width * shape.parameters
     if quantised:
         weights = width * (shape.parameters - shape.linear) + NF4 * shape.linear
     parameters = weights / ranks if stage == 3 else weights
