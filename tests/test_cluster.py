@@ -96,7 +96,8 @@ MEET = """
 import os
 from atlantis_ds.cluster.ranks import find_place, start_ranks, stop_ranks
 ranks = start_ranks(float(os.environ.get("MINUTES", "1")))
-print("rank", ranks.rank, "of", ranks.world_size, "sum", ranks.sum(ranks.rank + 1)[0], flush=True)
+line = f"rank {ranks.rank} of {ranks.world_size} sum {ranks.sum(ranks.rank + 1)[0]}"
+os.write(1, (line + "\\n").encode())  # in one piece: all ranks write to one pipe
 stop_ranks()
 """
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {

@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT, WriteRecipe, start, succeed
 from test_preemption import losses, stop_when
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "2 to 1, ZeRO-3": (2, 1, {}),
     "1 to 2, ZeRO-3": (1, 2, {}),

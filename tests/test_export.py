@@ -95,7 +95,7 @@ def train_on_two_ranks(place: Path, mode: str, base: Path, label_of: dict[str, s
             "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
             "dtype": "float32",
             "learning_rate": 1e-2,
-            "num_train_epochs": 6,
+            "num_train_epochs": 14,
             "eval_steps": 40,  # so that `best` and `last` differ
             "train_batch_size": 8,
             "per_device_train_batch_size": 4,

@@ -15,6 +15,8 @@ from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.memory import training_memory
 from atlantis_ds.train.trace import activations, build_model, model_shape, read_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {
     "OMP_NUM_THREADS": "1",

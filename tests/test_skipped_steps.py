@@ -15,6 +15,8 @@ from test_preemption import events
 
 from atlantis_ds.run_folder import read_table, write_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def merged(tiny_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
