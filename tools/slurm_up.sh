@@ -4,37 +4,16 @@
 #   tools/slurm_down.sh "$SLURM_STATE_DIR"    stops it and removes the folder
 # Several may run at once. Partitions: main (preemptible, 30 s grace) and urgent (preempts main).
 # Each node claims 2 CPUs, 4000 MB and 2 make-believe GPUs, whatever the machine has.
-set -euo pipefail
-export PATH="$PATH:/usr/sbin:/sbin"
+. "$(dirname "$0")/services.sh"
 unset "${!SLURM_@}" # run from inside a job, or after another slurm_up, nothing of that one may leak in
-tools=$(cd "$(dirname "$0")" && pwd)
-
-die() {
-    echo "slurm_up: $1" >&2
-    exit 1
-}
-
-for command in slurmctld slurmd sinfo munged; do
-    command -v "$command" >/dev/null || die "$command is missing: run tools/install_test_services.sh"
-done
-if [ $# -ge 1 ]; then
-    mkdir -p "$1"
-    state=$(cd "$1" && pwd)
-    [ -z "$(ls -A "$state")" ] || die "$state is not empty: give a new folder"
-else
-    state=$(mktemp -d "${TMPDIR:-/tmp}/slurm.XXXXXX")
-fi
+need slurmctld slurmd sinfo munged
+new_state "$@"
 # Unix sockets live in there, and their paths may hold 107 characters.
 [ ${#state} -le 70 ] || die "$state is too long for socket names: use a path of at most 70 characters"
 chmod 755 "$state"
 mkdir -m 755 "$state/munge" "$state/spool" "$state/log" "$state/run"
 
-# Three free ports in a row, below the range that outgoing connections use.
-in_use() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
-while
-    port=$((10000 + RANDOM % 20000))
-    in_use $port || in_use $((port + 1)) || in_use $((port + 2))
-do :; done
+free_ports 127.0.0.1 0 1 2
 
 echo 'NodeName=node[1-2] Name=gpu File=/dev/null,/dev/zero' >"$state/gres.conf"
 
@@ -82,11 +61,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 PriorityTier=
 PartitionName=urgent Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 END
 
-stop_again() {
-    tail -n 8 "$state"/log/* >&2 || true
-    "$tools/slurm_down.sh" "$state" || true
-    die "no working Slurm; the ends of its logs are above"
-}
 trap stop_again ERR INT TERM
 
 export SLURM_CONF=$state/slurm.conf

@@ -5,33 +5,13 @@
 #   deepspeed --hostfile "$SSH_HOSTFILE" --ssh_port "$SSH_PORT" --no_ssh_check --master_addr 127.0.0.2 ...
 #   tools/sshd_down.sh "$SSH_STATE_DIR"       stops it and removes the folder
 # Keys, settings and log lie under STATE_DIR; ~/.ssh and /etc/ssh are not used. Several may run at once.
-set -euo pipefail
-export PATH="$PATH:/usr/sbin:/sbin"
-tools=$(cd "$(dirname "$0")" && pwd)
-
-die() {
-    echo "sshd_up: $1" >&2
-    exit 1
-}
-
-for command in sshd ssh ssh-keygen; do
-    command -v "$command" >/dev/null || die "$command is missing: run tools/install_test_services.sh"
-done
-if [ $# -ge 1 ]; then
-    mkdir -p "$1"
-    state=$(cd "$1" && pwd)
-    [ -z "$(ls -A "$state")" ] || die "$state is not empty: give a new folder"
-else
-    state=$(mktemp -d "${TMPDIR:-/tmp}/sshd.XXXXXX")
-fi
+. "$(dirname "$0")/services.sh"
+need sshd ssh ssh-keygen
+new_state "$@"
 [[ $state != *[[:space:]]* ]] || die "$state holds a blank, which pdsh cannot pass on to ssh"
 
-# A free port, below the range that outgoing connections use.
-in_use() { (: <"/dev/tcp/127.0.0.2/$1") 2>/dev/null || (: <"/dev/tcp/127.0.0.3/$1") 2>/dev/null; }
-while
-    port=$((10000 + RANDOM % 20000))
-    in_use $port
-do :; done
+mkdir "$state/log" "$state/run"
+free_ports 127.0.0.2 0
 
 ssh-keygen -q -t ed25519 -N '' -C 'test host' -f "$state/host_key"
 ssh-keygen -q -t ed25519 -N '' -C 'test client' -f "$state/client_key"
@@ -42,7 +22,7 @@ Port $port
 ListenAddress 127.0.0.2
 ListenAddress 127.0.0.3
 HostKey $state/host_key
-PidFile $state/sshd.pid
+PidFile $state/run/sshd.pid
 AuthorizedKeysFile $state/client_key.pub
 StrictModes no
 PermitRootLogin prohibit-password
@@ -66,15 +46,10 @@ Host 127.0.0.2 127.0.0.3
 END
 printf '127.0.0.2 slots=1\n127.0.0.3 slots=1\n' >"$state/hostfile"
 
-stop_again() {
-    cat "$state/sshd.log" >&2 || true
-    "$tools/sshd_down.sh" "$state" || true
-    die "no working ssh server; its log is above"
-}
 trap stop_again ERR INT TERM
 
 [ "$(id -u)" -ne 0 ] || mkdir -p /run/sshd # root's sshd wants this empty folder, shared by all of them
-"$(command -v sshd)" -f "$state/sshd_config" -E "$state/sshd.log" >&2
+"$(command -v sshd)" -f "$state/sshd_config" -E "$state/log/sshd.log" >&2
 
 for _ in $(seq 50); do
     if ssh -F "$state/ssh_config" 127.0.0.2 true 2>/dev/null && ssh -F "$state/ssh_config" 127.0.0.3 true 2>/dev/null; then
