@@ -25,6 +25,7 @@ setup(
         "matplotlib",
         "ninja",
         "peft",
+        "psutil",
         "pyarrow",
         "pydantic>=2.7",
         "pyyaml",

@@ -145,6 +145,10 @@ class Reference(Section):
     """Commit, tag or branch of a Hugging Face id."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you set it."""
+    chat_template: bool = False
+    """checkpoint: put the prompt into the tokenizer's chat template, as an instruction-tuned model expects it."""
+    on: Literal["train", "dev"] = "train"
+    """finetuned: train it on the training examples, or on the gold labels of the dev split (then `folds: 1`)."""
     folds: Positive = 2
     """finetuned: cross-fitting; each example is scored by a model that did not train on it. 1 switches it off."""
     num_train_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -156,6 +160,12 @@ class Reference(Section):
     def _checkpoint_named(self) -> Reference:
         if self.kind == "checkpoint" and self.model_name_or_path is None:
             raise ValueError("kind: checkpoint needs `model_name_or_path`")
+        if self.kind == "finetuned" and self.chat_template:
+            raise ValueError("`chat_template` is for kind: checkpoint; the run trains its own reference without one")
+        if self.on == "dev" and self.kind == "checkpoint":
+            raise ValueError("`on` is for kind: finetuned")
+        if self.on == "dev" and self.folds != 1:
+            raise ValueError("`on: dev` needs `folds: 1`: no training example is in the dev split")
         return self
 
 
@@ -175,6 +185,8 @@ class Score(Section):
     """Token budget of one batch, padding included."""
     shard_size: Positive = 256
     """Examples a shard. Shards are cut by the data, so that a run may resume on another number of ranks."""
+    sharding: Literal["auto", "replica", "zero3"] = "auto"
+    """A whole model on each rank, or one sharded over all ranks; `auto` shards where a replica does not fit."""
 
 
 class Weights(Section):

@@ -54,7 +54,7 @@ class Setting:
         self.gradients = record_gradients(self.engine)
         self.bare = load_model(self.model, "float32")
         if self.train.mode == "lora":
-            self.bare = _add_lora(self.bare, self.train)
+            self.bare = _add_lora(self.bare, self.train, None)
         self.bare.train()
 
     def denominator(self, rows: np.ndarray) -> int:

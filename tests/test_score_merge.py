@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.prepare import load_examples, prepare
+from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
 from atlantis_ds.lm.scratch import build_scratch_model
@@ -203,6 +204,36 @@ def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
     with pytest.raises(InputError, match=r"differs: model small\)"):
         score(swapped, folder, ranks)
     assert sorted(times(folder)) == SHARDS[1:]
+
+
+def test_chat_template_of_the_reference(models, ranks, tmp_path):
+    small = models["small"]["model_name_or_path"]
+    chat = tmp_path / "chat"
+    shutil.copytree(small, chat)
+    template = "<{{ messages[0].role }}>{{ messages[0].content }}{% if add_generation_prompt %}<answer>{% endif %}"
+    (chat / "chat_template.jinja").write_text(template)
+    reference = {"kind": "checkpoint", "model_name_or_path": str(chat), "chat_template": True}
+    recipe, folder = tiny_recipe({**models, "reference": reference}), RunFolder(tmp_path / "run")
+    examples = prepare(recipe, folder)
+    score(recipe, folder, ranks)
+    scores, _ = load_scores(recipe, folder, examples)
+
+    source = Model(model_name_or_path=str(chat))
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    pairs = []
+    for example in examples.train:
+        prompt = tokenizer(f"<user>{render_prompt(example, recipe.prompt, examples.labels)}<answer>")["input_ids"]
+        pairs.append(Encoded(prompt, tokenizer(example.label)["input_ids"], tokenizer.eos_token_id))
+    expected = score_pairs(load_model(source, "float32").eval(), pairs, 0, 256)[:, 0].numpy()
+    np.testing.assert_allclose(scores.reference, expected, rtol=0, atol=1e-4)
+    assert np.abs(scores.reference - scores.small).mean() > 0.01  # the same weights behind another prompt
+
+    plain = tiny_recipe({**models, "reference": {**reference, "chat_template": False}})
+    with pytest.raises(InputError, match=r"differs: chat_template\)"):
+        score(plain, folder, ranks)
+    bare = Model(model_name_or_path=small)
+    with pytest.raises(InputError, match=f"models.reference.chat_template: {small}: no chat template there"):
+        Encoder(load_tokenizer(bare), config, recipe.prompt, examples.labels, chat_template=True)
 
 
 @given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 9))

@@ -36,12 +36,15 @@ class Encoder:
         config: the model's config; decides between causal and encoder-decoder and gives the longest input.
         prompt: template and options.
         labels: the label set, for prompts that list it.
+        chat_template: write the prompt as a user's turn in the tokenizer's chat template, the answer's turn begun.
 
     Raises:
-        InputError: the tokenizer has no end-of-sequence token.
+        InputError: the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
     """
 
-    def __init__(self, tokenizer: Any, config: Any, prompt: Prompt, labels: list[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, config: Any, prompt: Prompt, labels: list[str], chat_template: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.prompt = prompt
         self.labels = labels
@@ -50,6 +53,9 @@ class Encoder:
         self.max_tokens = None if self.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer of {tokenizer.name_or_path}: it has no end-of-sequence token")
+        if chat_template and not tokenizer.chat_template:
+            raise InputError(f"models.reference.chat_template: {tokenizer.name_or_path}: no chat template there")
+        self.chat_template = chat_template
         self._label_ids: dict[str, list[int]] = {}
 
     def __call__(self, example: Example, label: str | None = None) -> Encoded:
@@ -66,6 +72,10 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         text = render_prompt(example, self.prompt, self.labels)
+        if self.chat_template:
+            turn = [{"role": "user", "content": text}]
+            ids: list[int] = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            return ids
         # The line end is part of a causal prompt: it keeps prompt and label from merging into one token.
         return self.tokenizer(text if self.is_encoder_decoder else text + "\n")["input_ids"]
 

@@ -54,6 +54,7 @@ def score_pairs(
     pad_token_id: int,
     tokens_per_batch: int,
     progress: Callable[[int, int], None] | None = None,
+    forwards: int = 0,
 ) -> torch.Tensor:
     """Label log-likelihoods of many (prompt, label) pairs under a frozen model.
 
@@ -63,6 +64,7 @@ def score_pairs(
         pad_token_id: any token id; what stands in the padding changes nothing.
         tokens_per_batch: token budget of one batch, padding included.
         progress: called with (examples, tokens) after each batch.
+        forwards: run at least so many; a model sharded over ranks needs the same number on every rank.
 
     Returns:
         float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
@@ -71,11 +73,14 @@ def score_pairs(
     config = getattr(model, "module", model).config
     device = next(model.parameters()).device
     lengths = [len(pair) for pair in pairs]
-    for rows in token_budget_batches(lengths, tokens_per_batch):
+    batches = token_budget_batches(lengths, tokens_per_batch)
+    for rows in batches:
         batch = collate([pairs[row] for row in rows], config, pad_token_id).to(device)
         result[rows] = label_log_likelihoods(model, batch).cpu()
         if progress:
             progress(len(rows), sum(lengths[row] for row in rows))
+    for _ in range(len(batches), forwards):
+        label_log_likelihoods(model, batch)
     return result
 
 

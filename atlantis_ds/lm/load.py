@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def load_config(model: Model) -> Any:
 
 
 def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None) -> Any:
-    """Load a causal or encoder-decoder LM from safetensors, on the CPU (or sharded, under an HfDeepSpeedConfig).
+    """Load a causal or encoder-decoder LM from safetensors, on the CPU (or in shards, within ``sharded_at_load``).
 
     A folder with a LoRA adapter loads its base model, whole and in ``dtype``, with the adapter merged in.
 
@@ -144,16 +146,46 @@ def load_scorer(model: Model, dtype: str, device: torch.device) -> Any:
     lm = load_model(model, dtype).eval().requires_grad_(False)
     head = lm.get_output_embeddings()
     if head.weight.dtype != torch.float32:
-        wide = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
-        wide.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
-        lm.set_output_embeddings(wide.requires_grad_(False))
+        lm.set_output_embeddings(fp32_head(head))
     return lm.to(device)
+
+
+def fp32_head(head: Any) -> torch.nn.Linear:
+    """A frozen copy of an LM head in fp32."""
+    wide = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=torch.float32)
+    wide.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
+    return wide.requires_grad_(False)
+
+
+def start_deepspeed() -> Any:
+    """DeepSpeed, on the process group that is there: sharding at load needs to know the world size."""
+    import deepspeed
+
+    # On CPUs DeepSpeed would compile an op that only inference uses: half a minute, and a rank that is killed meanwhile
+    # leaves a lock on which every later run waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed
+
+
+@contextmanager
+def sharded_at_load(config: dict[str, Any]) -> Iterator[None]:
+    """Within it ``load_model`` shards over the ranks, where the DeepSpeed config has ZeRO stage 3."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    sharding = HfDeepSpeedConfig(config)  # transformers keeps a weak reference to it
+    try:
+        yield
+    finally:
+        del sharding
 
 
 def model_identity(model: Model) -> dict[str, str]:
     """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
     tokenizer = load_tokenizer(model)
-    tokenizer_hash = fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str()])
+    tokenizer_hash = fingerprint(
+        [sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    )
     path = Path(str(model.model_name_or_path)).expanduser()
     if not path.is_dir():
         commit = getattr(load_config(model), "_commit_hash", None) or model.revision or "main"

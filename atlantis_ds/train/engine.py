@@ -8,7 +8,7 @@ import torch
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.load import DTYPES, load_model
+from atlantis_ds.lm.load import DTYPES, load_model, sharded_at_load, start_deepspeed
 from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device
 
@@ -19,24 +19,16 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     Returns:
         a DeepSpeed engine; ``engine.module`` is the transformers (or peft) model.
     """
-    import deepspeed
     from transformers import get_scheduler
-    from transformers.integrations import HfDeepSpeedConfig
 
-    # On CPUs DeepSpeed would compile an op that only inference uses: half a minute, and a rank that is killed meanwhile
-    # leaves a lock on which every later run waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Sharding at load needs to know the world size; this takes over the process group that is there.
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    deepspeed = start_deepspeed()
     config = deepspeed_config(train, ranks.world_size)
     _check_machine(train, config, ranks.device)
-    # from_pretrained shards at load for as long as this object lives.
-    sharding = HfDeepSpeedConfig(config)
-    lm = load_model(model, train.dtype, _four_bits(train, ranks.device))
-    del sharding
+    with sharded_at_load(config):
+        lm = load_model(model, train.dtype, _four_bits(train, ranks.device))
     torch.manual_seed(seed)
     if train.mode != "full":
-        lm = _add_lora(lm, train)
+        lm = _add_lora(lm, train, model.revision)
     lm.config.use_cache = False
     if train.gradient_checkpointing:
         # LoRA under ZeRO-3 needs the reentrant kind, which in turn needs an input with a gradient.
@@ -110,7 +102,7 @@ def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _add_lora(lm: Any, train: Train) -> Any:
+def _add_lora(lm: Any, train: Train, revision: str | None) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     kind = TaskType.SEQ_2_SEQ_LM if lm.config.is_encoder_decoder else TaskType.CAUSAL_LM
@@ -118,6 +110,7 @@ def _add_lora(lm: Any, train: Train) -> Any:
         lm,
         LoraConfig(
             task_type=kind,
+            revision=revision,
             r=train.lora_r,
             lora_alpha=train.lora_alpha,
             lora_dropout=train.lora_dropout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +78,15 @@ def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> lis
     changes = {
         key: value for key in ("num_train_epochs", "learning_rate") if (value := getattr(reference, key)) is not None
     }
+    source = examples.train
+    if reference.on == "dev":
+        source = [replace(example, label=example.gold or example.label) for example in examples.dev]
+        if not source:
+            raise InputError("models.reference.on: dev: there are no dev examples; set data.dev or data.dev_size")
     jobs = []
     for fold in range(reference.folds):
-        seen = [e for e in examples.train if reference.folds == 1 or fold_of(e, reference.folds, recipe.seed) != fold]
-        if not seen or (reference.folds > 1 and len(seen) == len(examples.train)):
+        seen = [e for e in source if reference.folds == 1 or fold_of(e, reference.folds, recipe.seed) != fold]
+        if not seen or (reference.folds > 1 and len(seen) == len(source)):
             raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
         jobs.append(
             Job(

@@ -1,7 +1,7 @@
 """Score every training example under the frozen models, shard by shard, sharded over ranks.
 
 Shards are cut by the data, and the batches of a shard depend on that shard alone: any number of ranks gives the same
-scores, and a run begun on one world size may finish on another. One model is in memory at a time; what a shard got
+scores, and a run begun on one world size may finish on another. One base model is in memory at a time; what a shard got
 from it is written at once as a *part*, and a shard is whole when all its parts are there.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -33,6 +33,12 @@ from atlantis_ds.run_folder import (
     write_json,
     write_table,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from atlantis_ds.lm.encode import Encoded
+    from atlantis_ds.lm.frozen import Frozen
 
 COLUMNS = ("large", "small", "reference")
 
@@ -68,7 +74,9 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
         path = folder.model(reference_name(fold, reference.folds)) / "last"
         if not path.is_dir():
             raise InputError(f"{path}: no fine-tuned reference there; run `train --arm reference` first")
-        passes.append(Pass("reference", Model(model_name_or_path=str(path)), fold if reference.folds > 1 else None))
+        trusted = model_source(recipe, folder, "reference").trust_remote_code
+        model = Model(model_name_or_path=str(path), trust_remote_code=trusted)
+        passes.append(Pass("reference", model, fold if reference.folds > 1 else None))
     return passes
 
 
@@ -104,6 +112,7 @@ def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
         "dtype": recipe.score.dtype,
         "tokens_per_batch": recipe.score.tokens_per_batch,
         "shard_size": recipe.score.shard_size,
+        "chat_template": recipe.models.reference.chat_template,
     }
 
 
@@ -117,6 +126,7 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
         InputError: the scores there were made from other inputs; the one that differs is named.
         Preempted: the job was asked to stop; each rank has finished its shard.
     """
+    from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.load import model_identity
 
     examples = load_examples(folder)
@@ -142,9 +152,11 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     )
     if ranks.is_main:
         console.print(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
+    frozen = Frozen(recipe.score, ranks)
     for scoring in passes if todo else []:
-        _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest)
+        _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest, frozen)
         leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
+    frozen.free()
     for shard in todo[ranks.rank :: ranks.world_size]:
         _join_parts(folder, passes, shards, shard, manifest)
     ranks.barrier()
@@ -174,10 +186,12 @@ def _score_pass(
     todo: list[int],
     scoring: Pass,
     manifest: dict[str, Any],
+    frozen: Frozen,
 ) -> None:
+    from atlantis_ds.lm.batch import token_budget_batches
     from atlantis_ds.lm.encode import Encoder
     from atlantis_ds.lm.likelihood import score_pairs
-    from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
+    from atlantis_ds.lm.load import load_config, load_tokenizer
 
     folds = recipe.models.reference.folds
     rows = {
@@ -189,12 +203,19 @@ def _score_pass(
         if ranks.is_main
         else None
     )
-    costs = [sum(len(e.sentence) for e in rows[shard]) for shard in missing]
-    mine = [missing[i] for i in assign_shards(costs, ranks.world_size)[ranks.rank]]
-    if not mine:
+    if not missing:
         return
-    encoder = Encoder(load_tokenizer(scoring.model), load_config(scoring.model), recipe.prompt, examples.labels)
-    model = load_scorer(scoring.model, recipe.score.dtype, ranks.device)
+    costs = [sum(len(e.sentence) for e in rows[shard]) for shard in missing]
+    assigned = [[missing[i] for i in indices] for indices in assign_shards(costs, ranks.world_size)]
+    mine = assigned[ranks.rank]
+    sharded = frozen.choose(scoring.model, scoring.name)
+    if not mine and not sharded:
+        return
+    chat = scoring.column == "reference" and recipe.models.reference.chat_template
+    encoder = Encoder(load_tokenizer(scoring.model), load_config(scoring.model), recipe.prompt, examples.labels, chat)
+    model, budget = frozen.load(scoring.model), recipe.score.tokens_per_batch
+    # A sharded model needs all ranks in every forward: they go shard by shard, one that has none left with a stand-in.
+    turns: list[int | None] = [*mine, *[None] * (max(map(len, assigned)) - len(mine) if sharded else 0)]
     total = sum(len(rows[shard]) for shard in mine)
     tokens = 0
     with Steps(f"score {scoring.name}", total, "examples", ranks.is_main, every=max(1, total // 10)) as steps:
@@ -204,27 +225,26 @@ def _score_pass(
             tokens += batch_tokens
             steps.advance(count)
 
-        for shard in mine:
-            pairs = [encoder(example) for example in rows[shard]]
-            sums = score_pairs(model, pairs, encoder.tokenizer.eos_token_id, recipe.score.tokens_per_batch, progress)
-            table = pa.table(
-                {
-                    "id": pa.array([example.id for example in rows[shard]], pa.string()),
-                    "logp": sums[:, 0].numpy(),
-                    "eos": sums[:, 1].numpy(),
-                    "tokens": pa.array([len(pair.label) for pair in pairs], pa.int64()),
-                }
+        for shard in turns:
+            chosen = rows[shard] if shard is not None else []
+            pairs = [encoder(example) for example in chosen or (examples.train[:1] if sharded else [])]
+            batches = len(token_budget_batches([len(pair) for pair in pairs], budget))
+            forwards = max(ranks.gather(batches)) if sharded else batches
+            sums = score_pairs(
+                model, pairs, encoder.tokenizer.eos_token_id, budget, progress if chosen else None, forwards
             )
-            write_table(
-                _part_path(folder, shard, len(shards), scoring), table, {"fingerprint": manifest["fingerprint"]}
-            )
-            if stop_asked(folder, look=True):
+            if shard is not None:
+                path = _part_path(folder, shard, len(shards), scoring)
+                _write_part(path, chosen, pairs, sums, manifest["fingerprint"])
+            stop = stop_asked(folder, look=True)
+            if any(ranks.gather(stop)) if sharded else stop:
                 break
     append_log(
         folder.log,
         event="score",
         model=scoring.name,
         rank=ranks.rank,
+        sharding="zero3" if sharded else "replica",
         examples=total,
         tokens=tokens,
         examples_per_s=round(steps.rate, 2),
@@ -233,6 +253,17 @@ def _score_pass(
 
 def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
     return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.name}.parquet"
+
+
+def _write_part(path: Path, examples: Sequence[Example], pairs: list[Encoded], sums: torch.Tensor, mark: str) -> None:
+    n = len(examples)
+    table = {
+        "id": pa.array([example.id for example in examples], pa.string()),
+        "logp": sums[:n, 0].numpy(),
+        "eos": sums[:n, 1].numpy(),
+        "tokens": pa.array([len(pair.label) for pair in pairs[:n]], pa.int64()),
+    }
+    write_table(path, pa.table(table), {"fingerprint": mark})
 
 
 def _join_parts(

@@ -1,0 +1,151 @@
+"""Frozen models for scoring: a replica on each rank where it fits, sharded over the ranks by ZeRO-3 where not."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from typing import Any
+
+import torch
+
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.lm.load import (
+    DTYPES,
+    adapter_base,
+    fp32_head,
+    load_config,
+    load_model,
+    load_scorer,
+    sharded_at_load,
+    start_deepspeed,
+)
+from atlantis_ds.progress import console
+from atlantis_ds.recipe import Model, Score
+
+ROOM = 1.25
+"""A replica takes this many times its weights: activations and the logits of label positions come on top."""
+
+
+class Frozen:
+    """One base model in memory at a time, for the passes that score with it or with adapters on it.
+
+    Two passes in a row over one base load it once: an adapter is put on it for its own pass, and taken off after.
+    Every rank makes the same calls, but for ``load`` of a replica, which ranks without work leave out.
+    """
+
+    def __init__(self, settings: Score, ranks: Ranks) -> None:
+        self.settings, self.ranks = settings, ranks
+        self._base: Model | None = None
+        self._sharded = False
+        self._lm: Any = None
+
+    def choose(self, model: Model, name: str) -> bool:
+        """Whether ``model`` is sharded over the ranks; rank 0 says so and why. Frees any other base."""
+        base = adapter_base(model) or model
+        if base != self._base:
+            self.free()
+            self._base = base
+            self._sharded, why = self._needs_sharding(base)
+            if self.ranks.is_main:
+                how = "sharded over the ranks by ZeRO-3" if self._sharded else "a replica on each rank"
+                console.print(f"score {name}: {how} ({why})")
+        return self._sharded
+
+    def _needs_sharding(self, base: Model) -> tuple[bool, str]:
+        if self.settings.sharding != "auto":
+            return self.settings.sharding == "zero3", f"score.sharding: {self.settings.sharding}"
+        if self.ranks.world_size == 1:
+            return False, "one rank"
+        need, free = replica_bytes(base, self.settings.dtype), free_bytes(self.ranks)
+        return need > free, f"it takes {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free for each"
+
+    def load(self, model: Model) -> Any:
+        """The model that ``choose`` was asked about, for ``score_pairs``; what was returned before is used up."""
+        if self._sharded:
+            self.free(keep_base=True)
+            self._lm = load_sharded_scorer(model, self.settings.dtype)
+            return self._lm
+        from peft import PeftModel
+
+        if isinstance(self._lm, PeftModel):
+            self._lm = self._lm.unload()
+        if self._lm is None:
+            self._lm = load_scorer(adapter_base(model) or model, self.settings.dtype, self.ranks.device)
+        if adapter_base(model):
+            path, device = str(model.model_name_or_path), str(self.ranks.device)
+            self._lm = PeftModel.from_pretrained(self._lm, path, torch_device=device).eval()
+        return self._lm
+
+    def free(self, keep_base: bool = False) -> None:
+        """Give the memory back."""
+        if self._sharded and self._lm is not None:
+            self._lm.destroy()
+        self._lm = None
+        if not keep_base:
+            self._base = None
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def replica_bytes(model: Model, dtype: str) -> int:
+    """Memory of one replica for scoring: weights in ``dtype``, the LM head in fp32 beside, room for a batch."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = load_config(model)
+    loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        lm = loader.from_config(config, trust_remote_code=model.trust_remote_code)
+    head = 4 * lm.get_output_embeddings().weight.numel() if dtype != "float32" else 0
+    return int(ROOM * lm.num_parameters() * DTYPES[dtype].itemsize) + head
+
+
+def free_bytes(ranks: Ranks) -> int:
+    """Memory that every rank may fill: its share of its host's, and on GPUs no more than is free there.
+
+    The host counts on GPUs too: a replica goes through its memory. The same value on all ranks.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    found = ranks.gather(
+        (
+            socket.gethostname(),
+            psutil.virtual_memory().available,
+            torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else None,
+        )
+    )
+    hosts = [host for host, _, _ in found]
+    shares = [available // hosts.count(host) for host, available, _ in found]
+    return min([*shares, *(device for _, _, device in found if device is not None)])
+
+
+def load_sharded_scorer(model: Model, dtype: str) -> Any:
+    """Load a frozen model sharded over all ranks; the scores are those of ``load_scorer``.
+
+    Every rank must call it, and run the same number of forwards afterwards. With a bf16 body each rank holds a whole
+    fp32 head.
+
+    Returns:
+        a DeepSpeed engine, for ``score_pairs``.
+    """
+    deepspeed = start_deepspeed()
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3},
+    }
+    base = adapter_base(model)
+    with sharded_at_load(config):
+        lm = load_model(base or model, dtype)
+    if base is not None:
+        from peft import PeftModel
+
+        lm = PeftModel.from_pretrained(lm, str(model.model_name_or_path))
+    lm.eval().requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=lm, config=config)
+    head = lm.get_output_embeddings()
+    if dtype != "float32":
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            wide = fp32_head(head)
+        lm.set_output_embeddings(wide.to(engine.device))
+    return engine

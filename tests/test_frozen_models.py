@@ -1,0 +1,141 @@
+"""Scoring on real ranks: one model sharded over them, adapters on one base, a reference trained on gold labels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, WriteRecipe, events, succeed
+
+from atlantis_ds.data.prepare import load_examples, prepare
+from atlantis_ds.data.splits import fold_of
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import Model, load_recipe
+from atlantis_ds.run_folder import RunFolder
+
+SCORES = ["logp_large", "logp_small", "logp_reference"]
+
+
+def scores(run: Path) -> dict[str, np.ndarray]:
+    shards = sorted((run / "scores").glob("shard-*.parquet"))
+    rows = [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+    assert len({row["id"] for row in rows}) == len(rows) == 37
+    return {name: np.array([row[name] for row in rows]) for name in SCORES}
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_recipe: WriteRecipe, encoder_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5, a Qwen2, and two cross-fitted LoRA references on that Qwen2, scored on 2 ranks."""
+    folder = tmp_path_factory.mktemp("lora")
+    changes = {
+        "models.large": {"model_name_or_path": str(encoder_decoder)},
+        "models.reference": {"kind": "finetuned", "folds": 2},
+        "train.mode": "lora",
+        "train.deepspeed": str(ROOT / "ds_configs" / "zero0.json"),
+        "train.learning_rate": 0.05,
+        "score.shard_size": 15,  # 3 shards, unequal in length
+    }
+    recipe = tiny_recipe(folder, changes)
+    prepare(load_recipe(recipe), RunFolder(folder / "run"))
+    succeed("local", 1, "train", recipe, "--arm", "reference")
+    out = succeed("torchrun", 2, "score", recipe)
+    # Said once for each base: the references are adapters on the small model.
+    assert [line.split(":")[0] for line in out.splitlines() if "a replica on each rank (it takes 0.00 GiB" in line] == [
+        "score large",
+        "score small",
+    ]
+    return folder
+
+
+def test_adapters_on_one_base_score_as_separate_models(lora_run: Path, base_model: Path) -> None:
+    import torch
+
+    from atlantis_ds.lm.encode import Encoder
+    from atlantis_ds.lm.likelihood import score_pairs
+    from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
+
+    run = RunFolder(lora_run / "run")
+    recipe, examples = load_recipe(lora_run / "recipe.yaml"), load_examples(run)
+    alone = []
+    for path in (base_model, *(run.model(f"reference-{fold}-of-2") / "last" for fold in (0, 1))):
+        model = Model(model_name_or_path=str(path))
+        encoder = Encoder(load_tokenizer(model), load_config(model), recipe.prompt, examples.labels)
+        lm = load_scorer(model, "float32", torch.device("cpu"))  # merges the adapter
+        pairs = [encoder(example) for example in examples.train]
+        alone.append(score_pairs(lm, pairs, encoder.tokenizer.eos_token_id, 256)[:, 0].numpy())
+    base, *folds = alone
+    of = np.array([fold_of(example, 2, recipe.seed) for example in examples.train])
+    assert np.abs(folds[0] - folds[1]).mean() > 0.1 and np.abs(folds[0] - base).mean() > 0.1
+    found = scores(run.root)
+    np.testing.assert_allclose(found["logp_small"], base, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found["logp_reference"], np.where(of == 0, *folds), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_sharded_scores_equal_those_of_replicas(dtype: str, lora_run: Path, tmp_path: Path) -> None:
+    """3 shards on 2 ranks: a rank short of a forward would hang the other one."""
+    recipe, found = lora_run / "recipe.yaml", {}
+    for how in ("replica", "zero3"):
+        run = tmp_path / how / "run"
+        shutil.copytree(lora_run / "run", run)
+        if (how, dtype) != ("replica", "float32"):
+            shutil.rmtree(run / "scores")
+            before = len(events(run, "score"))
+            choice = [f"score.sharding={how}", f"score.dtype={dtype}", f"runs_dir={tmp_path / how}"]
+            succeed("torchrun", 2, "score", recipe, *(word for key in choice for word in ("--set", key)))
+            new = events(run, "score")[before:]
+            assert len(new) == 8 and {event["sharding"] for event in new} == {how}
+        found[how] = scores(run)
+    for name, values in found["replica"].items():
+        assert values.std() > 1
+        # In bf16 the replica too differs by this much with the batch that an example is in.
+        np.testing.assert_allclose(found["zero3"][name], values, atol=1e-4 if dtype == "float32" else 0.1, rtol=0)
+
+
+CHOOSE = """
+import sys
+from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.lm.frozen import Frozen
+from atlantis_ds.recipe import Model, Score
+ranks = start_ranks(1)
+frozen = Frozen(Score(), ranks)
+small, huge = (Model(model_name_or_path=path) for path in sys.argv[1:])
+chosen = [frozen.choose(small, "small"), frozen.choose(huge, "huge")]
+sys.stdout.write(f"chosen: {chosen}\\n")
+stop_ranks()
+"""
+
+
+def test_auto_shards_what_does_not_fit(base_model: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    shape = json.loads((base_model / "config.json").read_text())
+    (huge / "config.json").write_text(json.dumps({**shape, "vocab_size": 10**11}))
+    script = tmp_path / "choose.py"
+    script.write_text(CHOOSE)
+    out = succeed("torchrun", 2, script, base_model, huge)
+    assert "score small: a replica on each rank (it takes 0.00 GiB, " in out
+    assert "score huge: sharded over the ranks by ZeRO-3 (it takes 14901.16 GiB, " in out  # 1.25 x 10^11 x 32 x 4 bytes
+    assert out.count("chosen: [False, True]") == 2
+
+
+def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.train.jobs import reference_jobs
+
+    changes = {"models.reference": {"kind": "finetuned", "on": "dev", "folds": 1}}
+    recipe, folder = load_recipe(tiny_recipe(tmp_path, changes)), RunFolder(tmp_path / "run")
+    examples = prepare(recipe, folder)
+    (job,) = reference_jobs(recipe, folder, examples)
+    assert [example.id for example in job.examples] == [example.id for example in examples.dev]
+    assert all(example.label == example.gold for example in job.examples)
+    for wrong, said in (
+        ({"on": "dev", "folds": 2}, "`on: dev` needs `folds: 1`"),
+        ({"chat_template": True}, "`chat_template` is for kind: checkpoint"),
+        ({"kind": "checkpoint", "model_name_or_path": "x", "on": "dev"}, "`on` is for kind: finetuned"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_recipe(tiny_recipe(tmp_path / "wrong", {"models.reference": wrong}))
