@@ -36,6 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.learning_rate=1e-5."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Train on weights whose effective sample size is below 10 %.")]
+Part = Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share the work.")]
 NumberOfRanks = Annotated[
     int, typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher did.")
 ]
@@ -58,6 +59,9 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
         path = getattr(settings.data, key)
         if path is not None and not Path(path).is_file():
             raise InputError(f"{recipe}: data.{key}: {path}: no such file")
+    for name, arm in settings.arms.items():
+        if arm.drop_ids is not None and not Path(arm.drop_ids).is_file():
+            raise InputError(f"{recipe}: arms.{name}.drop_ids: {arm.drop_ids}: no such file")
     print(f"{recipe}: valid. Run folder {folder.root}; arms {', '.join(settings.arms)}")
 
 
@@ -80,7 +84,7 @@ def score(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
     ranks: NumberOfRanks = 1,
-    part: Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share it.")] = "1/1",
+    part: Part = "1/1",
 ) -> None:
     """Score all training examples under the frozen models.
 
@@ -89,13 +93,11 @@ def score(
 
     Example: torchrun --nproc-per-node 8 -m atlantis_ds score recipes/semeval_qwen2_1.5b.yaml
     """
+    numbers = _part(part)
     _start_local(ranks)
     from atlantis_ds import stages
 
-    number, _, of = part.partition("/")
-    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise InputError(f"--part {part}: write it as I/N with 1 <= I <= N")
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.score(r, f, k, (int(number), int(of))))
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.score(r, f, k, numbers))
 
 
 @app.command()
@@ -174,6 +176,29 @@ def run(
     from atlantis_ds import stages
 
     _on_ranks(recipe, overrides, lambda r, f, k: stages.run(r, f, k, force))
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    part: Part = "1/1",
+    force: Force = False,
+) -> None:
+    """Train and evaluate every arm with every seed; give differences with intervals.
+
+    Reads what the recipe names; does the stages before training where they are missing, and skips what is finished.
+    Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.json, .csv and .png, runs.csv).
+
+    Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
+    """
+    _load(recipe, overrides)
+    numbers = _part(part)
+    _start_local(ranks)
+    from atlantis_ds import stages
+
+    _on_ranks(recipe, overrides, lambda r, f, k: stages.compare(r, f, k, numbers, force))
 
 
 @app.command()
@@ -312,6 +337,13 @@ def _end(line: str, code: int) -> NoReturn:
 def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     settings = load_recipe(recipe, overrides)
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise InputError(f"--part {text}: write it as I/N with 1 <= I <= N")
+    return int(number), int(of)
 
 
 def _start_local(ranks: int) -> None:

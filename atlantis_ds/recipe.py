@@ -21,6 +21,7 @@ from atlantis_ds.errors import InputError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 DType = Literal["float32", "bfloat16"]
+Loss = Literal["cross_entropy", "gce", "dft"]
 
 
 class Section(BaseModel):
@@ -240,6 +241,12 @@ class Train(Section):
     per_device_train_batch_size: Positive = 8
     """Examples a micro-batch on one rank; gradient accumulation follows from the two."""
     gradient_checkpointing: bool = False
+    loss: Loss = "cross_entropy"
+    """`gce` (generalised cross-entropy) and `dft` learn less from labels that the model finds unlikely."""
+    gce_q: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """`gce`: near 0 it is the cross-entropy, at 1 the mean absolute error."""
+    gce_warmup_ratio: Fraction = 0.5
+    """`gce`: share of the steps that train on the cross-entropy first."""
     reduction: Literal["example", "token"] = "example"
     """Divide the weighted sum by the number of examples, or of label tokens, of the global batch."""
     lora_r: Positive = 16
@@ -276,6 +283,14 @@ class Train(Section):
 class Arm(Section):
     weights: Weights | None = None
     """Weights of this arm; without it the recipe's own `weights`."""
+    drop_lowest: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hard selection: leave out this share of the examples, those of the lowest weights; the others count alike."""
+    drop_ids: str | None = None
+    """File of example ids, one a line, that this arm leaves out: what an annotator or another tool found wrong."""
+    gold: bool = False
+    """Train on the gold labels: what noise-free data would give."""
+    loss: Loss | None = None
+    """Loss of this arm; without it `train.loss`."""
 
 
 class Evaluate(Section):
@@ -295,6 +310,7 @@ class Recipe(Section):
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of data, noise, folds and scores; and of training, but for `compare`."""
     data: Data
     prompt: Prompt = Prompt()
     models: Models
@@ -303,6 +319,8 @@ class Recipe(Section):
     train: Train = Train()
     arms: dict[str, Arm] = {"sft": Arm(weights=Weights(formula="uniform")), "atlantis": Arm()}
     """What to train and compare. Every arm shares data order, schedule and reduction."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
+    """`compare` trains every arm once with each: order of the data, adapters, dropout."""
     evaluate: Evaluate = Evaluate()
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """A rank that waits longer than this for the others ends the run."""
@@ -314,6 +332,9 @@ class Recipe(Section):
                 raise ValueError(f"`{kind}`: {name!r} names a folder: use letters, digits, `-`, `_` and `.`")
         if not self.arms:
             raise ValueError("`arms` is empty")
+        for arm, options in self.arms.items():
+            if options.drop_lowest and (options.weights or self.weights).formula == "uniform":
+                raise ValueError(f"`arms.{arm}.drop_lowest`: uniform weights have no lowest ones; give it `weights`")
         if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
             raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
         return self

@@ -6,6 +6,7 @@ a fingerprint of all that it was made from; a stage whose output has the right f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -84,7 +85,13 @@ def fingerprint(value: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
+    """SHA-256 of a file, as hex. A file that has not changed is read once: a base model has gigabytes."""
+    state = path.stat()
+    return _file_hash(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, *state: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

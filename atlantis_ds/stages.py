@@ -13,7 +13,7 @@ from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.progress import console
 from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_text
+from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_text
 
 
 def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
@@ -72,12 +72,7 @@ def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
     """All stages; what is finished and valid is skipped. Ends with the table of arms."""
     from atlantis_ds.weights.diagnostics import diagnosis_table
 
-    prepare(recipe, folder, ranks)
-    weighted = [arm for arm, options in recipe.arms.items() if (options.weights or recipe.weights).formula != "uniform"]
-    if weighted:
-        train(recipe, folder, ranks, "reference", force)
-        score(recipe, folder, ranks)
-        merge(recipe, folder, ranks)
+    weighted = _weigh(recipe, folder, ranks, force)
     for arm in recipe.arms:
         train(recipe, folder, ranks, arm, force)
     evaluate(recipe, folder, ranks, list(recipe.arms))
@@ -85,6 +80,56 @@ def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
         # Shown before training, when there is still time to stop, and again beside the figures they explain.
         console.print(diagnosis_table(read_json(folder.weights_info)))
         console.print(f"weights: {folder.weights_plot}")
+
+
+def _weigh(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> bool:
+    """All stages before the arms; False where every arm has uniform weights, and nothing needs scores."""
+    prepare(recipe, folder, ranks)
+    weighted = any((options.weights or recipe.weights).formula != "uniform" for options in recipe.arms.values())
+    if weighted:
+        train(recipe, folder, ranks, "reference", force)
+        score(recipe, folder, ranks)
+        merge(recipe, folder, ranks)
+    return weighted
+
+
+def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int], force: bool) -> None:
+    """Train and evaluate every arm with every seed on one set of scores; write ``compare/`` and print the table.
+
+    Args:
+        part: (I, N): the I-th of N parts of the trainings, counted from 1, for N jobs that share them. With N > 1 the
+            weights must be there, and nothing is compared.
+    """
+    from atlantis_ds.evaluate.compare import Trained, compare_arms, comparison_table
+    from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
+    from atlantis_ds.train.fit import fit
+    from atlantis_ds.train.jobs import arm_job, training_summary
+
+    if part[1] == 1:
+        _weigh(recipe, folder, ranks, force)
+    examples = load_examples(folder)
+    # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
+    trainings = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]
+    trained: list[Trained] = []
+    for seed, arm in trainings[part[0] - 1 :: part[1]]:
+        leave_if_asked(folder, ranks, f"before {arm} with seed {seed}")
+        job = arm_job(recipe, folder, examples, arm, force, seed)
+        with claimed(folder, f"train-{job.name}", ranks):
+            fit(recipe, folder, examples, job, ranks)
+            metrics = evaluate_arm(recipe, folder, job.name, ranks)
+        if ranks.is_main and part[1] == 1:
+            predicted = read_table(folder.evaluation(job.name) / "predictions.parquet")[0]["predicted"].to_pylist()
+            trained.append(Trained(arm, seed, predicted, metrics, training_summary(folder, job.name)["seconds"]))
+            comparison = compare_arms(
+                recipe, folder, [example.gold or example.label for example in examples.test], trained
+            )
+    if ranks.is_main:
+        if part[1] == 1:
+            console.print(comparison_table(comparison))
+            console.print(f"comparison: {folder.root / 'compare'}")
+        else:
+            console.print(f"compare: part {part[0]} of {part[1]} is done; `compare` without --part writes the table")
+    ranks.barrier()
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -> None:

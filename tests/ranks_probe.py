@@ -49,7 +49,7 @@ class Setting:
         self.pairs = [encoder(example) for example in examples]
         assert len({len(pair.label) for pair in self.pairs}) > 2, "labels of unequal length are the point"
         weights = np.random.default_rng(1).exponential(size=BATCH) ** 2
-        self.job = Job("probe", self.model, examples, weights, self.train)
+        self.job = Job("probe", None, self.model, examples, weights, self.train, seed=1)
         self.engine = start_engine(self.train, self.model, 100, 1, ranks)
         self.gradients = record_gradients(self.engine)
         self.bare = load_model(self.model, "float32")
@@ -65,7 +65,8 @@ class Setting:
         """One optimizer step of the engine; its gradients on the way."""
         lengths = [len(pair) for pair in self.pairs]
         batches = _micro_batches(self.job, self.pairs, lengths, rows, self.engine, self.ranks)
-        result = optimizer_step(self.engine, batches, self.denominator(rows), self.ranks)
+        options = self.train.loss, self.train.gce_q
+        result = optimizer_step(self.engine, batches, self.denominator(rows), self.ranks, *options)
         return dict(self.gradients), result
 
     def whole(self, rows: np.ndarray, weights: Any = None, denominator: int | None = None) -> tuple[Tensors, float]:
@@ -74,7 +75,8 @@ class Setting:
         pairs = [self.pairs[row] for row in rows]
         batch = collate(pairs, self.bare.config, pairs[0].eos, list(weights))
         self.bare.zero_grad()
-        loss = weighted_loss(self.bare, batch, denominator or self.denominator(rows))
+        options = self.train.loss, self.train.gce_q
+        loss = weighted_loss(self.bare, batch, denominator or self.denominator(rows), *options)
         loss.backward()
         return {n: p.grad.clone() for n, p in self.bare.named_parameters() if p.grad is not None}, loss.item()
 
@@ -206,6 +208,10 @@ def main() -> None:
     )
     found["ZeRO 3, checkpointing"] = equal_gradients(causal, ranks, 3, 4, gradient_checkpointing=True)
     found["encoder-decoder, ZeRO 3"] = equal_gradients(encoder_decoder, ranks, 3, 4)
+    for stage in (0, 3):
+        # Untrained, a label has a probability of e^-40: with a small q it counts.
+        found[f"gce, ZeRO {stage}"] = equal_gradients(causal, ranks, stage, 4, loss="gce", gce_q=0.05)
+        found[f"dft, ZeRO {stage}"] = equal_gradients(causal, ranks, stage, 4, loss="dft")
     found["doubled weight, ZeRO 0"] = doubled_weight(causal, ranks, 0)
     found["doubled weight, ZeRO 3"] = doubled_weight(causal, ranks, 3)
     if ranks.is_main:

@@ -16,21 +16,37 @@ from atlantis_ds.lm.encode import Encoded
 def label_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     """log p(y|x) of each example of a batch, differentiable.
 
+    Args:
+        model, batch: as in ``token_log_likelihoods``.
+
+    Returns:
+        float64 [B, 2]: the sum over the label's own tokens, and the end-of-sequence token after them.
+    """
+    return sum_over_labels(token_log_likelihoods(model, batch), batch)
+
+
+def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
+    """log p of each label token of a batch, given the prompt and the label tokens before it; differentiable.
+
     Only the hidden states that predict a label token reach the LM head: with a vocabulary of 152k the full logits
-    would be the memory peak. Log-softmax is in fp32, the sum over tokens in float64.
+    would be the memory peak. Log-softmax is in fp32.
 
     Args:
         model: a causal or encoder-decoder LM of transformers, bare, wrapped by peft, or a DeepSpeed engine.
         batch: from ``collate``, on the model's device.
 
     Returns:
-        float64 [B, 2]: the sum over the label's own tokens, and the end-of-sequence token after them.
+        float64 [N], in the order of ``batch.targets``.
     """
     with _label_positions_only(model, batch.positions):
         logits = model(**batch.inputs, use_cache=False).logits
-    token_log_likelihoods = -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
-    sums = torch.zeros(2 * batch.size, dtype=torch.float64, device=token_log_likelihoods.device)
-    return sums.index_add(0, 2 * batch.example + batch.is_eos, token_log_likelihoods).view(-1, 2)
+    return -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
+
+
+def sum_over_labels(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum float64 [N], one value a label token, to [B, 2]: the label's own tokens, and its end-of-sequence token."""
+    sums = torch.zeros(2 * batch.size, dtype=torch.float64, device=tokens.device)
+    return sums.index_add(0, 2 * batch.example + batch.is_eos, tokens).view(-1, 2)
 
 
 @contextmanager

@@ -44,14 +44,14 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
             "dev": len(examples.dev),
             "labels": len(examples.labels),
         },
-        "weights": _weights_facts(recipe, folder, examples, job) if job.name in recipe.arms else None,
+        "weights": _weights_facts(recipe, folder, examples, job) if job.arm else None,
         # Our own version needs no installed package: a checkout on PYTHONPATH trains as well.
         "versions": {"atlantis_ds": __version__} | {package: version(package) for package in packages},
     }
 
 
 def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any]:
-    options = recipe.arms[job.name].weights or recipe.weights
+    options = recipe.arms[str(job.arm)].weights or recipe.weights
     facts: dict[str, Any] = {"options": options.model_dump(mode="json")}
     if options.formula == "uniform":
         return facts
@@ -120,7 +120,7 @@ def card_text(
         "",
         f"# {facts['recipe']['name']}, {facts['arm']}",
         "",
-        "Trained by atlantis_ds on the loss -(1/B) Σ W log p(label | prompt).",
+        f"Trained by atlantis_ds on the weighted loss (1/B) Σ W ℓ, with ℓ the {settings['loss']} of the label.",
         "",
         *_table(("what", ""), rows),
         "",

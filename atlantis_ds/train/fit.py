@@ -26,12 +26,7 @@ from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_chec
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
-from atlantis_ds.train.step import (
-    micro_batch_rows,
-    optimizer_step,
-    step_rows,
-    steps_per_epoch,
-)
+from atlantis_ds.train.step import loss_of_step, micro_batch_rows, optimizer_step, step_rows, steps_per_epoch
 
 
 def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: Ranks) -> None:
@@ -42,7 +37,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
         RunError: too many steps in a row without a finite loss or gradient; the last good checkpoint stays.
         Preempted: the job was asked to stop; a checkpoint of the last step is there.
     """
-    settings, seed = job.settings, recipe.seed
+    settings, seed = job.settings, job.seed
     done = folder.model(job.name) / "training.json"
     mark = ranks.broadcast(job.fingerprint(recipe, examples) if ranks.is_main else None)
     if ranks.broadcast(finished(done, mark)):
@@ -94,7 +89,8 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
             torch.manual_seed(hash((seed, step, ranks.rank)) & 0x7FFFFFFF)
             rate = engine.get_lr()[0]
-            result = optimizer_step(engine, batches, denominator, ranks, stop_asked(folder, ranks.is_main))
+            loss, stop = loss_of_step(settings, step, total), stop_asked(folder, ranks.is_main)
+            result = optimizer_step(engine, batches, denominator, ranks, loss, settings.gce_q, stop)
             seconds = time.monotonic() - start
             state = {
                 **state,

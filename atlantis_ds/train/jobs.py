@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,12 +25,15 @@ from atlantis_ds.weights.score import reference_name
 @dataclass(frozen=True)
 class Job:
     name: str
-    """Arm, or ``reference``."""
+    """Name of its folders: arm, arm and seed, or ``reference``."""
+    arm: str | None
+    """Arm of the recipe; None for a reference."""
     model: Model
     examples: list[Example]
     weights: np.ndarray
     """float64 [n], mean 1, one for each example."""
     settings: Train
+    seed: int
 
     def fingerprint(self, recipe: Recipe, examples: Examples) -> str:
         """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
@@ -38,22 +42,27 @@ class Job:
         return fingerprint(
             [
                 examples.fingerprint,
-                [example.id for example in self.examples],
+                [[example.id, example.label] for example in self.examples],
                 hashlib.sha256(self.weights.tobytes()).hexdigest(),
                 model_identity(self.model),
                 self.settings.model_dump(exclude=free),
                 recipe.prompt.model_dump(),
-                recipe.seed,
+                self.seed,
             ]
         )
 
 
-def arm_job(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str, force: bool) -> Job:
-    """The training job of one arm: the large model on all training examples.
+def arm_job(
+    recipe: Recipe, folder: RunFolder, examples: Examples, arm: str, force: bool, seed: int | None = None
+) -> Job:
+    """The training job of one arm: the large model on all training examples; what is left out has weight 0.
+
+    Args:
+        seed: of the training, for one of several runs of the arm; without it the recipe's.
 
     Raises:
-        InputError: there is no such arm, its weights are missing, or their effective sample size is below a tenth of
-            the examples and ``force`` is off.
+        InputError: there is no such arm, its weights, gold labels or ids to leave out are missing, or the effective
+            sample size is below a tenth of the examples and ``force`` is off.
     """
     if arm not in recipe.arms:
         raise InputError(f"--arm {arm}: no such arm; the recipe has {', '.join(recipe.arms)} (and `reference`)")
@@ -64,7 +73,23 @@ def arm_job(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str, for
             f"arm {arm}: the effective sample size of its weights is {share:.1%} of the examples, below "
             f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train all the same with --force"
         )
-    return Job(arm, model_source(recipe, folder, "large"), examples.train, weights, recipe.train)
+    options = recipe.arms[arm]
+    train = gold_labelled(examples.train) if options.gold else examples.train
+    settings = recipe.train.model_copy(update={"loss": options.loss or recipe.train.loss})
+    name = arm if seed is None else f"{arm}-seed{seed}"
+    large = model_source(recipe, folder, "large")
+    return Job(name, arm, large, train, weights, settings, recipe.seed if seed is None else seed)
+
+
+def gold_labelled(examples: Sequence[Example]) -> list[Example]:
+    """The examples with their gold labels to train on.
+
+    Raises:
+        InputError: an example has none.
+    """
+    if unknown := next((example for example in examples if example.gold is None), None):
+        raise InputError(f"example {unknown.id}: it has no gold label, so no arm can train with `gold: true`")
+    return [replace(example, label=str(example.gold)) for example in examples]
 
 
 def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> list[Job]:
@@ -91,10 +116,13 @@ def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> lis
         jobs.append(
             Job(
                 reference_name(fold, reference.folds),
+                None,
                 model_source(recipe, folder, "reference"),
                 seen,
                 np.ones(len(seen)),
-                recipe.train.model_copy(update=changes),
+                # A reference is to tell right labels from wrong ones by their likelihood: no other loss will do.
+                recipe.train.model_copy(update={**changes, "loss": "cross_entropy"}),
+                recipe.seed,
             )
         )
     return jobs

@@ -1,8 +1,9 @@
 """One weighted optimizer step, and which examples it sees.
 
-The loss of a step is L = -(1/D) Σ_i W_i log p(y_i|x_i) over its global batch (ATLANTIS, Algorithm 1), with D the
-number of examples, or of label tokens, of that batch. D is known before the first backward and divides once, so that
-the gradient is the same for every micro-batch size, accumulation and world size.
+The loss of a step is L = (1/D) Σ_i W_i ℓ_i over its global batch, with ℓ_i = -log p(y_i|x_i) (ATLANTIS, Algorithm 1)
+or a loss that bears wrong labels better, and D the number of examples, or of label tokens, of that batch. D is known
+before the first backward and divides once, so that the gradient is the same for every micro-batch size, accumulation
+and world size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.lm.batch import Batch
-from atlantis_ds.lm.likelihood import label_log_likelihoods
+from atlantis_ds.lm.likelihood import sum_over_labels, token_log_likelihoods
+from atlantis_ds.recipe import Loss, Train
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 
 
@@ -33,39 +35,68 @@ class StepResult:
     """Whether any rank was asked to stop; the same on all ranks."""
 
 
-def weighted_loss(model: Any, batch: Batch, denominator: float) -> torch.Tensor:
-    """-(1/D) Σ_i W_i log p(y_i|x_i) over one micro-batch, end-of-sequence token included.
+def weighted_loss(
+    model: Any, batch: Batch, denominator: float, loss: Loss = "cross_entropy", q: float = 0.7
+) -> torch.Tensor:
+    """(1/D) Σ_i W_i ℓ_i over one micro-batch, end-of-sequence token included.
+
+    With p the probability of a whole label and p_t that of its token t, ℓ is
+
+    - ``cross_entropy``: -log p
+    - ``gce``: (1 - p^q) / q (Zhang and Sabuncu 2018, Eq. 6), whose gradient is that of -log p times p^q
+    - ``dft``: -Σ_t [p_t] log p_t, no gradient through [p_t] (Wu et al. 2025, On the generalization of SFT, Eq. 9)
 
     Args:
         model: the DeepSpeed engine, or a bare model.
         batch: the micro-batch, with its weights.
         denominator: D of the whole global batch.
+        q: of ``gce``, in (0, 1]; 1 is the mean absolute error, near 0 the cross-entropy.
 
     Returns:
         float64 scalar.
     """
-    log_likelihood = label_log_likelihoods(model, batch).sum(dim=1)
-    return -(batch.weight * log_likelihood).sum() / denominator
+    tokens = token_log_likelihoods(model, batch)
+    if loss == "dft":
+        tokens = tokens.detach().exp() * tokens
+    log_likelihood = sum_over_labels(tokens, batch).sum(dim=1)
+    gain = torch.expm1(q * log_likelihood) / q if loss == "gce" else log_likelihood
+    return -(batch.weight * gain).sum() / denominator
+
+
+def loss_of_step(settings: Train, step: int, total: int) -> Loss:
+    """The loss of optimizer step ``step`` (from 0): cross-entropy during the warm-up of ``gce``, else ``train.loss``.
+
+    Where the label's probability is still near 0, the gradient of ``gce`` is too.
+    """
+    warming = settings.loss == "gce" and step < settings.gce_warmup_ratio * total
+    return "cross_entropy" if warming else settings.loss
 
 
 def optimizer_step(
-    engine: Any, micro_batches: Sequence[Batch], denominator: float, ranks: Ranks, stop: bool = False
+    engine: Any,
+    micro_batches: Sequence[Batch],
+    denominator: float,
+    ranks: Ranks,
+    loss: Loss = "cross_entropy",
+    q: float = 0.7,
+    stop: bool = False,
 ) -> StepResult:
     """Forward, backward and update for one global batch; ``micro_batches`` is this rank's part of it.
 
     A step whose loss or gradient is not finite on any rank changes no weight, on all ranks.
 
     Args:
+        denominator, loss, q: as in ``weighted_loss``.
         stop: whether this rank was asked to stop; it travels with the loss.
     """
-    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    local = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         engine.set_gradient_accumulation_boundary(last)
-        micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator)
-        loss += micro_loss.detach()
+        micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator, loss, q)
+        local += micro_loss.detach()
         if last:
-            total, stops = ranks.sum(loss.item(), float(stop))
+            total, stops = ranks.sum(local.item(), float(stop))
             if not math.isfinite(total):
                 micro_loss = micro_loss * math.nan  # DeepSpeed skips the update where the gradient is not finite
         # DeepSpeed averages gradients over the ranks, and D already counts them all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,15 +118,42 @@ def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
 
 
 def arm_weights(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str) -> np.ndarray:
-    """The weights of one arm: float64 [n], mean 1, in the order of the training examples.
+    """The weights of one arm: float64 [n], mean 1, in the order of the training examples; 0 for what it leaves out.
 
     Uniform weights need no scores. The recipe's own are read from ``weights.parquet``; other formulas are computed
     from the same scores.
 
     Raises:
-        InputError: the weights are missing or were merged from other scores or options.
+        InputError: the weights are missing or were merged from other scores or options; the arm's file of ids to
+            leave out is missing or names an unknown id, or nothing is left.
     """
-    options = recipe.arms[arm].weights or recipe.weights
+    options = recipe.arms[arm]
+    weights = _merged_weights(recipe, folder, examples, options.weights or recipe.weights)
+    kept = np.ones(len(weights))
+    if options.drop_lowest:
+        kept[np.argsort(weights, kind="stable")[: round(options.drop_lowest * len(weights))]] = 0
+        weights = np.ones(len(weights))
+    if options.drop_ids:
+        kept[_rows_of_ids(Path(options.drop_ids), examples)] = 0
+    if kept.all():
+        return weights
+    if not (weights * kept).any():
+        raise InputError(f"arm {arm}: no example is left to train on")
+    return weights * kept / np.mean(weights * kept)
+
+
+def _rows_of_ids(path: Path, examples: Examples) -> list[int]:
+    try:
+        ids = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
+    rows = {example.id: row for row, example in enumerate(examples.train)}
+    if unknown := next((id for id in ids if id not in rows), None):
+        raise InputError(f"{path}: id {unknown} is no training example of this run")
+    return [rows[id] for id in ids]
+
+
+def _merged_weights(recipe: Recipe, folder: RunFolder, examples: Examples, options: Weights) -> np.ndarray:
     if options.formula == "uniform":
         return np.ones(len(examples.train))
     if options != recipe.weights:

@@ -1,0 +1,233 @@
+"""Arms x seeds: what an arm is worth beside SFT, with an interval that knows of seeds and of test examples."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atlantis_ds.evaluate.metrics import relation_of
+from atlantis_ds.recipe import Recipe
+from atlantis_ds.run_folder import RunFolder, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REPLICATES = 2000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One arm trained with one seed, and its predictions on the test split."""
+
+    arm: str
+    seed: int
+    predicted: list[str]
+    """[n], in the order of the gold labels."""
+    metrics: Mapping[str, Any]
+    seconds: float
+    """Training time."""
+
+
+def compare_arms(recipe: Recipe, folder: RunFolder, gold: Sequence[str], trained: Sequence[Trained]) -> dict[str, Any]:
+    """Compare what is trained so far; write ``compare/`` in the run folder.
+
+    Differences are taken to plain fine-tuning and to plain GCE, where the recipe has such arms; the arm with gold
+    labels says how much there is to gain.
+
+    Returns:
+        see ``comparison``.
+    """
+
+    def plain(loss: str, gold: bool = False) -> list[str]:
+        return [
+            name
+            for name, arm in recipe.arms.items()
+            if (arm.weights or recipe.weights).formula == "uniform"
+            and (arm.loss or recipe.train.loss, arm.gold) == (loss, gold)
+            and not arm.drop_ids
+        ][:1]
+
+    peers = [*plain("cross_entropy"), *plain("gce")]
+    found = comparison(gold, trained, peers, next(iter(plain("cross_entropy", gold=True)), None))
+    _write(folder.root / "compare", found, trained)
+    return found
+
+
+def comparison(
+    gold: Sequence[str], trained: Sequence[Trained], peers: Sequence[str], upper: str | None
+) -> dict[str, Any]:
+    """The figures of a comparison over the seeds and test examples that arms share.
+
+    The interval of a difference is that of a paired bootstrap in two levels (Efron and Tibshirani 1993, chapter 8): a
+    replicate draws seeds and test examples with replacement, the same for both arms, and takes the mean difference of
+    macro-F1 over its seeds. It covers the spread of training as well as that of the test set.
+
+    Args:
+        gold: gold labels of the n test examples.
+        trained: one entry an arm and seed.
+        peers: arms to take the difference to, SFT first.
+        upper: the arm trained on gold labels, where there is one.
+
+    Returns:
+        ``n`` (test examples), ``replicates``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, ``macro10``,
+        ``sd`` (over seeds; None for one seed), ``official`` and ``accuracy`` (means), ``seconds`` (mean training
+        time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and
+        ``gap_closed`` (share of the way from SFT to ``upper``, over the seeds of each; None where there is none).
+    """
+    runs: dict[str, dict[int, Trained]] = {}
+    for run in trained:
+        runs.setdefault(run.arm, {})[run.seed] = run
+    means = {arm: _mean([run.metrics["macro10"] for run in of_arm.values()]) for arm, of_arm in runs.items()}
+    resamples = np.random.default_rng(0).multinomial(len(gold), [1 / len(gold)] * len(gold), REPLICATES)
+    replicates = {(run.arm, run.seed): macro_f1(gold, run.predicted, resamples) for run in trained}
+    lost = means[upper] - means[peers[0]] if upper in means and peers and peers[0] in means else 0.0
+    rows = []
+    for arm, of_arm in runs.items():
+        figures = [run.metrics for run in of_arm.values()]
+        official = [metrics["official"] for metrics in figures]
+        rows.append(
+            {
+                "arm": arm,
+                "runs": len(of_arm),
+                "macro10": means[arm],
+                "sd": float(np.std([m["macro10"] for m in figures], ddof=1)) if len(figures) > 1 else None,
+                "official": None if None in official else _mean(official),
+                "accuracy": _mean([metrics["accuracy"] for metrics in figures]),
+                "seconds": _mean([run.seconds for run in of_arm.values()]),
+                "differences": {
+                    peer: _difference(of_arm, runs[peer], replicates)
+                    for peer in peers
+                    if peer != arm and peer in runs and runs[peer].keys() & of_arm.keys()
+                },
+                "gap_closed": (means[arm] - means[peers[0]]) / lost if lost else None,
+            }
+        )
+    return {"n": len(gold), "replicates": REPLICATES, "peers": [*peers], "arms": rows}
+
+
+def macro_f1(gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray) -> np.ndarray:
+    """``metrics.macro10`` of R resampled test sets, float64 [R].
+
+    Args:
+        counts: int [R, n], how often each example is in each resample. A relation that a resample lacks is left out.
+    """
+    relations = sorted({relation_of(label) for label in gold})
+    gold_is, predicted_is = (
+        np.array([[relation_of(label) == relation for relation in relations] for label in labels], dtype=np.float64)
+        for labels in (gold, predicted)
+    )
+    support, proposed, right = (counts @ hits for hits in (gold_is, predicted_is, gold_is * predicted_is))
+    f1 = 2 * right / np.maximum(support + proposed, 1)
+    return np.asarray((f1 * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1))
+
+
+def _difference(
+    arm: Mapping[int, Trained], peer: Mapping[int, Trained], replicates: Mapping[tuple[str, int], np.ndarray]
+) -> dict[str, float]:
+    pairs = [(arm[seed], peer[seed]) for seed in sorted(arm.keys() & peer.keys())]
+    mean = _mean([one.metrics["macro10"] - other.metrics["macro10"] for one, other in pairs])
+    differences = np.array([replicates[one.arm, one.seed] - replicates[other.arm, other.seed] for one, other in pairs])
+    drawn = np.random.default_rng(1).integers(len(pairs), size=differences.shape)
+    low, high = np.quantile(np.take_along_axis(differences, drawn, axis=0).mean(axis=0), [0.025, 0.975])
+    return {"mean": mean, "low": float(low), "high": float(high), "seeds": len(pairs)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """The comparison for a rich console: means, spread over seeds, intervals of the differences, time."""
+    from rich.table import Table
+
+    peers = comparison["peers"]
+
+    table = Table("arm", header_style="bold", title=f"macro-F1 on {comparison['n']} test examples, mean over seeds")
+    for column in (
+        "macro10",
+        "sd",
+        *(f"minus {peer}, 95% interval" for peer in peers),
+        "gap closed",
+        "runs",
+        "minutes",
+    ):
+        table.add_column(column, justify="right")
+    for row in comparison["arms"]:
+        table.add_row(
+            row["arm"],
+            f"{row['macro10']:.3f}",
+            "-" if row["sd"] is None else f"{row['sd']:.3f}",
+            *(_interval(row["differences"].get(peer)) for peer in peers),
+            "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
+            str(row["runs"]),
+            f"{row['seconds'] / 60:.1f}",
+        )
+    return table
+
+
+def _interval(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return "-"
+    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+
+
+def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
+    """``comparison.json``, ``comparison.csv``, ``comparison.png``, and ``runs.csv`` with a line an arm and seed."""
+    runs = [
+        {"arm": run.arm, "seed": run.seed, **{key: run.metrics[key] for key in ("macro10", "official", "accuracy")}}
+        | {"seconds": run.seconds}
+        for run in trained
+    ]
+    flat = []
+    for row in comparison["arms"]:
+        line = {key: value for key, value in row.items() if key != "differences"}
+        for peer in comparison["peers"]:
+            for key in ("mean", "low", "high"):
+                line[f"minus_{peer}_{key}"] = row["differences"].get(peer, {}).get(key)
+        flat.append(line)
+    write_json(folder / "comparison.json", comparison)
+    for name, lines in (("runs.csv", runs), ("comparison.csv", flat)):
+        _write_csv(folder / name, lines)
+    _plot(folder / "comparison.png", comparison, trained)
+
+
+def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+    write_atomic(path, write)
+
+
+def _plot(path: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
+    from matplotlib.figure import Figure
+
+    rows = comparison["arms"]
+    peer = next(iter(comparison["peers"]), "SFT")
+    figure = Figure(figsize=(11, 1.4 + 0.36 * len(rows)), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, row in enumerate(rows):
+        figures = [run.metrics["macro10"] for run in trained if run.arm == row["arm"]]
+        left.plot(figures, [y] * len(figures), "o", color="#9aa5b1", ms=4)
+        left.plot(row["macro10"], y, "|", color="#1f6f8b", ms=14, mew=2.4)
+        if difference := row["differences"].get(peer):
+            sure = difference["low"] > 0 or difference["high"] < 0
+            right.plot([difference["low"], difference["high"]], [y, y], color="#1f6f8b" if sure else "#9aa5b1", lw=2)
+            right.plot(difference["mean"], y, "o", color="#1f6f8b" if sure else "#9aa5b1", ms=5)
+    left.set_yticks(range(len(rows)), [row["arm"] for row in rows], parse_math=False)
+    left.invert_yaxis()
+    left.set_xlabel(f"macro-F1 on {comparison['n']} test examples (dots: seeds, bar: mean)")
+    right.axvline(0, color="0.35", lw=0.8, ls=":")
+    right.set_xlabel(f"difference to {peer} (95% interval over seeds and test examples)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="0.92")
+        axes.set_axisbelow(True)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -1,0 +1,180 @@
+"""Arms x seeds: the statistics against plain ones, and the command on a real run that is cut off and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import WriteRecipe, launch, refuse, succeed
+
+from atlantis_ds.evaluate.compare import REPLICATES, Trained, comparison, macro_f1
+from atlantis_ds.evaluate.metrics import macro10
+
+LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]
+
+
+def answers(gold: list[str], right: float, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [label if draw.random() < right else draw.choice(LABELS) for label in gold]
+
+
+@pytest.fixture(scope="module")
+def gold() -> list[str]:
+    draw = random.Random(1)
+    return [draw.choice(LABELS) for _ in range(120)]
+
+
+def trained(gold: list[str], arm: str, right: float, seeds: int = 3) -> list[Trained]:
+    found = []
+    for seed in range(seeds):
+        predicted = answers(gold, right, 10 * seed + len(arm))
+        figures = {"macro10": macro10(gold, predicted), "official": None, "accuracy": 0.5}
+        found.append(Trained(arm, seed, predicted, figures, 60.0))
+    return found
+
+
+def test_macro_f1_of_resamples_is_macro10(gold: list[str]) -> None:
+    predicted = ["" if row % 11 == 0 else label for row, label in enumerate(answers(gold, 0.6, 3))]
+    draws = np.random.default_rng(0).multinomial(len(gold), [1 / len(gold)] * len(gold), 20)
+    draws[0] = 1
+    for counts, found in zip(draws, macro_f1(gold, predicted, draws)):
+        rows = np.repeat(np.arange(len(gold)), counts)
+        assert found == pytest.approx(macro10([gold[row] for row in rows], [predicted[row] for row in rows]))
+
+
+def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["arm"]: row for row in found["arms"]}
+
+
+def test_equal_arms_differ_by_nothing_and_better_ones_by_their_gain(gold: list[str]) -> None:
+    runs = [*trained(gold, "sft", 0.5), *trained(gold, "better", 0.8), *trained(gold, "gold", 0.95)]
+    runs += [Trained("copy", run.seed, run.predicted, run.metrics, 1.0) for run in runs[:3]]
+    found = comparison(gold, runs, ["sft"], "gold")
+    rows = by_name(found)
+    assert rows["copy"]["differences"]["sft"] == {"mean": 0, "low": 0, "high": 0, "seeds": 3}
+    gain = rows["better"]["differences"]["sft"]
+    assert 0 < gain["low"] < gain["mean"] < gain["high"]
+    assert gain["mean"] == pytest.approx(rows["better"]["macro10"] - rows["sft"]["macro10"])
+    assert rows["sft"]["gap_closed"] == 0 and rows["gold"]["gap_closed"] == 1 and 0 < rows["better"]["gap_closed"] < 1
+    assert found == comparison(gold, runs, ["sft"], "gold"), "seeded"
+    assert found["replicates"] == REPLICATES
+
+
+def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
+    """The same mean gain, once of every seed alike, once of one seed alone."""
+
+    gold = 10 * gold
+
+    def width(rights: list[float]) -> float:
+        sft = [
+            Trained("sft", s, answers(gold, 0.5, 7), {"macro10": 0.5, "official": None, "accuracy": 0}, 1)
+            for s in (0, 1)
+        ]
+        arm = [
+            Trained("arm", s, answers(gold, right, 7), {"macro10": 0.6, "official": None, "accuracy": 0}, 1)
+            for s, right in enumerate(rights)
+        ]
+        difference = by_name(comparison(gold, [*sft, *arm], ["sft"], None))["arm"]["differences"]["sft"]
+        return float(difference["high"] - difference["low"])
+
+    assert width([0.5, 0.9]) > 2 * width([0.7, 0.7])
+
+
+def test_only_common_seeds_are_paired(gold: list[str]) -> None:
+    rows = by_name(
+        comparison(gold, [*trained(gold, "sft", 0.5, 1), *trained(gold, "arm", 0.7, 3)], ["sft", "gce"], "gold")
+    )
+    assert rows["arm"]["runs"] == 3 and rows["arm"]["differences"]["sft"]["seeds"] == 1
+    assert rows["arm"]["gap_closed"] is None and rows["sft"]["sd"] is None
+
+
+# --- the command
+
+
+ARMS = {
+    "sft": {"weights": {"formula": "uniform"}},
+    "hard": {"drop_lowest": 0.2},
+    "gce": {"weights": {"formula": "uniform"}, "loss": "gce"},
+    "gold": {"weights": {"formula": "uniform"}, "gold": True},
+}
+
+
+def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    changes = {
+        "arms": ARMS,
+        "seeds": [0, 7],
+        "data.noise": {"kind": "uniform", "rate": 0.3},
+        "train.num_train_epochs": 1,
+        "timeout_minutes": 1,
+    }
+    recipe, run = tiny_recipe(tmp_path, changes), tmp_path / "run"
+    refuse(launch("local", 1, "compare", recipe, "--part", "1/2"), "examples.json", "run the stage")
+    for stage in ("prepare", "score", "merge"):
+        succeed("local", 1, stage, recipe)
+    # Two jobs of an array; then the whole, which trains nothing again.
+    succeed("local", 1, "compare", recipe, "--part", "1/2")
+    assert not (run / "compare").exists()
+    succeed("local", 1, "compare", recipe, "--part", "2/2")
+    steps = sum('"event": "train"' in line for line in (run / "log.jsonl").open())
+    out = succeed("local", 1, "compare", recipe)
+    assert sum('"event": "train"' in line for line in (run / "log.jsonl").open()) == steps == 2 * 4 * 5
+    with (run / "compare" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "07" for arm in ARMS]
+    found = json.loads((run / "compare" / "comparison.json").read_text())
+    assert found["peers"] == ["sft", "gce"] and all(row["runs"] == 2 for row in found["arms"])
+    assert (run / "compare" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "gap" in out and all(arm in out for arm in ARMS)
+
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = {(event["arm"], event["step"]): event["loss"] for event in events if event["event"] == "train"}
+    # Another seed, another order; the same seed, the same examples in the same order for all arms.
+    assert losses["sft-seed0", 1] != losses["sft-seed7", 1]
+    assert losses["sft-seed0", 1] == losses["gce-seed0", 1], "GCE begins with the cross-entropy"
+    assert losses["sft-seed0", 1] != losses["gold-seed0", 1]
+    kept = json.loads((run / "model" / "hard-seed0" / "training.json").read_text())
+    assert kept["settings"]["loss"] == "cross_entropy" and kept["seconds"] > 0
+    predicted = pq.read_table(run / "eval" / "gold-seed7" / "predictions.parquet")
+    assert predicted.num_rows == 10
+
+
+def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.data.prepare import load_examples
+    from atlantis_ds.errors import InputError
+    from atlantis_ds.recipe import load_recipe
+    from atlantis_ds.run_folder import RunFolder
+    from atlantis_ds.weights.merge import arm_weights
+
+    bad = tmp_path / "bad.txt"
+    arms = {
+        "all": {},
+        "hard": {"drop_lowest": 0.2},
+        "listed": {"weights": {"formula": "uniform"}, "drop_ids": str(bad)},
+    }
+    path = tiny_recipe(tmp_path, {"arms": arms})
+    for stage in ("prepare", "score", "merge"):
+        succeed("local", 1, stage, path)
+    recipe, folder = load_recipe(path), RunFolder(tmp_path / "run")
+    examples = load_examples(folder)
+    soft = arm_weights(recipe, folder, examples, "all")
+    hard = arm_weights(recipe, folder, examples, "hard")
+    dropped = hard == 0
+    assert dropped.sum() == round(0.2 * len(soft)) and soft[dropped].max() <= soft[~dropped].min()
+    assert np.unique(hard[~dropped]).size == 1 and hard.mean() == pytest.approx(1)
+    bad.write_text(f"{examples.train[3].id}\n{examples.train[5].id}\n")
+    listed = arm_weights(recipe, folder, examples, "listed")
+    assert np.flatnonzero(listed == 0).tolist() == [3, 5] and listed.mean() == pytest.approx(1)
+    bad.write_text("nobody\n")
+    with pytest.raises(InputError, match="id nobody is no training example"):
+        arm_weights(recipe, folder, examples, "listed")
+    bad.write_text("\n".join(example.id for example in examples.train))
+    with pytest.raises(InputError, match="no example is left"):
+        arm_weights(recipe, folder, examples, "listed")
+    bad.unlink()
+    refuse(launch("local", 1, "check", path), "arms.listed.drop_ids", "no such file")
