@@ -184,6 +184,9 @@ class Score(Section):
     """Precision of the model body; the output head and all log-probabilities are fp32 in any case."""
     tokens_per_batch: Positive = 4096
     """Token budget of one batch, padding included."""
+    label_set: bool = True
+    """Score every label of the label set, not only the example's own: for `weights.calibrate: label_set`, and for the
+    label that `diagnose` suggests. A prompt is read once for all labels."""
     shard_size: Positive = 256
     """Examples a shard. Shards are cut by the data, so that a run may resume on another number of ranks."""
     sharding: Literal["auto", "replica", "zero3"] = "auto"
@@ -199,8 +202,9 @@ class Weights(Section):
     """Log-likelihood of a label: sum over its tokens, or mean per token."""
     eos: bool = False
     """Count the end-of-sequence token after the label."""
-    calibrate: Literal["none", "label_mean"] = "none"
-    """`label_mean`: subtract from each model's score the mean score of that label."""
+    calibrate: Literal["none", "label_mean", "label_set"] = "none"
+    """`label_mean`: subtract from each model's score the mean score of that label. `label_set`: take the probability of
+    the label among the labels of the set."""
     scope: Literal["global", "per_label"] = "global"
     """Mean 1 over all examples, or within each label."""
     power: Annotated[float, Field(gt=0)] = 1.0

@@ -1,6 +1,7 @@
 """The weight formulas and their stabilisers, mostly as properties of random scores."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,15 +17,20 @@ from atlantis_ds.weights import formulas
 tried = settings(deadline=None, max_examples=60)
 
 MODELS = ("large", "small", "reference")
+ARRAYS = [f"{kind}{model}" for kind in ("", "tokens_", "eos_") for model in MODELS]
+LABELS = np.array(["Kill", "Live_In", "Work_For"])
 
 
 def make_scores(seed: int, n: int, spread: float = 20.0) -> formulas.Scores:
     """Scores between -spread and 0 for labels of 1 to 5 tokens; each model has its own tokenizer."""
     rng = np.random.default_rng(seed)
-    draws = {model: -spread * rng.random(n) for model in MODELS}
-    draws |= {f"tokens_{model}": rng.integers(1, 6, n) for model in MODELS}
-    draws |= {f"eos_{model}": -rng.random(n) for model in MODELS}
-    return formulas.Scores(**draws, labels=rng.choice(["Kill", "Live_In", "Work_For"], n))
+    k = len(LABELS)
+    every = {model: -spread * rng.random((n, k)) for model in MODELS}
+    every |= {f"tokens_{model}": np.tile(rng.integers(1, 6, k), (n, 1)) for model in MODELS}
+    every |= {f"eos_{model}": -rng.random((n, k)) for model in MODELS}
+    own = rng.integers(k, size=n)
+    draws = {name: values[np.arange(n), own] for name, values in every.items()}
+    return formulas.Scores(**draws, labels=LABELS[own], label_set=formulas.Scores(**every, labels=LABELS))
 
 
 def final(scores: formulas.Scores, options: recipe.Weights, seed: int = 0) -> np.ndarray:
@@ -32,11 +38,15 @@ def final(scores: formulas.Scores, options: recipe.Weights, seed: int = 0) -> np
 
 
 def take(scores: formulas.Scores, rows: np.ndarray) -> formulas.Scores:
-    return formulas.Scores(**{name: value[rows] for name, value in vars(scores).items()})
+    def taken(part: formulas.Scores, **others) -> formulas.Scores:
+        return formulas.Scores(**{n: v[rows] for n, v in vars(part).items() if n in ARRAYS}, **others)
+
+    return taken(scores, labels=scores.labels[rows], label_set=taken(scores.label_set, labels=LABELS))
 
 
 def shifted(scores: formulas.Scores, model: str, shift: float | np.ndarray) -> formulas.Scores:
-    return formulas.Scores(**(vars(scores) | {model: getattr(scores, model) + shift}))
+    every = replace(scores.label_set, **{model: getattr(scores.label_set, model) + np.reshape(shift, (-1, 1))})
+    return replace(scores, label_set=every, **{model: getattr(scores, model) + shift})
 
 
 seeds = st.integers(0, 2**31)
@@ -47,7 +57,7 @@ options_any = st.builds(
     shuffled_from=st.sampled_from(["product", "ratio", "influence", "reference"]),
     length=st.sampled_from(["sum", "mean"]),
     eos=st.booleans(),
-    calibrate=st.sampled_from(["none", "label_mean"]),
+    calibrate=st.sampled_from(["none", "label_mean", "label_set"]),
     scope=st.sampled_from(["global", "per_label"]),
     power=st.floats(0.1, 3),
     smooth=st.sampled_from(["none", "psis"]),
@@ -227,6 +237,24 @@ def test_each_formula_by_hand():
     assert log_weight(length="mean") == [-2 + 4.5 - 1, 1]
     assert log_weight(length="mean", eos=True, formula="ratio") == pytest.approx([-6.5 / 4 + 10 / 3, -2.5 / 2 + 5 / 2])
     assert log_weight(calibrate="label_mean") == [0, 0]
+    with pytest.raises(InputError, match=r"score\.label_set"):
+        log_weight(calibrate="label_set")
+
+
+@tried
+@given(seeds, sizes, st.sampled_from(["sum", "mean"]), st.booleans())
+def test_label_set_calibration_gives_probabilities_over_the_labels(seed, n, length, eos):
+    scores = make_scores(seed, n, 1e4)
+    options = recipe.Weights(formula="reference", calibrate="label_set", length=length, eos=eos)
+    total = np.zeros(n)
+    for column, label in enumerate(LABELS):  # as if each label in turn were the example's own
+        own = {name: value[:, column] for name, value in vars(scores.label_set).items() if name in ARRAYS}
+        relabelled = formulas.Scores(**own, labels=np.full(n, label), label_set=scores.label_set)
+        total += np.exp(formulas.log_weights(relabelled, options, 0))
+    np.testing.assert_allclose(total, 1, rtol=1e-9)
+    if length == "sum" and not eos:
+        plain = np.exp(scores.reference - logsumexp(scores.label_set.reference, axis=1))
+        np.testing.assert_allclose(np.exp(formulas.log_weights(scores, options, 0)), plain, rtol=1e-9)
 
 
 @tried

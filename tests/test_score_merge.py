@@ -137,6 +137,15 @@ def test_shards_hold_the_log_likelihoods_of_each_model(scored, models):
         np.testing.assert_allclose(table[f"logp_{name}"].to_numpy(), alone[:, 0], rtol=0, atol=1e-4)
         np.testing.assert_allclose(table[f"eos_{name}"].to_numpy(), alone[:, 1], rtol=0, atol=1e-4)
         assert table[f"tokens_{name}"].to_pylist() == [len(pair.label) for pair in pairs]
+        # All labels of the set, in its order, the third of them checked against plain pairs.
+        every = np.array(table[f"label_set_logp_{name}"].to_pylist())
+        assert every.shape == (TRAIN, len(examples.labels))
+        own = [examples.labels.index(example.label) for example in examples.train]
+        assert (every[range(TRAIN), own] == table[f"logp_{name}"].to_numpy()).all()
+        third = [encoder(example, examples.labels[2]) for example in examples.train]
+        expected = score_pairs(load_model(source, "float32").eval(), third, 0, 1)[:, 0].numpy()
+        np.testing.assert_allclose(every[:, 2], expected, rtol=0, atol=1e-4)
+        assert table[f"label_set_tokens_{name}"][5].as_py()[2] == len(third[5].label)
         assert alone[:, 0].std() > 1  # else one example's score could stand for another's
 
 
@@ -282,6 +291,14 @@ def test_score_that_is_not_finite_is_refused(run, column, value):
     example = read_table(path)[0]["id"][7].as_py()
     change(path, lambda table: set_value(table, column, 7, value))
     refused(run, f"{column} of example {example} is not finite")
+
+
+@pytest.mark.parametrize("value", [[], None, [0.0] * 18, [0.0] * 18 + [float("nan")]])
+def test_label_set_that_is_not_whole_is_refused(run, value):
+    path = run[1].scores / SHARDS[1]
+    example = read_table(path)[0]["id"][7].as_py()
+    change(path, lambda table: set_value(table, "label_set_logp_small", 7, value))
+    refused(run, f"label_set_logp_small of example {example} is not finite, or not whole")
 
 
 def test_foreign_shard_is_refused(run):

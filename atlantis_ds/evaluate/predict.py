@@ -85,7 +85,7 @@ def rank_labels(
         [encoder.label_ids(label) for label in encoder.labels],
         encoder.tokenizer.eos_token_id,
         options.tokens_per_batch,
-        advance,
+        lambda count, _: advance(count),
     )
     return [encoder.labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def sum_over_labels(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    head = getattr(model, "module", model).get_output_embeddings()
+    head = _module(model).get_output_embeddings()
 
     def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (args[0].flatten(0, -2)[positions].to(head.weight.dtype),)
@@ -63,41 +64,40 @@ def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]
         handle.remove()
 
 
+Progress = Callable[[int, int], None]
+"""Called with (examples, tokens) after each batch."""
+
+
 @torch.inference_mode()
 def score_pairs(
     model: Any,
     pairs: Sequence[Encoded],
     pad_token_id: int,
     tokens_per_batch: int,
-    progress: Callable[[int, int], None] | None = None,
-    forwards: int = 0,
+    progress: Progress | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> torch.Tensor:
     """Label log-likelihoods of many (prompt, label) pairs under a frozen model.
 
     Args:
-        model: as in ``label_log_likelihoods``, in eval mode.
+        model: as in ``token_log_likelihoods``, in eval mode.
         pairs: encoded examples.
         pad_token_id: any token id; what stands in the padding changes nothing.
         tokens_per_batch: token budget of one batch, padding included.
-        progress: called with (examples, tokens) after each batch.
-        forwards: run at least so many; a model sharded over ranks needs the same number on every rank.
+        progress: see ``Progress``.
+        agree: for a model sharded over ranks, which needs the same number of forwards on all of them: takes this
+            rank's number, gives the largest.
 
     Returns:
         float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
     """
-    result = torch.empty(len(pairs), 2, dtype=torch.float64)
-    config = getattr(model, "module", model).config
-    device = next(model.parameters()).device
-    lengths = [len(pair) for pair in pairs]
-    batches = token_budget_batches(lengths, tokens_per_batch)
-    for rows in batches:
+    config, device = _module(model).config, next(model.parameters()).device
+
+    def forward(rows: list[int]) -> torch.Tensor:
         batch = collate([pairs[row] for row in rows], config, pad_token_id).to(device)
-        result[rows] = label_log_likelihoods(model, batch).cpu()
-        if progress:
-            progress(len(rows), sum(lengths[row] for row in rows))
-    for _ in range(len(batches), forwards):
-        label_log_likelihoods(model, batch)
-    return result
+        return label_log_likelihoods(model, batch)
+
+    return _in_batches([len(pair) for pair in pairs], tokens_per_batch, forward, progress, agree)
 
 
 @torch.inference_mode()
@@ -107,35 +107,68 @@ def score_choices(
     labels: Sequence[Sequence[int]],
     eos: int,
     tokens_per_batch: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> torch.Tensor:
-    """Label log-likelihoods of every label behind every prompt.
-
-    A causal model reads each prompt once for all labels. An encoder-decoder reads it once a label.
+    """Label log-likelihoods of every label behind every prompt; each prompt is read once for all labels.
 
     Args:
-        model: as in ``label_log_likelihoods``, in eval mode.
+        model: as in ``token_log_likelihoods``, in eval mode.
         prompts: token ids of n prompts.
         labels: token ids of K labels, without the end-of-sequence token.
         eos: the end-of-sequence token.
-        tokens_per_batch: token budget of one batch, padding included.
-        progress: called with the number of prompts after each batch.
+        tokens_per_batch, progress, agree: as in ``score_pairs``; a prompt counts with all labels behind it.
 
     Returns:
         float64 [n, K, 2] on the CPU, in the order of the arguments: label tokens, end-of-sequence token.
     """
-    config = getattr(model, "module", model).config
-    device = next(model.parameters()).device
-    result = torch.empty(len(prompts), len(labels), 2, dtype=torch.float64)
-    lengths = [len(prompt) + sum(map(len, labels)) for prompt in prompts]
-    for rows in token_budget_batches(lengths, tokens_per_batch):
-        if config.is_encoder_decoder:
-            pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
-            sums = score_pairs(model, pairs, eos, tokens_per_batch)
-        else:
+    lm, device = _module(model), next(model.parameters()).device
+
+    def forward(rows: list[int]) -> torch.Tensor:
+        if not lm.config.is_encoder_decoder:
             batch = collate_choices([prompts[row] for row in rows], labels, eos).to(device)
-            sums = label_log_likelihoods(model, batch).cpu()
-        result[rows] = sums.view(len(rows), len(labels), 2)
+        else:
+            pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
+            batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
+        return label_log_likelihoods(model, batch).view(len(rows), len(labels), 2)
+
+    lengths = [len(prompt) + sum(map(len, labels)) for prompt in prompts]
+    scores = _in_batches(lengths, tokens_per_batch, forward, progress, agree)
+    return scores.reshape(len(prompts), len(labels), 2)
+
+
+def _in_batches(
+    lengths: Sequence[int],
+    tokens_per_batch: int,
+    forward: Callable[[list[int]], torch.Tensor],
+    progress: Progress | None,
+    agree: Callable[[int], int] | None,
+) -> torch.Tensor:
+    """``forward`` over batches of rows under a token budget; its values [rows, ...] in the order of the rows."""
+    if not lengths:
+        return torch.empty(0, 2, dtype=torch.float64)
+    batches = token_budget_batches(lengths, tokens_per_batch)
+    order: list[int] = []
+    values: list[torch.Tensor] = []
+    for rows in batches:
+        values.append(forward(rows).cpu())
+        order += rows
         if progress:
-            progress(len(rows))
-    return result
+            progress(len(rows), sum(lengths[row] for row in rows))
+    for _ in range(len(batches), agree(len(batches)) if agree else 0):
+        forward(batches[-1])
+    return torch.cat(values)[torch.tensor(order).argsort()]
+
+
+def _encode_once(lm: Any, batch: Batch, times: int) -> Batch:
+    """A batch in which each prompt stands ``times`` times in a row, with the encoder run once for each prompt."""
+    inputs = dict(batch.inputs)
+    first = slice(None, None, times)
+    prompts, mask = inputs.pop("input_ids")[first], inputs["attention_mask"][first]
+    states = lm.get_encoder()(input_ids=prompts, attention_mask=mask)
+    states.last_hidden_state = states.last_hidden_state.repeat_interleave(times, dim=0)
+    return replace(batch, inputs={**inputs, "encoder_outputs": states})
+
+
+def _module(model: Any) -> Any:
+    return getattr(model, "module", model)

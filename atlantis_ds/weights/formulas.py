@@ -52,6 +52,8 @@ class Scores:
     eos_reference: np.ndarray
     labels: np.ndarray
     """str [n]: the label that was scored."""
+    label_set: Scores | None = None
+    """The same of every label of the label set, where it was scored: arrays [n, K], ``labels`` str [K]."""
 
 
 def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarray:
@@ -62,7 +64,10 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
     ``shuffled`` a permutation, drawn with ``seed``, of what ``options.shuffled_from`` gives. Before the formula each of
     a, s and r gets the end-of-sequence token (``eos``), is divided by its number of tokens (``length: mean``; the
     end-of-sequence token counts as one), and loses its mean over the examples of the same label (``calibrate:
-    label_mean``).
+    label_mean``), or the log of the sum of the probabilities of all labels (``label_set``).
+
+    Raises:
+        InputError: ``calibrate: label_set`` without the scores of the label set.
     """
     formula = options.formula
     if formula == "uniform":
@@ -179,6 +184,11 @@ def _score(scores: Scores, model: str, options: recipe.Weights) -> np.ndarray:
         tokens = tokens + 1
     if options.length == "mean":
         score = score / tokens
+    if options.calibrate == "label_set":
+        if scores.label_set is None:
+            raise InputError("weights.calibrate: label_set: the scores lack it; score with score.label_set: true")
+        every = _score(scores.label_set, model, options.model_copy(update={"calibrate": "none"}))
+        score = score - np.logaddexp.reduce(every, axis=1)
     if options.calibrate == "label_mean":
         score = score.copy()
         for rows in _groups(scores.labels, "per_label"):

@@ -16,12 +16,18 @@ from atlantis_ds.recipe import Recipe, Weights
 from atlantis_ds.run_folder import RunFolder, fingerprint, finished, read_json, read_table, write_json, write_table
 from atlantis_ds.weights.diagnostics import diagnose, plot_weights
 from atlantis_ds.weights.formulas import Scores, log_weights, stabilise
-from atlantis_ds.weights.score import COLUMNS, scoring_inputs, shard_path
+from atlantis_ds.weights.score import COLUMNS, LABEL_SET, scoring_inputs, shard_path
 
 _TYPES = {"logp": pa.float64(), "eos": pa.float64(), "tokens": pa.int64()}
-_SHARD = pa.schema(
-    [("id", pa.string()), *[(f"{kind}_{column}", _TYPES[kind]) for column in COLUMNS for kind in _TYPES]]
-)
+
+
+def shard_schema(label_set: bool) -> pa.Schema:
+    """Columns of a score shard; ``label_set`` as in the recipe."""
+    fields = [("id", pa.string())]
+    for column in COLUMNS:
+        fields += [(f"{LABEL_SET}{kind}_{column}", pa.list_(_TYPES[kind])) for kind in _TYPES if label_set]
+        fields += [(f"{kind}_{column}", _TYPES[kind]) for kind in _TYPES]
+    return pa.schema(fields)
 
 
 def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[Scores, str]:
@@ -53,23 +59,39 @@ def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[
         table, info = read_table(path)
         if info.get("fingerprint") != manifest["fingerprint"] or info.get("shard") != shard:
             raise InputError(f"{path}: made from other inputs than scores.json says; remove it and score again")
-        if not table.schema.equals(_SHARD):
+        if not table.schema.equals(shard_schema(recipe.score.label_set)):
             raise InputError(f"{path}: broken Parquet file (it has other columns); remove it and score again")
         tables.append(table)
     table = pa.concat_tables(tables)
     _check_ids(folder, table["id"].to_pylist(), [example.id for example in examples.train])
-    for name in table.column_names:
-        column = table[name]
-        if column.null_count or (pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py()):
-            bad = next(i for i, value in enumerate(column.to_pylist()) if value is None or not np.isfinite(value))
-            raise InputError(f"{folder.scores}: {name} of example {table['id'][bad].as_py()} is not finite")
-    arrays = {
-        f"{target}{column}": table[f"{source}_{column}"].to_numpy()
-        for column in COLUMNS
-        for target, source in (("", "logp"), ("eos_", "eos"), ("tokens_", "tokens"))
-    }
-    labels = np.array([example.label for example in examples.train])
-    return Scores(**arrays, labels=labels), manifest["fingerprint"]
+    arrays = {name: _array(folder, table, name, len(examples.labels)) for name in table.column_names if name != "id"}
+
+    def scores(prefix: str, labels: list[str], label_set: Scores | None) -> Scores:
+        named = {
+            f"{target}{column}": arrays[f"{prefix}{kind}_{column}"]
+            for column in COLUMNS
+            for kind, target in (("logp", ""), ("eos", "eos_"), ("tokens", "tokens_"))
+        }
+        return Scores(**named, labels=np.array(labels), label_set=label_set)
+
+    every = scores(LABEL_SET, examples.labels, None) if recipe.score.label_set else None
+    return scores("", [example.label for example in examples.train], every), manifest["fingerprint"]
+
+
+def _array(folder: RunFolder, table: pa.Table, name: str, labels: int) -> np.ndarray:
+    """A column of scores: [n], or [n, K] where it holds lists; without gaps, and finite."""
+    column, lists = table[name], name.startswith(LABEL_SET)
+    if column.null_count == 0 and (not lists or pc.all(pc.equal(pc.list_value_length(column), labels)).as_py()):
+        values = (pc.list_flatten(column) if lists else column).to_numpy().reshape(len(table), -1)
+        if np.isfinite(values).all():
+            return values if lists else values[:, 0]
+    short = [row for row, value in enumerate(column.to_pylist()) if not _finite(value, labels if lists else 1)]
+    raise InputError(f"{folder.scores}: {name} of example {table['id'][short[0]].as_py()} is not finite, or not whole")
+
+
+def _finite(value: Any, length: int) -> bool:
+    values = np.array(value if isinstance(value, list) else [value], dtype=np.float64)
+    return len(values) == length and bool(np.isfinite(values).all())
 
 
 def _check_ids(folder: RunFolder, found: list[str], expected: list[str]) -> None:

@@ -7,12 +7,13 @@ from it is written at once as a *part*, and a shard is whole when all its parts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import leave_if_asked, stop_asked
@@ -22,7 +23,7 @@ from atlantis_ds.data.splits import fold_of
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.progress import Steps, console
-from atlantis_ds.recipe import Model, Recipe
+from atlantis_ds.recipe import Model, Recipe, Score
 from atlantis_ds.run_folder import (
     RunFolder,
     append_log,
@@ -35,12 +36,13 @@ from atlantis_ds.run_folder import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from atlantis_ds.lm.encode import Encoded
+    from atlantis_ds.lm.encode import Encoder
     from atlantis_ds.lm.frozen import Frozen
+    from atlantis_ds.lm.likelihood import Progress
 
 COLUMNS = ("large", "small", "reference")
+LABEL_SET = "label_set_"
+"""Begins the names of columns that hold a list: one value for each label of the label set."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
         "dtype": recipe.score.dtype,
         "tokens_per_batch": recipe.score.tokens_per_batch,
         "shard_size": recipe.score.shard_size,
+        "label_set": recipe.score.label_set,
         "chat_template": recipe.models.reference.chat_template,
     }
 
@@ -188,9 +191,7 @@ def _score_pass(
     manifest: dict[str, Any],
     frozen: Frozen,
 ) -> None:
-    from atlantis_ds.lm.batch import token_budget_batches
     from atlantis_ds.lm.encode import Encoder
-    from atlantis_ds.lm.likelihood import score_pairs
     from atlantis_ds.lm.load import load_config, load_tokenizer
 
     folds = recipe.models.reference.folds
@@ -213,7 +214,7 @@ def _score_pass(
         return
     chat = scoring.column == "reference" and recipe.models.reference.chat_template
     encoder = Encoder(load_tokenizer(scoring.model), load_config(scoring.model), recipe.prompt, examples.labels, chat)
-    model, budget = frozen.load(scoring.model), recipe.score.tokens_per_batch
+    model = frozen.load(scoring.model)
     # A sharded model needs all ranks in every forward: they go shard by shard, one that has none left with a stand-in.
     turns: list[int | None] = [*mine, *[None] * (max(map(len, assigned)) - len(mine) if sharded else 0)]
     total = sum(len(rows[shard]) for shard in mine)
@@ -225,17 +226,23 @@ def _score_pass(
             tokens += batch_tokens
             steps.advance(count)
 
+        def agree(forwards: int) -> int:
+            return max(ranks.gather(forwards))
+
         for shard in turns:
             chosen = rows[shard] if shard is not None else []
-            pairs = [encoder(example) for example in chosen or (examples.train[:1] if sharded else [])]
-            batches = len(token_budget_batches([len(pair) for pair in pairs], budget))
-            forwards = max(ranks.gather(batches)) if sharded else batches
-            sums = score_pairs(
-                model, pairs, encoder.tokenizer.eos_token_id, budget, progress if chosen else None, forwards
+            columns = _score_examples(
+                model,
+                encoder,
+                chosen or (examples.train[:1] if sharded else []),
+                recipe.score,
+                progress if chosen else None,
+                agree if sharded else None,
             )
             if shard is not None:
+                table = pa.table(columns).slice(0, len(chosen))
                 path = _part_path(folder, shard, len(shards), scoring)
-                _write_part(path, chosen, pairs, sums, manifest["fingerprint"])
+                write_table(path, table, {"fingerprint": manifest["fingerprint"]})
             stop = stop_asked(folder, look=True)
             if any(ranks.gather(stop)) if sharded else stop:
                 break
@@ -255,33 +262,49 @@ def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
     return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.name}.parquet"
 
 
-def _write_part(path: Path, examples: Sequence[Example], pairs: list[Encoded], sums: torch.Tensor, mark: str) -> None:
-    n = len(examples)
-    table = {
-        "id": pa.array([example.id for example in examples], pa.string()),
-        "logp": sums[:n, 0].numpy(),
-        "eos": sums[:n, 1].numpy(),
-        "tokens": pa.array([len(pair.label) for pair in pairs[:n]], pa.int64()),
-    }
-    write_table(path, pa.table(table), {"fingerprint": mark})
+def _score_examples(
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: Score,
+    progress: Progress | None,
+    agree: Callable[[int], int] | None,
+) -> dict[str, Any]:
+    """Columns of a part: ``id``, ``logp``, ``eos``, ``tokens``; with ``score.label_set`` those of every label, too."""
+    from atlantis_ds.lm.likelihood import score_choices, score_pairs
+
+    eos, budget = encoder.tokenizer.eos_token_id, settings.tokens_per_batch
+    own = [len(encoder.label_ids(example.label)) for example in examples]
+    columns: dict[str, Any] = {"id": pa.array([example.id for example in examples], pa.string())}
+    if settings.label_set:
+        labels = [encoder.label_ids(label) for label in encoder.labels]
+        longest = encoder.labels[max(range(len(labels)), key=lambda i: len(labels[i]))]
+        prompts = [encoder(example, longest).prompt for example in examples]
+        choices = score_choices(model, prompts, labels, eos, budget, progress, agree)
+        lengths = [[len(ids) for ids in labels]] * len(examples)
+        columns |= {
+            f"{LABEL_SET}logp": pa.array(choices[:, :, 0].tolist(), pa.list_(pa.float64())),
+            f"{LABEL_SET}eos": pa.array(choices[:, :, 1].tolist(), pa.list_(pa.float64())),
+            f"{LABEL_SET}tokens": pa.array(lengths, pa.list_(pa.int64())),
+        }
+        number = {label: index for index, label in enumerate(encoder.labels)}
+        sums = choices[range(len(examples)), [number[example.label] for example in examples]]
+    else:
+        sums = score_pairs(model, [encoder(example) for example in examples], eos, budget, progress, agree)
+    return columns | {"logp": sums[:, 0].numpy(), "eos": sums[:, 1].numpy(), "tokens": pa.array(own, pa.int64())}
 
 
 def _join_parts(
     folder: RunFolder, passes: list[Pass], shards: list[Sequence[Example]], shard: int, manifest: dict[str, Any]
 ) -> None:
     paths = [_part_path(folder, shard, len(shards), scoring) for scoring in passes]
-    ids = [example.id for example in shards[shard]]
-    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
+    ids = pa.array([example.id for example in shards[shard]], pa.string())
+    columns: dict[str, Any] = {"id": ids}
     for column in COLUMNS:
-        values: dict[str, tuple[float, float, int]] = {}
-        for scoring, path in zip(passes, paths):
-            if scoring.column == column:
-                part = read_table(path)[0].to_pydict()
-                values.update(zip(part["id"], zip(part["logp"], part["eos"], part["tokens"])))
-        logp, eos, tokens = zip(*(values[i] for i in ids))
-        columns[f"logp_{column}"] = pa.array(logp, pa.float64())
-        columns[f"eos_{column}"] = pa.array(eos, pa.float64())
-        columns[f"tokens_{column}"] = pa.array(tokens, pa.int64())
+        parts = [read_table(path)[0] for scoring, path in zip(passes, paths) if scoring.column == column]
+        whole = pa.concat_tables(parts)
+        whole = whole.take(pc.index_in(ids, whole["id"]))
+        columns |= {f"{name}_{column}": whole[name] for name in whole.column_names if name != "id"}
     write_table(
         shard_path(folder, shard, len(shards)),
         pa.table(columns),
