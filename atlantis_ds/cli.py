@@ -206,19 +206,23 @@ def export(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     arm: Annotated[str, typer.Option(help="Arm whose model to export.")] = "atlantis",
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Take the newest checkpoint of a training that has not ended.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Write a trained model as one folder for plain transformers.
 
     Reads model/ARM (the checkpoint that `evaluate` takes). Merges an adapter into its base model, in host memory;
     copies a full model. Writes OUT: safetensors, tokenizer, configs, model card.
+    With --unfinished it reads checkpoints/ARM instead, and writes no card.
 
     Example: atlantis-ds export recipes/conll04_qwen2_7b_lora.yaml --arm atlantis merged/
     """
-    from atlantis_ds.train.export import export
+    from atlantis_ds.train.export import export, export_unfinished
 
     settings, folder = _load(recipe, overrides)
-    export(settings, folder, arm, out)
+    (export_unfinished if unfinished else export)(settings, folder, arm, out)
     print(f"model: {out}")
 
 

@@ -23,7 +23,7 @@ from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
 from atlantis_ds.recipe import Model, Prompt, Train
-from atlantis_ds.train.engine import _add_lora, start_engine
+from atlantis_ds.train.engine import add_lora, start_engine
 from atlantis_ds.train.fit import _micro_batches
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import optimizer_step, weighted_loss
@@ -54,7 +54,7 @@ class Setting:
         self.gradients = record_gradients(self.engine)
         self.bare = load_model(self.model, "float32")
         if self.train.mode == "lora":
-            self.bare = _add_lora(self.bare, self.train, None)
+            self.bare = add_lora(self.bare, self.train, None)
         self.bare.train()
 
     def denominator(self, rows: np.ndarray) -> int:

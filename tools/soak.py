@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """Inject faults into real runs; after each, a rerun must end as if nothing had happened, or be refused clearly.
 
-    python tools/soak.py [--faults 44] [--seed 1] [--only KIND]
+    python tools/soak.py [--faults 48] [--seed 1] [--first 1]
 
-An undisturbed run on two ranks is the measure. Each fault then meets a copy of that run taken back to some stage, at a
-seeded random moment: kill -9 of a rank while scoring, merging or training; a full disk and a read-only folder (needs
-root, for mounts); a truncated, bit-flipped or foreign shard; a truncated checkpoint; a clock jump; a stale claim of a
-dead job; two jobs at once. "As if nothing had happened" means: weights and trained model byte-identical, and no
-finished shard written again. Ends with 0 when every fault passed; the folder of a failed one is kept and named.
+An undisturbed run on two ranks is the measure. Each fault meets a copy of it, taken before the stage that is to suffer,
+at a moment drawn from the seed and the number of the fault: `--seed 1 --first 17 --faults 17` repeats number 17 alone.
+"As if nothing had happened" means: score shards and weights, or the trained model, byte-identical to the undisturbed
+ones, and nothing that was finished done again. A fault that missed its moment counts as failed, so does a traceback.
+Full disks and read-only folders need root, for mounts. Ends with 0 when every fault passed; the folder of one that
+failed is kept and named.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -23,10 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+import pyarrow.parquet as pq
 import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
@@ -35,22 +43,56 @@ ENV = {name: value for name, value in os.environ.items() if name not in ("RANK",
     "HF_HUB_OFFLINE": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
-LIMIT = 600  # seconds for one command: more is a hang
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512, "pretrain_epochs": 0}
+LIMIT = 300  # seconds for one command, several times what it needs: more is a hang
+SHARDS, STEPS = 40, 50
+STAGES = ["score", "merge", "train"]
+
+# Preloaded, it moves the wall clock (and no other) as soon as the file $JUMP_AT is there.
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int code = real(clock, now);
+    if (clock == CLOCK_REALTIME && access(getenv("JUMP_AT"), F_OK) == 0) now->tv_sec += atol(getenv("JUMP_BY"));
+    return code;
+}
+"""
 
 
 class Failed(Exception):
     """A fault that was not survived as it should be."""
 
 
+def check(good: object, what: str) -> None:
+    if not good:
+        raise Failed(what)
+
+
 def write_recipe(folder: Path) -> Path:
-    model = {"scratch": SHAPE}
+    model = {
+        "scratch": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 512,
+            "pretrain_epochs": 0,
+        }
+    }
     tree = {
         "name": "run",
         "runs_dir": str(folder),
         "seed": 5,
-        "data": {"format": "grammar", "train_size": 400, "dev_size": 6, "test_size": 10},
-        "models": {"large": model, "small": model, "reference": {"kind": "checkpoint", "model_name_or_path": ""}},
+        "data": {"format": "grammar", "train_size": SHARDS * 10, "dev_size": 6, "test_size": 10},
+        "models": {
+            "large": model,
+            "small": model,
+            "reference": {"kind": "checkpoint", "model_name_or_path": str(folder.parent / "reference")},
+        },
         "score": {"shard_size": 10, "tokens_per_batch": 256},
         "weights": {"formula": "product", "temper": 0.5},
         "arms": {"atlantis": {}},
@@ -59,297 +101,476 @@ def write_recipe(folder: Path) -> Path:
             "dtype": "float32",
             "learning_rate": 2e-3,
             "num_train_epochs": 1,
-            "train_batch_size": 8,
+            "train_batch_size": SHARDS * 10 // STEPS,
             "per_device_train_batch_size": 4,
             "save_steps": 7,
             "save_total_limit": 2,
         },
         "timeout_minutes": 2,
     }
-    tree["models"]["reference"]["model_name_or_path"] = str(folder.parent / "reference")
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 
-def command(recipe: Path, stage: str, ranks: int = 2) -> list[str]:
-    words = [sys.executable, "-m", "atlantis_ds", stage, str(recipe)]
-    return words + (["--ranks", str(ranks)] if stage in ("score", "train") and ranks > 1 else [])
+def start(recipe: Path, stage: str, *options: str, env: dict[str, str] = ENV) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "atlantis_ds", stage, str(recipe), *options]
+    words += ["--ranks", "2"] if stage in ("score", "train") else []
+    with (Path(f"{recipe}.{stage}.log")).open("wb") as log:
+        return subprocess.Popen(words, env=env, stdout=log, stderr=log)
 
 
-def finish(recipe: Path, stage: str) -> tuple[int, str]:
-    """Run a stage to its end; its exit code and what it said. A traceback is no way to end."""
-    done = subprocess.run(command(recipe, stage), env=ENV, capture_output=True, text=True, timeout=LIMIT)
-    said = done.stdout + done.stderr
-    if "Traceback" in said:
-        raise Failed(f"{stage} ended with a traceback:\n{said[-2000:]}")
-    return done.returncode, said
+def said(recipe: Path, stage: str) -> str:
+    return Path(f"{recipe}.{stage}.log").read_text(errors="replace")
 
 
-def must_succeed(recipe: Path, *stages: str) -> None:
+def end(process: subprocess.Popen[bytes], recipe: Path, stage: str) -> tuple[int, str]:
+    """Wait for a command; its exit code and what it said. A traceback is no way to end, and so is a hang."""
+    try:
+        code = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        raise Failed(f"{stage} hangs:\n{said(recipe, stage)[-2000:]}") from None
+    words = said(recipe, stage)
+    check("Traceback" not in words, f"{stage} ended with a traceback:\n{words[-3000:]}")
+    return code, words
+
+
+def succeed(recipe: Path, *stages: str) -> None:
     for stage in stages:
-        code, said = finish(recipe, stage)
-        if code:
-            raise Failed(f"{stage} ended with {code}:\n{said[-2000:]}")
+        code, words = end(start(recipe, stage), recipe, stage)
+        check(code == 0, f"{stage} ended with {code}:\n{words[-2000:]}")
 
 
-def must_refuse(recipe: Path, stage: str, *named: str) -> None:
-    code, said = finish(recipe, stage)
-    if code not in (1, 2) or not all(name in said for name in named):
-        raise Failed(f"{stage} ended with {code}, expected a refusal that names {named}:\n{said[-2000:]}")
+def refuse(recipe: Path, stage: str, *named: str) -> None:
+    code, words = end(start(recipe, stage), recipe, stage)
+    lines = [line for line in words.splitlines() if line.startswith(("error: ", "fault: "))]
+    clear = code in (1, 2) and len(lines) == 1 and all(name in lines[0] for name in named)
+    check(clear, f"{stage} ended with {code}, expected one line of refusal that names {named}:\n{words[-2000:]}")
+
+
+def files_made(run: Path) -> int:
+    """Files that scoring has finished, of 4 for each shard: three parts, then the shard in their place."""
+    return sum(1 for _ in (run / "scores").glob("parts/shard-*")) + 4 * sum(1 for _ in run.glob("scores/shard-*"))
+
+
+def steps_done(run: Path) -> int:
+    log = run / "log.jsonl"
+    return log.read_text().count('"event": "train"') if log.exists() else 0
 
 
 def outputs(run: Path) -> dict[str, bytes]:
-    found = sorted((run / "scores").glob("shard-*.parquet"))
-    found += [run / "weights.parquet", run / "model" / "atlantis" / "last" / "model.safetensors"]
-    return {path.name: path.read_bytes() for path in found}
+    """What scoring, merging and training have made: file name → content."""
+    names = ["weights.parquet", "weights.json", "model/atlantis/last/model.safetensors"]
+    found = [*run.glob("scores/shard-*.parquet"), *(run / name for name in names)]
+    return {str(path.relative_to(run)): path.read_bytes() for path in found if path.exists()}
 
 
-def family(process: subprocess.Popen[bytes]) -> list[int]:
-    """The ranks of ``--ranks 2`` (children of the process), or the process itself."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in children.read_text().split()] or [process.pid]
+@dataclass
+class Undisturbed:
+    """A run that nothing happened to: copies of it before each stage, and what came out."""
+
+    folder: Path
+    expected: dict[str, bytes]
+    seconds_to_merge: float
+
+    def before(self, stage: str) -> Path:
+        return self.folder / f"before-{stage}"
 
 
-class Soak:
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng = folder, random.Random(seed)
-        base = folder / "undisturbed"
-        base.mkdir()
-        recipe = write_recipe(base)
-        must_succeed(recipe, "prepare")
-        shutil.copytree(base / "run" / "base" / "small", folder / "reference")
-        self.seconds = {}
-        for stage in ("score", "merge", "train"):
-            start = time.monotonic()
-            must_succeed(recipe, stage)
-            self.seconds[stage] = time.monotonic() - start
-        self.base, self.expected = base / "run", outputs(base / "run")
+def undisturbed_run(folder: Path) -> Undisturbed:
+    base = folder / "undisturbed"
+    base.mkdir()
+    recipe, run = write_recipe(base), base / "run"
+    seconds = {}
+    succeed(recipe, "prepare")
+    shutil.copytree(run / "base" / "small", folder / "reference")
+    for stage in STAGES:
+        shutil.copytree(run, folder / f"before-{stage}")
+        begin = time.monotonic()
+        succeed(recipe, stage)
+        seconds[stage] = time.monotonic() - begin
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", folder / "clock.so", "-ldl"],
+        input=CLOCK,
+        text=True,
+        check=True,
+    )
+    measure = Undisturbed(folder, outputs(run), seconds["merge"])
+    check(len(measure.expected) == SHARDS + 3, "the undisturbed run lacks files")
 
-    def copy(self, folder: Path, before: str) -> Path:
-        """A copy of the undisturbed run, taken back to before a stage; its recipe."""
-        folder.mkdir(exist_ok=True)
-        shutil.copytree(self.base, folder / "run", dirs_exist_ok=True)
-        run = folder / "run"
-        for stage, made in (("train", "model"), ("merge", "weights.parquet"), ("merge", "weights.json")):
-            if (stage, before) != ("merge", "train"):
-                path = run / made
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if before == "score":
-            shutil.rmtree(run / "scores")
-        return write_recipe(folder)
-
-    def compare(self, folder: Path) -> None:
-        found = outputs(folder / "run")
-        if different := [name for name in self.expected if found.get(name) != self.expected[name]]:
-            raise Failed(f"differs from the undisturbed run: {', '.join(different[:5])}")
-        left = [p for p in (folder / "run").rglob(".*") if p.name.endswith((".tmp", ".old", ".universal"))]
-        if left and any(path.is_dir() for path in left):
-            raise Failed(f"left behind: {left[0]}")
-
-    def interrupt(self, recipe: Path, stage: str, signals: Callable[[subprocess.Popen[bytes]], None]) -> None:
-        """Start a stage, do something to it at a random moment, wait for its end."""
-        process = subprocess.Popen(
-            command(recipe, stage), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(self.rng.uniform(0.3, 1.0) * self.seconds[stage])
-        if process.poll() is None:
-            signals(process)
-        try:
-            process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise Failed(f"{stage}: the other ranks hang after one was killed") from None
-
-    # --- the faults; each gets an empty folder
-
-    def kill_scoring(self, folder: Path) -> None:
-        recipe = self.copy(folder, "score")
-        self.interrupt(recipe, "score", self._kill_one)
-        done = {p: p.stat().st_mtime_ns for p in (folder / "run" / "scores").glob("shard-*.parquet")}
-        must_succeed(recipe, "score", "merge", "train")
-        if again := [path.name for path, when in done.items() if path.stat().st_mtime_ns != when]:
-            raise Failed(f"finished shards were written again: {again[:3]}")
-        self.compare(folder)
-
-    def kill_merging(self, folder: Path) -> None:
-        recipe = self.copy(folder, "merge")
-        self.interrupt(recipe, "merge", self._kill_one)
-        must_succeed(recipe, "merge", "train")
-        self.compare(folder)
-
-    def kill_training(self, folder: Path) -> None:
-        recipe = self.copy(folder, "train")
-        self.interrupt(recipe, "train", self._kill_one)
-        must_succeed(recipe, "train")
-        self.compare(folder)
-
-    def _kill_one(self, process: subprocess.Popen[bytes]) -> None:
-        os.kill(self.rng.choice(family(process)), signal.SIGKILL)
-
-    def _shard(self, folder: Path) -> tuple[Path, Path]:
-        recipe = self.copy(folder, "merge")
-        return recipe, self.rng.choice(sorted((folder / "run" / "scores").glob("shard-*.parquet")))
-
-    def truncated_shard(self, folder: Path) -> None:
-        recipe, shard = self._shard(folder)
-        os.truncate(shard, self.rng.randrange(shard.stat().st_size))
-        must_refuse(recipe, "merge", shard.name)
-        must_succeed(recipe, "score", "merge", "train")  # scoring sees by itself that it is broken
-        self.compare(folder)
-
-    def flipped_shard(self, folder: Path) -> None:
-        recipe, shard = self._shard(folder)
-        data = bytearray(shard.read_bytes())
-        place = self.rng.randrange(len(data))
-        data[place] ^= 1 << self.rng.randrange(8)
-        shard.write_bytes(data)
-        code, said = finish(recipe, "merge")
-        if code:  # where the flip is of no effect (say, in a statistic), the weights must be right
-            if shard.name not in said and "scores" not in said:
-                raise Failed(f"byte {place} flipped: the refusal does not name the shard:\n{said[-2000:]}")
-            shard.unlink()
-            must_succeed(recipe, "score", "merge")
-        else:
-            shard.write_bytes(self.expected[shard.name])
-        must_succeed(recipe, "train")
-        self.compare(folder)
-
-    def foreign_shard(self, folder: Path) -> None:
-        recipe, shard = self._shard(folder)
-        others = sorted(shard.parent.glob("shard-*.parquet"))
-        others.remove(shard)
-        if self.rng.random() < 0.5:  # another shard's content under this name, or one shard too many
-            shutil.copy(self.rng.choice(others), shard)
-            bad = shard
-        else:
-            bad = shard.with_name("shard-00099-of-00100.parquet")
-            shutil.copy(shard, bad)
-        must_refuse(recipe, "merge", bad.name)
-        bad.unlink()
-        must_succeed(recipe, "score", "merge", "train")
-        self.compare(folder)
-
-    def truncated_checkpoint(self, folder: Path) -> None:
-        recipe = self.copy(folder, "train")
-        self.interrupt(recipe, "train", lambda process: process.terminate())  # asked to stop: it saves
-        saved = sorted((folder / "run" / "checkpoints" / "atlantis").glob("step-*"))
-        if saved:
-            file = self.rng.choice(sorted(saved[-1].glob("*.pt")))
-            os.truncate(file, self.rng.randrange(file.stat().st_size))
-            must_refuse(recipe, "train", saved[-1].name)
-            shutil.rmtree(saved[-1])
-        must_succeed(recipe, "train")
-        self.compare(folder)
-
-    def full_disk(self, folder: Path) -> None:
-        stage = self.rng.choice(["score", "train"])
-        folder.mkdir()
-        self._mount("tmpfs", folder, "size=64m")
-        try:
-            recipe = self.copy(folder, stage)
-            free = shutil.disk_usage(folder).free
-            ballast = folder / "ballast"
-            ballast.write_bytes(bytes(max(0, free - self.rng.randrange(1, 40) * 4096)))
-            code, said = finish(recipe, stage)
-            if code not in (0, 1) or (code and "fault: " not in said):
-                raise Failed(f"{stage} on a full disk ended with {code}:\n{said[-2000:]}")
-            ballast.unlink()
-            must_succeed(recipe, *(["score", "merge"] if stage == "score" else []), "train")
-            self.compare(folder)
-        finally:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-    def read_only(self, folder: Path) -> None:
-        stage = self.rng.choice(["score", "merge", "train"])
-        folder.mkdir()
-        self._mount("tmpfs", folder, "size=256m")
-        try:
-            recipe = self.copy(folder, stage)
-            subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-            must_refuse(recipe, stage, "Read-only file system")
-            subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-            must_succeed(recipe, *["score", "merge", "train"][["score", "merge", "train"].index(stage) :])
-            self.compare(folder)
-        finally:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-    def _mount(self, kind: str, folder: Path, options: str) -> None:
-        subprocess.run(["mount", "-t", kind, "-o", options, kind, str(folder)], check=True)
-
-    def clock_jump(self, folder: Path) -> None:
-        """Half of the shards, and a checkpoint, come from ten years ahead or behind."""
-        recipe = self.copy(folder, "score")
-        self.interrupt(recipe, "score", lambda process: process.terminate())
-        jump = time.time() + self.rng.choice([-1, 1]) * 10 * 365 * 86400
-        for path in (folder / "run").rglob("*"):
-            os.utime(path, (jump, jump))
-        must_succeed(recipe, "score", "merge")
-        self.interrupt(recipe, "train", lambda process: process.terminate())
-        for path in (folder / "run").rglob("*"):
-            os.utime(path, (-jump + 2 * time.time(),) * 2)
-        must_succeed(recipe, "train")
-        self.compare(folder)
-
-    def stale_claim(self, folder: Path) -> None:
-        recipe = self.copy(folder, "train")
-        claims = folder / "run" / "claims"
-        claims.mkdir(exist_ok=True)
-        owner = {"host": "gone", "pid": 1, "machine": "gone", "beat": 3}
-        text = self.rng.choice([json.dumps(owner), "", '{"host": "go'])
-        (claims / "train-atlantis.json").write_text(text)
-        must_succeed(recipe, "train")
-        self.compare(folder)
-
-    def two_jobs(self, folder: Path) -> None:
-        stage = self.rng.choice(["score", "train"])
-        recipe = self.copy(folder, stage)
-        first = subprocess.Popen(command(recipe, stage), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(self.rng.uniform(0.0, 0.5) * self.seconds[stage])
-        code, said = finish(recipe, stage)
-        if first.wait(LIMIT) not in (0, 2) or code not in (0, 2):
-            raise Failed(f"two jobs at once: {first.returncode} and {code}:\n{said[-2000:]}")
-        must_succeed(recipe, *(["score", "merge"] if stage == "score" else []), "train")
-        self.compare(folder)
+    # Two more to break: a training stopped on the way, with two checkpoints; and scores of other inputs.
+    case = Case(measure, folder / "stopped", random.Random(0))
+    stopped = case.at("train")
+    case.interrupt(stopped, "train", lambda: steps_done(case.run) >= 18, lambda _: (case.run / "STOP").touch(), 75)
+    (case.run / "STOP").unlink()
+    case.run.rename(folder / "before-resume")
+    case = Case(measure, folder / "foreign", random.Random(0))
+    other = case.at("score")
+    other.write_text(other.read_text().replace("tokens_per_batch: 256", "tokens_per_batch: 512"))
+    succeed(other, "score")
+    return measure
 
 
-KINDS = [
-    "kill_scoring",
-    "kill_merging",
-    "kill_training",
-    "truncated_shard",
-    "flipped_shard",
-    "foreign_shard",
-    "truncated_checkpoint",
-    "full_disk",
-    "read_only",
-    "clock_jump",
-    "stale_claim",
-    "two_jobs",
+@dataclass
+class Case:
+    """One fault: a folder of its own, and its random numbers."""
+
+    measure: Undisturbed
+    folder: Path
+    rng: random.Random
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def at(self, stage: str) -> Path:
+        """Copy the undisturbed run as it was before a stage; its recipe."""
+        self.folder.mkdir(exist_ok=True)
+        shutil.copytree(self.measure.before(stage), self.run)
+        return write_recipe(self.folder)
+
+    def moment(self, stage: str) -> tuple[str, Callable[[], bool]]:
+        """A random moment in a stage: in words, and how to tell that it has come."""
+        if stage == "score":
+            files = self.rng.randrange(1, 4 * SHARDS - 10)
+            return f"after {files} files", lambda: files_made(self.run) >= files
+        if stage == "merge":
+            due = time.monotonic() + self.rng.uniform(0.2, 1.0) * self.measure.seconds_to_merge
+            # The figure and weights.json come after weights.parquet.
+            return "on the way", lambda: time.monotonic() > due or (self.run / "weights.parquet").exists()
+        if self.rng.random() < 0.3:
+            saved = f".step-{7 * self.rng.randrange(1, 7):08d}.tmp"
+            checkpoint = self.run / "checkpoints" / "atlantis" / saved
+            return f"while {saved} is written", lambda: any(checkpoint.glob("*"))
+        step = self.rng.randrange(1, STEPS)
+        return f"after step {step}", lambda: steps_done(self.run) >= step
+
+    def interrupt(
+        self,
+        recipe: Path,
+        stage: str,
+        moment: Callable[[], bool],
+        act: Callable[[subprocess.Popen[bytes]], object],
+        code: int,
+        env: dict[str, str] = ENV,
+    ) -> str:
+        """Start a stage, do something to it when the moment has come, and wait for its end, with such a code."""
+        process = start(recipe, stage, env=env)
+        limit = time.monotonic() + LIMIT
+        while not moment():
+            check(process.poll() is None, f"{stage} ended too early:\n{said(recipe, stage)[-2000:]}")
+            check(time.monotonic() < limit, f"{stage} hangs:\n{said(recipe, stage)[-2000:]}")
+            time.sleep(0.001)
+        act(process)
+        found, words = end(process, recipe, stage)
+        check(found == code, f"{stage} ended with {found}, not {code}:\n{words[-2000:]}")
+        return words
+
+    def same(self, *stages: str) -> None:
+        """Whether the output of these stages is that of the undisturbed run, byte for byte."""
+        found = outputs(self.run)
+        made_by = {"scores/": "score", "weights.": "merge", "model/": "train"}
+        for name, content in self.measure.expected.items():
+            if any(stage in stages for start, stage in made_by.items() if name.startswith(start)):
+                check(found.get(name) == content, f"{name} differs from the undisturbed run")
+        if "train" in stages:
+            left = list(self.run.glob("checkpoints/*")) + list(self.run.glob("model/*/.*"))
+            check(not left, f"left behind: {left[:1]}")
+
+    def rerun(self, stage: str, broken: Path | None = None) -> None:
+        """The same command once more, and what follows up to the weights; all of it as in the undisturbed run."""
+        stages = ["train"] if stage == "train" else ["score", "merge"][["score", "merge"].index(stage) :]
+        finished = {path: path.stat().st_mtime_ns for path in self.run.glob("scores/**/shard-*.parquet")}
+        finished.pop(broken, None)
+        scored = len(_events(self.run, "score"))
+        recipe = self.folder / "recipe.yaml"
+        succeed(recipe, *stages)
+        self.same(*stages)
+        again = [path.name for path, when in finished.items() if path.exists() and path.stat().st_mtime_ns != when]
+        check(not again, f"finished shards were written again: {again[:3]}")
+        # Parts are gone by now; the log tells how many examples each model has scored this time.
+        count = Counter()
+        for event in _events(self.run, "score")[scored:]:
+            count[event["model"]] += event["examples"]
+        for model, examples in count.items():
+            parts = {path.name.split(".")[0] for path in finished if path.parent.name == "parts" and model in path.name}
+            whole = {path.name.split(".")[0] for path in finished if path.parent.name == "scores"}
+            todo = 10 * (SHARDS - len(parts | whole))
+            check(examples == todo, f"{model} scored {examples} examples again, {todo} were to do")
+
+
+def _events(run: Path, kind: str) -> list[dict]:
+    lines = (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+# --- the faults: each says in a few words what it did
+
+
+def killed(case: Case, stage: str) -> str:
+    recipe = case.at(stage)
+    words, moment = case.moment(stage)
+    victim = case.rng.choice(["rank 0", "rank 1", "all processes"]) if stage != "merge" else "the process"
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        launcher = psutil.Process(process.pid)
+        ranks = launcher.children()
+        chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:]}.get(victim, [launcher, *ranks])
+        for one in chosen:
+            one.suspend()  # all at once, as when a node goes down
+        for one in chosen:
+            one.kill()
+
+    alone = victim in ("rank 0", "rank 1")
+    output = case.interrupt(recipe, stage, moment, kill, 1 if alone else -signal.SIGKILL)
+    check(not alone or "fault: " in output, f"nobody says why:\n{output[-2000:]}")
+    case.rerun(stage)
+    return f"{victim} killed {words}"
+
+
+def kill_scoring(case: Case) -> str:
+    return killed(case, "score")
+
+
+def kill_merging(case: Case) -> str:
+    return killed(case, "merge")
+
+
+def kill_training(case: Case) -> str:
+    return killed(case, "train")
+
+
+def truncated_shard(case: Case) -> str:
+    recipe = case.at("merge")
+    shard = case.rng.choice(sorted(case.run.glob("scores/shard-*")))
+    size = case.rng.randrange(shard.stat().st_size)
+    os.truncate(shard, size)
+    refuse(recipe, "merge", shard.name)
+    case.rerun("score", broken=shard)  # sees by itself that it is broken
+    return f"{shard.name} cut to {size} bytes, merge refused"
+
+
+def flip(path: Path, rng: random.Random) -> int:
+    """Turn over one bit of a file; returns which byte."""
+    data = bytearray(path.read_bytes())
+    place = rng.randrange(len(data))
+    data[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return place
+
+
+def flipped_shard(case: Case) -> str:
+    recipe = case.at("merge")
+    shard = case.rng.choice(sorted(case.run.glob("scores/shard-*")))
+    place = flip(shard, case.rng)
+    code, words = end(start(recipe, "merge"), recipe, "merge")
+    if code == 0:  # where it says nothing (in the name of the writer, say) the weights must be right
+        case.same("merge")
+        return f"byte {place} of {shard.name}: of no effect"
+    check(shard.name in words, f"byte {place} flipped: the refusal does not name the shard:\n{words[-2000:]}")
+    shard.unlink()
+    case.rerun("score")
+    return f"byte {place} of {shard.name}, merge refused"
+
+
+def foreign_shard(case: Case) -> str:
+    recipe = case.at("merge")
+    shard = case.rng.choice(sorted(case.run.glob("scores/shard-*")))
+    what = case.rng.choice(["another shard", "a shard too many", "the shard of another run"])
+    if what == "another shard":
+        others = [path for path in shard.parent.glob("shard-*") if path != shard]
+        shutil.copy(case.rng.choice(sorted(others)), shard)
+    elif what == "a shard too many":
+        shard = shutil.copy(shard, shard.with_name("shard-00099-of-00100.parquet"))
+    else:
+        other = case.measure.folder / "foreign" / "run" / "scores" / shard.name
+        check(pq.read_table(other).equals(pq.read_table(shard)) is not None, "unreadable")
+        shutil.copy(other, shard)
+    refuse(recipe, "merge", shard.name)
+    shard.unlink()
+    case.rerun("score")
+    return f"{what} as {shard.name}, merge refused"
+
+
+def damaged_checkpoint(case: Case) -> str:
+    recipe = case.at("resume")
+    older, newest = sorted(case.run.glob("checkpoints/atlantis/step-*"))
+    file = case.rng.choice(sorted(newest.iterdir()))
+    size = case.rng.randrange(file.stat().st_size)
+    os.truncate(file, size)
+    refuse(recipe, "train", newest.name)
+    shutil.rmtree(newest)
+    case.rerun("train")
+    check(f"going on from step {int(older.name[5:])}" in said(recipe, "train"), "the older one was not taken")
+    return f"{newest.name}/{file.name} cut to {size} bytes, refused"
+
+
+@contextmanager
+def mounted(case: Case, size: str) -> Iterator[None]:
+    case.folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", case.folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", case.folder], check=True)
+
+
+def full_disk(case: Case) -> str:
+    stage = case.rng.choice(STAGES)
+    with mounted(case, "64m"):
+        recipe = case.at(stage)
+        words, moment = case.moment(stage)
+        if stage == "merge":
+            words, moment = "from the start", lambda: True
+        ballast = case.folder / "ballast"
+        logs = {Path(f"{recipe}.{name}.log") for name in STAGES}
+        for log in logs:  # the output of the command itself goes elsewhere
+            log.symlink_to(case.folder.with_name(f"{case.folder.name}.{log.name}"))
+
+        def fill(_: object) -> None:
+            with ballast.open("wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)):
+                        pass
+                except OSError:
+                    pass
+
+        output = case.interrupt(recipe, stage, moment, fill, 1)
+        check("fault: " in output, f"nobody says why:\n{output[-2000:]}")
+        ballast.unlink()
+        case.rerun(stage)
+        for log in logs:
+            log.resolve().unlink(missing_ok=True)
+    return f"{stage}: full {words}"
+
+
+def read_only(case: Case) -> str:
+    stage = case.rng.choice(STAGES)
+    with mounted(case, "256m"):
+        recipe = case.at(stage)
+        Path(f"{recipe}.{stage}.log").symlink_to(log := case.folder.with_suffix(".log"))
+        subprocess.run(["mount", "-o", "remount,ro", case.folder], check=True)
+        refuse(recipe, stage, "Read-only file system", str(case.run))
+        subprocess.run(["mount", "-o", "remount,rw", case.folder], check=True)
+        case.rerun(stage)
+        log.unlink()
+    return f"{stage} refused"
+
+
+def clock_jump(case: Case) -> str:
+    """The clock jumps in the middle, and all files, a STOP file too, come from a time that is to come, or long past."""
+    stage = case.rng.choice(["score", "train"])
+    recipe = case.at(stage)
+    years = case.rng.choice([-10, 10])
+    (case.run / "STOP").touch()  # from an earlier job: it must not count
+    when = time.time() - years * 365 * 86400
+    for path in case.run.rglob("*"):
+        os.utime(path, (when, when))
+    words, moment = case.moment(stage)
+    jump = case.folder / "jump"
+    env = ENV | {
+        "LD_PRELOAD": str(case.measure.folder / "clock.so"),
+        "JUMP_AT": str(jump),
+        "JUMP_BY": str(years * 365 * 86400),
+    }
+    case.interrupt(recipe, stage, moment, lambda _: jump.touch(), 0, env)
+    times = [event["time"] for event in _events(case.run, stage)]
+    check(abs(times[-1] - time.time()) > 9 * 365 * 86400, "the clock has not jumped")
+    case.same(stage)
+    return f"{stage}: {years:+d} years {words}, files {-years:+d} years"
+
+
+def stale_claim(case: Case) -> str:
+    stage = case.rng.choice(["score", "train"])
+    case.at(stage)
+    claims = case.run / "claims"
+    claims.mkdir(exist_ok=True)
+    owner = {"host": "gone", "pid": 1, "machine": "gone", "beat": 3}
+    own = {**owner, "machine": f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"}
+    texts = {
+        "of a dead job elsewhere": json.dumps(owner),
+        "whose process number has passed to another program": json.dumps(own),
+        "of a dead job here": json.dumps({**own, "pid": 2**22 - 1}),
+        "that is empty": "",
+        "half written": '{"host": "go',
+    }
+    what = case.rng.choice(sorted(texts))
+    (claims / {"score": "score-1-of-1.json", "train": "train-atlantis.json"}[stage]).write_text(texts[what])
+    case.rerun(stage)
+    check(not list(claims.iterdir()), "a claim is left")
+    return f"{stage}: a claim {what}"
+
+
+def two_jobs(case: Case) -> str:
+    stage = case.rng.choice(STAGES)
+    recipe = case.at(stage)
+    first = start(recipe, stage)
+    words, moment = case.moment(stage)
+    if case.rng.random() < 0.5:
+        words, moment = "at once", lambda: True
+    while not moment():
+        check(first.poll() is None, f"{stage} ended too early")
+        time.sleep(0.001)
+    second_recipe = recipe.with_name("second.yaml")
+    shutil.copy(recipe, second_recipe)
+    second = start(second_recipe, stage)
+    ends = sorted([end(first, recipe, stage), end(second, second_recipe, stage)])
+    codes = [code for code, _ in ends]
+    late = codes == [0, 0] and (stage == "merge" or "finished" in ends[1][1] + ends[0][1] or "0 to do" in str(ends))
+    refused = codes == [0, 2] and "another job is doing this" in ends[1][1]
+    check(late or refused, f"two jobs at once ended with {codes}:\n{ends[1][1][-2000:]}")
+    case.same(stage)
+    return f"{stage}: a second one {words}: {'refused' if refused else 'both well'}"
+
+
+KINDS: list[Callable[[Case], str]] = [
+    kill_scoring,
+    kill_merging,
+    kill_training,
+    truncated_shard,
+    flipped_shard,
+    foreign_shard,
+    damaged_checkpoint,
+    full_disk,
+    read_only,
+    clock_jump,
+    stale_claim,
+    two_jobs,
 ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=48)
+    parser.add_argument("--faults", type=int, default=48, help="number of the last fault")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--first", type=int, default=1, help="number of the first fault")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak."))
-    soak = Soak(folder, options.seed)
-    kinds = [options.only] if options.only else KINDS
-    failed = 0
-    for number, kind in zip(range(1, options.faults + 1), itertools.cycle(kinds)):
-        place = folder / f"{number:03d}-{kind}"
-        start = time.monotonic()
+    measure = undisturbed_run(folder)
+    table = Table("", "fault", "what was done", "s", "", title=f"seed {options.seed}", box=box.SIMPLE)
+    failed = skipped = 0
+    for number in range(options.first, options.faults + 1):
+        kind = KINDS[(number - 1) % len(KINDS)]
+        if kind in (full_disk, read_only) and os.geteuid() != 0:
+            skipped += 1
+            print(f"{number:3d} {kind.__name__}: SKIPPED, needs root", flush=True)
+            continue
+        case = Case(measure, folder / f"{number:03d}-{kind.__name__}", random.Random(f"{options.seed} {number}"))
+        begin = time.monotonic()
         try:
-            getattr(soak, kind)(place)
-            shutil.rmtree(place)
-            print(f"{number:3d} {kind}: passed, {time.monotonic() - start:.0f} s", flush=True)
-        except (Failed, subprocess.TimeoutExpired) as error:
+            what, result = kind(case), "passed"
+            shutil.rmtree(case.folder)
+        except Failed as error:
+            what, result = f"{error} (kept in {case.folder})", "FAILED"
             failed += 1
-            print(f"{number:3d} {kind}: FAILED, kept in {place}: {error}", flush=True)
-    print(f"soak: {options.faults - failed} of {options.faults} faults passed (seed {options.seed})")
+        seconds = f"{time.monotonic() - begin:.0f}"
+        print(f"{number:3d} {kind.__name__}: {result}, {seconds} s: {what}", flush=True)
+        table.add_row(str(number), kind.__name__, what.splitlines()[0], seconds, result)
+    Console(width=160).print(table)
+    count = options.faults - options.first + 1 - skipped
+    print(f"soak: {count - failed} of {count} faults passed, {skipped} skipped (seed {options.seed})")
     if not failed:
         shutil.rmtree(folder)
     return 1 if failed else 0

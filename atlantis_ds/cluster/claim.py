@@ -53,8 +53,13 @@ def _take(path: Path) -> str | None:
     while True:
         with contextlib.suppress(FileExistsError):  # O_EXCL is atomic on NFS too
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            os.write(descriptor, _owner(0).encode())
-            os.close(descriptor)
+            try:
+                os.write(descriptor, _owner(0).encode())
+            except OSError:
+                path.unlink()  # a full disk: nobody owns this
+                raise
+            finally:
+                os.close(descriptor)
             return None
         if other := _living_owner(path):
             return other

@@ -63,7 +63,11 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         if failed:
             _end(processes)
             # A rank that fails of itself (code > 0) tells more than one that a signal ended.
-            return next((code for code in failed if code > 0), 1)
+            if own := [code for code in failed if code > 0]:
+                return own[0]
+            rank = codes.index(failed[0])
+            print(f"fault: rank {rank} was killed ({signal.Signals(-failed[0]).name})", file=sys.stderr, flush=True)
+            return 1
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.1)

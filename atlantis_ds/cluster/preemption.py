@@ -6,7 +6,10 @@ Training then finishes its step and writes a checkpoint, scoring finishes its sh
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import tempfile
 import time
 from types import FrameType
 
@@ -14,7 +17,7 @@ from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.errors import Preempted
 from atlantis_ds.run_folder import RunFolder
 
-_started = time.time()
+_started = time.monotonic()
 _signalled = False
 
 
@@ -46,10 +49,13 @@ def leave_if_asked(folder: RunFolder, ranks: Ranks, where: str) -> None:
 
 def remove_stale_stop(folder: RunFolder) -> bool:
     """Remove a ``STOP`` file from before this process started; whether there was one."""
-    try:
-        if folder.stop.stat().st_mtime >= _started:
+    with contextlib.suppress(FileNotFoundError):
+        # File times come from the file server: its clock, asked by a file made now, counts, and not this machine's.
+        made = folder.stop.stat().st_mtime
+        with tempfile.NamedTemporaryFile(dir=folder.root, prefix=".clock.") as probe:
+            now = os.stat(probe.name).st_mtime
+        if now - (time.monotonic() - _started) <= made <= now:
             return False
         folder.stop.unlink()
-    except FileNotFoundError:
-        return False
-    return True
+        return True
+    return False

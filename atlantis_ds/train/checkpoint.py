@@ -45,11 +45,11 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
     except (OSError, RuntimeError) as error:
         shutil.rmtree(folder / temporary, ignore_errors=True)
         raise RunError(f"{folder / name}: cannot be written: {str(error).splitlines()[0]}") from None
-    moments = second_moments(engine, ranks)
+    moments = adam_moments(engine, ranks)
     ranks.barrier()
     if ranks.is_main:
         move_folder(folder / temporary, folder / name)
-        write_json(folder / name / COMPLETED, {**state, "world_size": ranks.world_size, "second_moments": moments})
+        write_json(folder / name / COMPLETED, {**state, "world_size": ranks.world_size, "moments": moments})
         for old in complete_checkpoints(folder)[:-keep]:
             (old / COMPLETED).unlink()
             shutil.rmtree(old)
@@ -71,6 +71,8 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
         InputError: it belongs to other data or settings, or DeepSpeed cannot convert it to this number of ranks.
         RunError: weights, optimizer or position did not come back.
     """
+    if ranks.is_main:
+        _remove_unfinished(folder)
     newest = ranks.broadcast(next((str(path) for path in reversed(complete_checkpoints(folder))), None))
     if newest is None:
         return None
@@ -83,24 +85,31 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
         tag = _convert(Path(newest), state["world_size"], ranks)
     # DeepSpeed reads this of its own config, and only when it loads.
     engine._config.load_universal_checkpoint = other_ranks
-    lora = hasattr(engine.module, "peft_config")
     try:
-        loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not lora)
+        strict = not hasattr(engine.module, "peft_config")
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RunError(f"{newest}: cannot be read ({reason}); remove it to go on from an older one") from None
     engine._config.load_universal_checkpoint = False
-    moments = second_moments(engine, ranks)
     # Conversions that silently left the optimizer empty have been seen (DeepSpeed#6691).
+    whole = zip(adam_moments(engine, ranks), state["moments"], strict=True)
     if (
         loaded is None
         or engine.global_steps != state["step"]
-        or not math.isclose(moments, state["second_moments"], rel_tol=1e-4)
+        or not all(math.isclose(found, saved, rel_tol=1e-4) for found, saved in whole)
     ):
         raise RunError(f"{newest}: DeepSpeed did not load all of it; remove it to go on from an older one")
-    if other_ranks and ranks.is_main:
-        shutil.rmtree(folder / tag)
+    if ranks.is_main:  # all have loaded: they have met for the moments
+        _remove_unfinished(folder)
     return state
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a job that died on the way has left: half-written, half-pruned and converted checkpoints."""
+    for path in folder.glob("*"):
+        if path.is_dir() and (path.name.startswith(".") or not (path / COMPLETED).exists()):
+            shutil.rmtree(path)
 
 
 def _convert(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
@@ -109,24 +118,30 @@ def _convert(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
     words = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint)]
     failure = None
     if ranks.is_main:
-        shutil.rmtree(target, ignore_errors=True)
         done = subprocess.run([sys.executable, *words, "--output_folder", str(target)], capture_output=True, text=True)
-        failure = done.stderr.strip().splitlines()[-1:] if done.returncode else None
+        if done.returncode:
+            failure = done.stderr.strip().splitlines()[-1:]
+            shutil.rmtree(target, ignore_errors=True)
     if (failure := ranks.broadcast(failure)) is not None:
+        folder = checkpoint.parent
         raise InputError(
             f"{checkpoint}: saved by {saved_by} ranks, this job has {ranks.world_size}, and DeepSpeed cannot convert "
-            f"it ({''.join(failure)}); start the job with {saved_by} ranks. Or start a new run from its weights alone: "
-            f"`python {checkpoint.parent}/zero_to_fp32.py {checkpoint.parent} OUT --tag {checkpoint.name} "
-            "--safe_serialization` writes them"
+            f"it ({''.join(failure)}); start the job with {saved_by} ranks. Or start again from its weights alone, "
+            f"with a new optimizer and schedule: `atlantis-ds export RECIPE OUT --arm {folder.name} --unfinished`, "
+            f"`rm -r {folder}`, and `train` with `--set models.large.model_name_or_path=OUT`"
         )
     return target.name
 
 
-def second_moments(engine: Any, ranks: Ranks) -> float:
-    """Sum of Adam's second moments over all weights and ranks: the same however they are sharded."""
+def adam_moments(engine: Any, ranks: Ranks) -> list[float]:
+    """Sums of Adam's first (absolute) and second moments over all weights and ranks, however they are sharded."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    total = sum(float(s["exp_avg_sq"].double().sum()) for s in optimizer.state.values() if "exp_avg_sq" in s)
-    return ranks.sum(total)[0] if engine.zero_optimization_stage() > 0 else total
+    states = list(optimizer.state.values())
+    totals = [
+        sum(float(state[key].double().abs().sum()) for state in states if key in state)
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    return ranks.sum(*totals) if engine.zero_optimization_stage() > 0 else totals
 
 
 def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:

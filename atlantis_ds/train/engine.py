@@ -28,7 +28,7 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
         lm = load_model(model, train.dtype, _four_bits(train, ranks.device))
     torch.manual_seed(seed)
     if train.mode != "full":
-        lm = _add_lora(lm, train, model.revision)
+        lm = add_lora(lm, train, model.revision)
     lm.config.use_cache = False
     if train.gradient_checkpointing:
         # LoRA under ZeRO-3 needs the reentrant kind, which in turn needs an input with a gradient.
@@ -102,7 +102,7 @@ def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _add_lora(lm: Any, train: Train, revision: str | None) -> Any:
+def add_lora(lm: Any, train: Train, revision: str | None) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     kind = TaskType.SEQ_2_SEQ_LM if lm.config.is_encoder_decoder else TaskType.CAUSAL_LM

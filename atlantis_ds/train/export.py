@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.load import load_model, load_tokenizer, model_identity
+from atlantis_ds.lm.load import load_model, load_tokenizer, model_identity, model_source
 from atlantis_ds.recipe import Model, Recipe
 from atlantis_ds.run_folder import RunFolder, read_json, write_folder
 from atlantis_ds.train.card import CARD, card_text
+from atlantis_ds.train.checkpoint import complete_checkpoints
+from atlantis_ds.train.engine import add_lora
 from atlantis_ds.train.jobs import training_summary
 
 
@@ -22,9 +27,6 @@ def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
     Raises:
         InputError: the arm is not trained, or ``out`` is already there.
     """
-    out = out.expanduser().absolute()
-    if out.exists():
-        raise InputError(f"{out}: already there; remove it or choose another folder")
     source = folder.model(arm) / recipe.evaluate.checkpoint
     if not (folder.model(arm) / "training.json").exists() or not source.is_dir():
         raise InputError(f"{source}: no trained model; run `train --arm {arm}` first")
@@ -47,6 +49,49 @@ def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
             shutil.copytree(source, target, dirs_exist_ok=True)
         (target / CARD).write_text(card, encoding="utf-8")
 
+    _write(out, write)
+
+
+def export_unfinished(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
+    """Write the weights of an arm's newest checkpoint to ``out``, in fp32, adapters merged: to train on from them.
+
+    Raises:
+        InputError: there is no such arm or checkpoint, it cannot be read, or ``out`` is already there.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    saved = complete_checkpoints(folder.checkpoints(arm))
+    if arm not in recipe.arms or not saved:
+        raise InputError(f"{folder.checkpoints(arm)}: no checkpoint of an arm there")
+    adapters = recipe.train.mode != "full"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(saved[-1].parent), saved[-1].name, exclude_frozen_parameters=adapters
+            )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{saved[-1]}: DeepSpeed cannot read its weights: {str(error).splitlines()[0]}") from None
+
+    def write(target: Path) -> None:
+        model = model_source(recipe, folder, "large")
+        lm = load_model(model, "float32")
+        if adapters:
+            lm = add_lora(lm, recipe.train, model.revision)
+        names = lm.load_state_dict(weights, strict=not adapters)
+        if names.unexpected_keys or any("lora_" in name for name in names.missing_keys):
+            raise InputError(f"{saved[-1]}: holds other weights than the model and train.mode of this recipe")
+        if adapters:
+            lm = lm.merge_and_unload()
+        lm.save_pretrained(target)
+        load_tokenizer(model).save_pretrained(target)
+
+    _write(out, write)
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    out = out.expanduser().absolute()
+    if out.exists():
+        raise InputError(f"{out}: already there; remove it or choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_folder(out, write)
