@@ -22,6 +22,7 @@ setup(
         "arviz-stats",
         "datasets",
         "deepspeed>=0.18.4",
+        "jinja2",
         "matplotlib",
         "ninja",
         "peft",

@@ -36,6 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.learning_rate=1e-5."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Train on weights whose effective sample size is below 10 %.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo.")]
 Part = Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share the work.")]
 NumberOfRanks = Annotated[
     int, typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher did.")
@@ -115,6 +116,27 @@ def merge(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings, folder = _load(recipe, overrides)
     console.print(diagnosis_table(merge(settings, folder)))
     print(f"weights: {folder.weights_plot}")
+
+
+@app.command()
+def diagnose(run: RunPath) -> None:
+    """Say whether the weights of a run can be trusted, and which labels look wrong.
+
+    Reads examples/, scores/ and the weights. Writes diagnosis/: diagnosis.html (one page with everything in it),
+    diagnosis.json, weights.png, and label_errors.csv, the training examples with the lowest weights first, each with
+    the label that the reference model would give.
+
+    Example: atlantis-ds diagnose runs/demo
+    """
+    from atlantis_ds.progress import console
+    from atlantis_ds.weights.diagnostics import diagnosis_table
+    from atlantis_ds.weights.page import write_diagnosis
+
+    folder = RunFolder(run)
+    console.print(diagnosis_table(write_diagnosis(load_recipe(folder.recipe), folder)))
+    print(
+        f"page: {run / 'diagnosis' / 'diagnosis.html'}\nlikely label errors: {run / 'diagnosis' / 'label_errors.csv'}"
+    )
 
 
 @app.command()
@@ -259,7 +281,7 @@ def submit(
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo.")]) -> None:
+def status(run: RunPath) -> None:
     """Show how far a run is.
 
     Reads the run folder, and asks Slurm for the jobs that `submit` started. Writes nothing.

@@ -23,7 +23,11 @@ QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 def diagnose(
-    weights: np.ndarray, log_weight: np.ndarray, labels: np.ndarray, gold: np.ndarray | None
+    weights: np.ndarray,
+    log_weight: np.ndarray,
+    labels: np.ndarray,
+    gold: np.ndarray | None,
+    label_tokens: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Numbers and warnings about one set of weights, ready for JSON (None where a number is not defined).
 
@@ -32,13 +36,15 @@ def diagnose(
         log_weight: float64 [n], before stabilising.
         labels: str [n], the labels trained on.
         gold: object [n] of the true label or None, or None where no gold label is known.
+        label_tokens: int [n], tokens of each label under the large model.
 
     Returns:
         ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the
         final weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None where none can be fitted, see
         ``formulas.pareto_k``; the final one decides about the warning); ``max``; ``quantiles``;
         ``top_percent_share``: share of the weight on the heaviest 1% of examples; ``classes``: ``label``,
-        ``data_share``, ``weight_share`` and their ``ratio``, most frequent first; ``gold``: None, or over the
+        ``data_share``, ``weight_share`` and their ``ratio``, most frequent first; ``label_lengths``: the same for the
+        labels of equal length, shortest first, None without ``label_tokens``; ``gold``: None, or over the
         examples with a gold label ``known`` (their number), ``auroc_correct`` (of the weight for "the label is
         right"), ``auroc_correct_within_class`` (mean over the
         labels that have right and wrong examples, weighted by their number), ``share_wrong``, ``weight_share_wrong``
@@ -62,7 +68,8 @@ def diagnose(
         "max": float(weights.max()),
         "quantiles": {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(weights, QUANTILES))},
         "top_percent_share": float(np.sort(weights)[-max(1, round(0.01 * n)) :].sum() / total),
-        "classes": _class_shares(weights, labels),
+        "classes": sorted(_shares(weights, labels), key=lambda row: -row["data_share"]),
+        "label_lengths": None if label_tokens is None else _shares(weights, label_tokens),
         "gold": None if gold is None else _against_gold(weights, labels, gold),
     }
     return diagnosis | {"warnings": _warnings(diagnosis, k_final)}
@@ -104,7 +111,7 @@ def diagnosis_table(diagnosis: dict[str, Any]) -> Group:
 
 
 def plot_weights(path: Path, weights: np.ndarray, labels: np.ndarray, diagnosis: dict[str, Any]) -> None:
-    """Write a PNG: the distribution of the weights, and data share beside weight share of each label.
+    """Write a PNG: the distribution of the weights; data share beside weight share, by label and by label length.
 
     Args:
         path: the file to write.
@@ -114,13 +121,18 @@ def plot_weights(path: Path, weights: np.ndarray, labels: np.ndarray, diagnosis:
     """
     from matplotlib.figure import Figure
 
-    rows = len(diagnosis["classes"])
-    figure = Figure(figsize=(11.5, max(4.0, 1.2 + 0.34 * rows)), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_histogram(left, np.asarray(weights, dtype=np.float64), diagnosis)
-    _plot_classes(right, diagnosis["classes"])
+    panels = [("share of each label (× = weight / data)", diagnosis["classes"])]
+    if diagnosis["label_lengths"]:
+        panels.append(("share by tokens of the label", diagnosis["label_lengths"]))
+    rows = max(len(shares) for _, shares in panels)
+    size = (6 + 5.5 * len(panels), max(4.0, 1.2 + 0.34 * rows))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(panels))
+    _plot_histogram(first, np.asarray(weights, dtype=np.float64), diagnosis)
+    for axes, (title, shares) in zip(others, panels):
+        _plot_shares(axes, shares, title)
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
-    for axes in (left, right):
+    for axes in (first, *others):
         axes.spines[["top", "right"]].set_visible(False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
@@ -152,14 +164,14 @@ def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) 
     axes.legend(frameon=False, fontsize=9)
 
 
-def _plot_classes(axes: Axes, classes: list[dict[str, Any]]) -> None:
-    at = np.arange(len(classes))
+def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
+    at = np.arange(len(shares))
     for offset, key, colour, name in (
         (-0.2, "data_share", DATA_COLOUR, "data"),
         (0.2, "weight_share", WEIGHT_COLOUR, "weight"),
     ):
-        axes.barh(at + offset, [row[key] for row in classes], 0.38, color=colour, label=name)
-    for y, row in zip(at, classes):
+        axes.barh(at + offset, [row[key] for row in shares], 0.38, color=colour, label=name)
+    for y, row in zip(at, shares):
         outside = not CLASS_RATIO[0] <= row["ratio"] <= CLASS_RATIO[1]
         axes.annotate(
             f"×{row['ratio']:.2f}",
@@ -170,27 +182,23 @@ def _plot_classes(axes: Axes, classes: list[dict[str, Any]]) -> None:
             fontsize=8,
             color="#b3261e" if outside else "0.35",
         )
-    names = [row["label"] if len(row["label"]) <= 40 else row["label"][:39] + "…" for row in classes]
+    names = [row["label"] if len(row["label"]) <= 40 else row["label"][:39] + "…" for row in shares]
     axes.set_yticks(at, names, fontsize=9, parse_math=False)
-    axes.set_ylim(len(classes) - 0.4, -0.6)
+    axes.set_ylim(len(shares) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    axes.set_title("share of each label (× = weight / data)", fontsize=10.5)
+    axes.set_title(title, fontsize=10.5)
     axes.legend(frameon=False, fontsize=9, loc="best")
 
 
-def _class_shares(weights: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    names, code = np.unique(labels, return_inverse=True)
-    data_share = np.bincount(code) / len(labels)
+def _shares(weights: np.ndarray, groups: np.ndarray) -> list[dict[str, Any]]:
+    """Share of the examples and of the weight of each group, in the order of the groups' names or numbers."""
+    names, code = np.unique(groups, return_inverse=True)
+    data_share = np.bincount(code) / len(groups)
     weight_share = np.bincount(code, weights) / weights.sum()
     return [
-        {
-            "label": str(names[row]),
-            "data_share": float(data_share[row]),
-            "weight_share": float(weight_share[row]),
-            "ratio": float(weight_share[row] / data_share[row]),
-        }
-        for row in np.argsort(-data_share, kind="stable")
+        {"label": str(name), "data_share": float(data), "weight_share": float(weight), "ratio": float(weight / data)}
+        for name, data, weight in zip(names, data_share, weight_share)
     ]
 
 

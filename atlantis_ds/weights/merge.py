@@ -119,7 +119,7 @@ def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     log_weight = log_weights(scores, recipe.weights, recipe.seed)
     weight = stabilise(log_weight, scores.labels, recipe.weights)
     gold = np.array([example.gold for example in examples.train], dtype=object)
-    diagnosis = diagnose(weight, log_weight, scores.labels, gold)
+    diagnosis = diagnose(weight, log_weight, scores.labels, gold, scores.tokens_large)
     info = {
         "fingerprint": mark,
         "scores": scores_fingerprint,
