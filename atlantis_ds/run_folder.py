@@ -168,8 +168,14 @@ def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(
+    path: Path, columns: list[str] | None = None, dictionaries: list[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """Read a Parquet file of the run folder, checking its page checksums.
+
+    Args:
+        columns: read these only.
+        dictionaries: of them, read these as Arrow dictionaries: a column of few different strings is then small.
 
     Returns:
         the table, and the ``info`` it was written with.
@@ -178,7 +184,7 @@ def read_table(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, 
         InputError: the file is missing, truncated, altered, or not written by atlantis_ds.
     """
     try:
-        table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+        table = pq.read_table(path, columns=columns, read_dictionary=dictionaries, page_checksum_verification=True)
         return table.replace_schema_metadata(None), table_info(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; run the stage that writes it first") from None

@@ -37,12 +37,22 @@ def collapsed_examples():
     return formulas.stabilise(log_weight, labels, Weights()), log_weight, labels
 
 
+def diagnose(weights, log_weight, labels, gold):
+    names = sorted({str(label) for label in [*labels, *(gold if gold is not None else [])] if label is not None})
+    number = {name: index for index, name in enumerate(names)} | {None: -1}
+
+    def numbers(some):
+        return None if some is None else np.array([number[label] for label in some])
+
+    return diagnostics.diagnose(weights, log_weight, numbers(labels), numbers(gold), names)
+
+
 def keys_named(warnings):
     return {key for key in Weights.model_fields for warning in warnings if f"weights.{key}" in warning}
 
 
 def test_good_weights_raise_no_warning():
-    diagnosis = diagnostics.diagnose(*noisy_examples(scale=0.5))
+    diagnosis = diagnose(*noisy_examples(scale=0.5))
     assert diagnosis["warnings"] == []
     assert diagnosis["ess_fraction"] > 0.7
     assert diagnosis["pareto_k"] < diagnosis["pareto_k_threshold"] == 0.7
@@ -51,7 +61,7 @@ def test_good_weights_raise_no_warning():
 def test_numbers_agree_with_the_libraries():
     weights, log_weight, labels, gold = noisy_examples()
     correct = labels == gold
-    diagnosis = diagnostics.diagnose(weights, log_weight, labels, gold)
+    diagnosis = diagnose(weights, log_weight, labels, gold)
     assert diagnosis["n"] == 4000
     assert diagnosis["ess"] == pytest.approx(1 / np.sum((weights / weights.sum()) ** 2))
     assert diagnosis["pareto_k"] == pytest.approx(float(array_stats.psislw(-log_weight)[1]))
@@ -72,7 +82,7 @@ def test_numbers_agree_with_the_libraries():
 
 def test_the_published_collapse_is_seen_and_named():
     weights, log_weight, labels = collapsed_examples()
-    diagnosis = diagnostics.diagnose(weights, log_weight, labels, None)
+    diagnosis = diagnose(weights, log_weight, labels, None)
     assert diagnosis["ess_fraction"] < 0.01
     assert diagnosis["gold"] is None
     first = next(row for row in diagnosis["classes"] if row["label"] == RELATIONS[0])
@@ -88,7 +98,7 @@ def test_following_the_advice_clears_the_warnings():
     _, log_weight, labels = collapsed_examples()
     options = Weights(temper=0.6, scope="per_label")
     weights = formulas.stabilise(log_weight, labels, options)
-    diagnosis = diagnostics.diagnose(weights, log_weight, labels, None)
+    diagnosis = diagnose(weights, log_weight, labels, None)
     assert diagnosis["warnings"] == []
     assert all(row["ratio"] == pytest.approx(1) for row in diagnosis["classes"])
     assert diagnosis["pareto_k"] >= 0.7  # what the formula gave is still on record
@@ -97,7 +107,7 @@ def test_following_the_advice_clears_the_warnings():
 @pytest.mark.parametrize(("target", "said"), [(0.3, "minority"), (0.05, "--force"), (0.6, None)])
 def test_the_effective_sample_size_has_two_limits(target, said):
     weights, log_weight, labels, _ = noisy_examples(scale=3, options=Weights(temper=target))
-    warnings = [w for w in diagnostics.diagnose(weights, log_weight, labels, None)["warnings"] if "effective" in w]
+    warnings = [w for w in diagnose(weights, log_weight, labels, None)["warnings"] if "effective" in w]
     assert [said in warning for warning in warnings] == ([True] if said else [])
 
 
@@ -105,7 +115,7 @@ def test_the_effective_sample_size_has_two_limits(target, said):
 def test_pareto_k_has_two_limits(shape, said):
     log_weight = -shape * np.log(np.random.default_rng(1).random(20_000))
     labels = np.full(20_000, "a")
-    diagnosis = diagnostics.diagnose(formulas.stabilise(log_weight, labels, Weights()), log_weight, labels, None)
+    diagnosis = diagnose(formulas.stabilise(log_weight, labels, Weights()), log_weight, labels, None)
     warnings = [warning for warning in diagnosis["warnings"] if "k-hat" in warning]
     assert [said in warning for warning in warnings] == ([True] if said else [])
 
@@ -123,7 +133,7 @@ def test_every_diagnosis_is_json_and_prints(n, scale, known):
         gold = labels.astype(object) if known == "all right" else np.full(n, None, dtype=object)
     log_weight = scale * rng.normal(size=n)
     weights = formulas.stabilise(log_weight, labels, Weights())
-    diagnosis = diagnostics.diagnose(weights, log_weight, labels, gold)
+    diagnosis = diagnose(weights, log_weight, labels, gold)
     assert json.loads(json.dumps(diagnosis, allow_nan=False)) == diagnosis
     assert (diagnosis["gold"] is None) == all(label is None for label in gold)
     if known == "all right":
@@ -140,7 +150,7 @@ def test_every_diagnosis_is_json_and_prints(n, scale, known):
 def test_equal_weights_find_no_wrong_labels():
     _, _, labels, gold = noisy_examples()
     order = np.argsort(labels == gold, kind="stable")  # wrong ones first: the order of rows must not matter
-    diagnosis = diagnostics.diagnose(np.ones(4000), np.zeros(4000), labels[order], gold[order])
+    diagnosis = diagnose(np.ones(4000), np.zeros(4000), labels[order], gold[order])
     found = diagnosis["gold"]
     assert found["auroc_correct"] == 0.5
     assert found["lowest_tenth_wrong"] == pytest.approx(found["share_wrong"]) == found["weight_share_wrong"]
@@ -151,8 +161,8 @@ def test_gold_counts_only_where_it_is_known():
     weights, log_weight, labels, gold = noisy_examples()
     rows = np.arange(4000) % 3 == 0
     partly = np.where(rows, gold, None)
-    found = diagnostics.diagnose(weights, log_weight, labels, partly)["gold"]
-    assert found == diagnostics.diagnose(weights[rows], log_weight[rows], labels[rows], gold[rows])["gold"]
+    found = diagnose(weights, log_weight, labels, partly)["gold"]
+    assert found == diagnose(weights[rows], log_weight[rows], labels[rows], gold[rows])["gold"]
     assert found["known"] == 1334
 
 
@@ -164,7 +174,7 @@ def test_the_picture_is_a_whole_png(tmp_path, names, scale):
     log_weight = scale * rng.normal(size=500)
     weights = formulas.stabilise(log_weight, labels, Weights())
     path = tmp_path / "weights.png"
-    diagnostics.plot_weights(path, weights, labels, diagnostics.diagnose(weights, log_weight, labels, None))
+    diagnostics.plot_weights(path, weights, diagnose(weights, log_weight, labels, None))
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] > 1500 and picture.shape[0] >= 600 and picture.std() > 0.05
     assert [file.name for file in tmp_path.iterdir()] == ["weights.png"]

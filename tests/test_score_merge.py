@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.prepare import load_examples, prepare
+from atlantis_ds.data.prepare import load_examples, load_train_labels, prepare
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.encode import Encoded, Encoder
@@ -225,7 +225,7 @@ def test_chat_template_of_the_reference(models, ranks, tmp_path):
     recipe, folder = tiny_recipe({**models, "reference": reference}), RunFolder(tmp_path / "run")
     examples = prepare(recipe, folder)
     score(recipe, folder, ranks)
-    scores, _ = load_scores(recipe, folder, examples)
+    scores = load_scores(recipe, folder, load_train_labels(folder))
 
     source = Model(model_name_or_path=str(chat))
     tokenizer, config = load_tokenizer(source), load_config(source)
@@ -270,16 +270,20 @@ def test_missing_shard_is_refused(run):
 
 
 def test_doubled_example_is_refused(run):
-    first = read_table(run[1].scores / SHARDS[0])[0]["id"][0].as_py()
-    change(run[1].scores / SHARDS[2], lambda table: set_value(table, "id", 4, first))
-    refused(run, f"{first} is scored twice")
+    path = run[1].scores / SHARDS[2]
+    first = read_table(path)[0]["id"][0].as_py()
+    change(path, lambda table: set_value(table, "id", 4, first))
+    refused(run, f"{SHARDS[2]}: example {first} is scored twice")
+    of_another_shard = read_table(run[1].scores / SHARDS[0])[0]["id"][0].as_py()
+    change(path, lambda table: set_value(table, "id", 4, of_another_shard))
+    refused(run, f"{SHARDS[2]}: example {of_another_shard} is not of this shard")
 
 
 def test_lost_and_strange_examples_are_refused(run):
     path = run[1].scores / SHARDS[2]
     gone = read_table(path)[0]["id"][9].as_py()
     change(path, lambda table: set_value(table, "id", 9, "nobody"))
-    refused(run, f"{gone} has no score")
+    refused(run, "example nobody is not of this shard")
     change(path, lambda table: table.slice(0, 9))
     refused(run, f"{gone} has no score")
 
@@ -335,8 +339,8 @@ def test_truncated_shard_is_refused(run, keep):
 
 def test_no_flipped_bit_passes_into_the_scores(run):
     recipe, folder = run
-    examples = load_examples(folder)
-    before, _ = load_scores(recipe, folder, examples)
+    train = load_train_labels(folder)
+    before = load_scores(recipe, folder, train)
     path = folder.scores / SHARDS[1]
     whole = path.read_bytes()
     caught = 0
@@ -345,7 +349,7 @@ def test_no_flipped_bit_passes_into_the_scores(run):
         flipped[place] ^= 1 << (place % 8)
         path.write_bytes(flipped)
         try:
-            after, _ = load_scores(recipe, folder, examples)
+            after = load_scores(recipe, folder, train)
         except InputError:
             caught += 1
         else:  # a bit that means nothing, as a statistic of a column
@@ -370,7 +374,7 @@ def test_weights_have_mean_one_and_arms_read_them(run):
     weight = table["weight"].to_numpy()
     assert table["id"].to_pylist() == [example.id for example in examples.train]
     assert weight.mean() == pytest.approx(1, abs=1e-12) and weight.std() > 0.01
-    scores, _ = load_scores(recipe, folder, examples)
+    scores = load_scores(recipe, folder, load_train_labels(folder))
     np.testing.assert_allclose(table["log_weight"].to_numpy(), scores.large - scores.small + scores.reference)
     assert info == read_json(folder.weights_info)
     assert folder.weights_plot.stat().st_size > 0

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from atlantis_ds import __version__
 from atlantis_ds.data.formats import (
@@ -124,18 +126,66 @@ def load_examples(folder: RunFolder) -> Examples:
     Raises:
         InputError: a file is missing or broken, the two do not belong together, or an id stands twice.
     """
-    info = read_json(folder.examples_info)
     table, table_meta = read_table(folder.examples)
+    info = _examples_info(folder, table_meta)
+    examples = from_table(table)
+    by_split = {split: [e for e in examples if e.split == split] for split in FILES}
+    _refuse_shared_ids(by_split)
+    return Examples(**by_split, labels=info["labels"], fingerprint=info["fingerprint"], task=info["task"])
+
+
+@dataclass(frozen=True)
+class TrainLabels:
+    """What merging needs to know of the n training examples: no sentence, and no Python object an example."""
+
+    ids: pa.ChunkedArray
+    """string [n]."""
+    labels: np.ndarray
+    """int32 [n], into ``names``."""
+    gold: np.ndarray
+    """int32 [n], into ``names``; -1 where the gold label is not known."""
+    names: list[str]
+    """The label set in its order; gold labels outside of it come after."""
+    label_set: list[str]
+    fingerprint: str
+
+
+def load_train_labels(folder: RunFolder) -> TrainLabels:
+    """The labels of the training examples that ``prepare`` wrote, in their order.
+
+    Raises:
+        InputError: a file is missing or broken, or the two do not belong together.
+    """
+    columns = ["id", "label", "gold", "split"]
+    table, table_meta = read_table(folder.examples, columns, columns[1:])
+    info = _examples_info(folder, table_meta)
+    table = table.filter(pc.equal(table["split"].cast(pa.string()), "train"))
+    named = [pc.unique(table[column].cast(pa.string())).drop_null().to_pylist() for column in ("label", "gold")]
+    names = list(dict.fromkeys([*info["labels"], *(name for names in named for name in names)]))
+
+    def numbers(column: str) -> np.ndarray:
+        found = pc.index_in(table[column].cast(pa.string()), pa.array(names, pa.string()))
+        return np.asarray(found.fill_null(-1).to_numpy(), dtype=np.int32)
+
+    return TrainLabels(
+        ids=table["id"],
+        labels=numbers("label"),
+        gold=numbers("gold"),
+        names=names,
+        label_set=info["labels"],
+        fingerprint=info["fingerprint"],
+    )
+
+
+def _examples_info(folder: RunFolder, table_meta: dict[str, Any]) -> dict[str, Any]:
+    info = read_json(folder.examples_info)
     if not isinstance(info, dict) or not {"fingerprint", "labels", "task"} <= info.keys():
         raise InputError(f"{folder.examples_info}: not written by atlantis_ds; remove it and run prepare again")
     if table_meta.get("fingerprint") != info["fingerprint"]:
         raise InputError(
             f"{folder.examples}: does not belong to {folder.examples_info.name}; remove both and run prepare again"
         )
-    examples = from_table(table)
-    by_split = {split: [e for e in examples if e.split == split] for split in FILES}
-    _refuse_shared_ids(by_split)
-    return Examples(**by_split, labels=info["labels"], fingerprint=info["fingerprint"], task=info["task"])
+    return info
 
 
 def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], dict[str, int]]:

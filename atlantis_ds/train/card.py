@@ -11,14 +11,13 @@ import numpy as np
 import yaml
 
 from atlantis_ds import __version__
-from atlantis_ds.data.prepare import Examples
+from atlantis_ds.data.prepare import Examples, load_train_labels
 from atlantis_ds.lm.load import load_config
 from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, read_json, write_text
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.weights.diagnostics import diagnose
-from atlantis_ds.weights.formulas import log_weights
-from atlantis_ds.weights.merge import load_scores
+from atlantis_ds.weights.merge import read_log_weights
 
 CARD = "README.md"
 
@@ -58,9 +57,9 @@ def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
     if options == recipe.weights:
         diagnosis = read_json(folder.weights_info)
     else:
-        scores, _ = load_scores(recipe, folder, examples)
-        log_weight = log_weights(scores, options, recipe.seed)
-        diagnosis = diagnose(np.asarray(job.weights), log_weight, scores.labels, None)
+        train = load_train_labels(folder)
+        log_weight, _ = read_log_weights(recipe, folder, train, options)
+        diagnosis = diagnose(np.asarray(job.weights), log_weight, train.labels, None, train.names)
     keys = ("ess", "ess_fraction", "pareto_k", "pareto_k_final", "pareto_k_threshold", "max")
     return facts | {key: diagnosis[key] for key in keys}
 

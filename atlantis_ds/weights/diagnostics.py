@@ -4,6 +4,7 @@ how well the weights find wrong labels; as numbers, as a table, as a picture."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def diagnose(
     log_weight: np.ndarray,
     labels: np.ndarray,
     gold: np.ndarray | None,
+    names: Sequence[str],
     label_tokens: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Numbers and warnings about one set of weights, ready for JSON (None where a number is not defined).
@@ -34,8 +36,9 @@ def diagnose(
     Args:
         weights: float64 [n], final, at least 0, not all 0.
         log_weight: float64 [n], before stabilising.
-        labels: str [n], the labels trained on.
-        gold: object [n] of the true label or None, or None where no gold label is known.
+        labels: int [n] into ``names``, the labels trained on.
+        gold: int [n] into ``names``, the true labels; -1 where it is not known. Or None.
+        names: the labels' names.
         label_tokens: int [n], tokens of each label under the large model.
 
     Returns:
@@ -52,7 +55,6 @@ def diagnose(
         border count by their mean); ``warnings``: plain sentences.
     """
     weights = np.asarray(weights, dtype=np.float64)
-    labels = np.asarray(labels, dtype=str)
     n, total = len(weights), weights.sum()
     ess = effective_sample_size(weights)
     with np.errstate(divide="ignore"):
@@ -68,7 +70,7 @@ def diagnose(
         "max": float(weights.max()),
         "quantiles": {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(weights, QUANTILES))},
         "top_percent_share": float(np.sort(weights)[-max(1, round(0.01 * n)) :].sum() / total),
-        "classes": sorted(_shares(weights, labels), key=lambda row: -row["data_share"]),
+        "classes": sorted(_shares(weights, labels, names), key=lambda row: -row["data_share"]),
         "label_lengths": None if label_tokens is None else _shares(weights, label_tokens),
         "gold": None if gold is None else _against_gold(weights, labels, gold),
     }
@@ -110,13 +112,12 @@ def diagnosis_table(diagnosis: dict[str, Any]) -> Group:
     return Group(numbers, classes, *warnings)
 
 
-def plot_weights(path: Path, weights: np.ndarray, labels: np.ndarray, diagnosis: dict[str, Any]) -> None:
+def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
     """Write a PNG: the distribution of the weights; data share beside weight share, by label and by label length.
 
     Args:
         path: the file to write.
         weights: float64 [n], final.
-        labels: str [n].
         diagnosis: what ``diagnose`` returned for them.
     """
     from matplotlib.figure import Figure
@@ -191,23 +192,28 @@ def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
     axes.legend(frameon=False, fontsize=9, loc="best")
 
 
-def _shares(weights: np.ndarray, groups: np.ndarray) -> list[dict[str, Any]]:
-    """Share of the examples and of the weight of each group, in the order of the groups' names or numbers."""
-    names, code = np.unique(groups, return_inverse=True)
+def _shares(weights: np.ndarray, groups: np.ndarray, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Share of the examples and of the weight of each group, in the order of the groups' numbers."""
+    numbers, code = np.unique(groups, return_inverse=True)
     data_share = np.bincount(code) / len(groups)
     weight_share = np.bincount(code, weights) / weights.sum()
     return [
-        {"label": str(name), "data_share": float(data), "weight_share": float(weight), "ratio": float(weight / data)}
-        for name, data, weight in zip(names, data_share, weight_share)
+        {
+            "label": str(number) if names is None else names[number],
+            "data_share": float(data),
+            "weight_share": float(weight),
+            "ratio": float(weight / data),
+        }
+        for number, data, weight in zip(numbers, data_share, weight_share)
     ]
 
 
 def _against_gold(weights: np.ndarray, labels: np.ndarray, gold: np.ndarray) -> dict[str, Any] | None:
-    known = np.array([label is not None for label in gold], dtype=bool)
+    known = gold >= 0
     if not known.any():
         return None
     weights, labels = weights[known], labels[known]
-    wrong = labels != np.asarray(gold)[known].astype(str)
+    wrong = labels != gold[known]
     aurocs, sizes = [], []
     for label in np.unique(labels):
         rows = labels == label

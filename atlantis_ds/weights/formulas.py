@@ -51,9 +51,9 @@ class Scores:
     eos_small: np.ndarray
     eos_reference: np.ndarray
     labels: np.ndarray
-    """str [n]: the label that was scored."""
+    """int or str [n]: the label that was scored."""
     label_set: Scores | None = None
-    """The same of every label of the label set, where it was scored: arrays [n, K], ``labels`` str [K]."""
+    """The same of every label of the label set, where it was scored: arrays [n, K], ``labels`` [K]."""
 
 
 def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarray:
@@ -69,22 +69,34 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
     Raises:
         InputError: ``calibrate: label_set`` without the scores of the label set.
     """
-    formula = options.formula
+    return combine(evidence(scores, options), scores.labels, options, seed)
+
+
+def evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
+    """a, s and r of each example as the options want them, before any step that looks at other examples.
+
+    Returns:
+        float64 [3, n], in the order large, small, reference: a chunk of the examples at a time will do.
+    """
+    return np.stack([_score(scores, model, options) for model in ("large", "small", "reference")])
+
+
+def combine(models: np.ndarray, labels: np.ndarray, options: recipe.Weights, seed: int) -> np.ndarray:
+    """Log weights, float64 [n], from the ``evidence`` [3, n] of all examples, which it may change; see log_weights."""
+    formula = options.shuffled_from if options.formula == "shuffled" else options.formula
     if formula == "uniform":
-        return np.zeros(len(scores.labels))
-    if formula == "shuffled":
-        kept = log_weights(scores, options.model_copy(update={"formula": options.shuffled_from}), seed)
-        return np.random.default_rng(seed).permutation(kept)
-
-    def score(model: str) -> np.ndarray:
-        return _score(scores, model, options)
-
+        return np.zeros(len(labels))
+    if options.calibrate == "label_mean":
+        for rows in _groups(labels, "per_label"):
+            models[:, rows] -= models[:, rows].mean(axis=1, keepdims=True)
+    large, small, reference = models
     if formula == "reference":
-        return score("reference")
-    if formula == "influence":
-        return score("reference") - score("small")
-    ratio = score("large") - score("small")
-    return ratio + score("reference") if formula == "product" else ratio
+        log_weight = reference
+    elif formula == "influence":
+        log_weight = reference - small
+    else:
+        log_weight = large - small + (reference if formula == "product" else 0)
+    return np.random.default_rng(seed).permutation(log_weight) if options.formula == "shuffled" else log_weight
 
 
 def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weights) -> np.ndarray:
@@ -92,7 +104,7 @@ def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weight
 
     Args:
         log_weight: float64 [n], from ``log_weights``.
-        labels: str [n].
+        labels: int or str [n].
         options: the recipe's ``weights``.
 
     Raises:
@@ -189,10 +201,6 @@ def _score(scores: Scores, model: str, options: recipe.Weights) -> np.ndarray:
             raise InputError("weights.calibrate: label_set: the scores lack it; score with score.label_set: true")
         every = _score(scores.label_set, model, options.model_copy(update={"calibrate": "none"}))
         score = score - np.logaddexp.reduce(every, axis=1)
-    if options.calibrate == "label_mean":
-        score = score.copy()
-        for rows in _groups(scores.labels, "per_label"):
-            score[rows] -= score[rows].mean()
     return score
 
 
@@ -200,7 +208,7 @@ def _groups(labels: np.ndarray, scope: str) -> list[np.ndarray]:
     """Row numbers of each group that is normalised by itself."""
     if scope == "global":
         return [np.arange(len(labels))]
-    _, code = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    _, code = np.unique(labels, return_inverse=True)
     return np.split(np.argsort(code, kind="stable"), np.cumsum(np.bincount(code))[:-1])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
-from atlantis_ds.data.prepare import Examples, load_examples
+from atlantis_ds.data.prepare import Examples, TrainLabels, load_train_labels
 from atlantis_ds.errors import InputError
+from atlantis_ds.progress import Steps
 from atlantis_ds.recipe import Recipe, Weights
 from atlantis_ds.run_folder import RunFolder, fingerprint, finished, read_json, read_table, write_json, write_table
 from atlantis_ds.weights.diagnostics import diagnose, plot_weights
-from atlantis_ds.weights.formulas import Scores, log_weights, stabilise
+from atlantis_ds.weights.formulas import Scores, combine, evidence, stabilise
 from atlantis_ds.weights.score import COLUMNS, LABEL_SET, scoring_inputs, shard_path
 
 _TYPES = {"logp": pa.float64(), "eos": pa.float64(), "tokens": pa.int64()}
@@ -30,18 +34,15 @@ def shard_schema(label_set: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
-def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[Scores, str]:
-    """Read all score shards, in the order of the training examples.
-
-    Returns:
-        the scores, and the fingerprint they were made under.
+def read_shards(recipe: Recipe, folder: RunFolder, train: TrainLabels) -> Iterator[Scores]:
+    """The score shards one after another, in the order of the training examples.
 
     Raises:
         InputError: a shard is missing, broken, doubled, foreign or made from other inputs; an example is missing or
             doubled; a score is not finite. The file or example is named.
     """
     manifest = read_json(folder.scores / "scores.json")
-    for key, value in scoring_inputs(recipe, examples).items():
+    for key, value in scoring_inputs(recipe, train.fingerprint, train.label_set).items():
         if manifest["inputs"].get(key) != value:
             raise InputError(f"{folder.scores}: made with another `{key}` than this recipe's; score again")
     of = manifest["shards"]
@@ -53,29 +54,45 @@ def load_scores(recipe: Recipe, folder: RunFolder, examples: Examples) -> tuple[
         raise InputError(
             f"{folder.scores / missing[0]}: missing ({len(missing)} of {of} shards are); run `score` to complete them"
         )
-    tables = []
+    schema, size = shard_schema(recipe.score.label_set), recipe.score.shard_size
     for shard in range(of):
         path = shard_path(folder, shard, of)
         table, info = read_table(path)
         if info.get("fingerprint") != manifest["fingerprint"] or info.get("shard") != shard:
             raise InputError(f"{path}: made from other inputs than scores.json says; remove it and score again")
-        if not table.schema.equals(shard_schema(recipe.score.label_set)):
+        if not table.schema.equals(schema):
             raise InputError(f"{path}: broken Parquet file (it has other columns); remove it and score again")
-        tables.append(table)
-    table = pa.concat_tables(tables)
-    _check_ids(folder, table["id"].to_pylist(), [example.id for example in examples.train])
-    arrays = {name: _array(folder, table, name, len(examples.labels)) for name in table.column_names if name != "id"}
+        _check_ids(path, table["id"], train.ids.slice(shard * size, size))
+        yield _scores(folder, table, train.labels[shard * size :][:size], len(train.label_set))
 
-    def scores(prefix: str, labels: list[str], label_set: Scores | None) -> Scores:
-        named = {
-            f"{target}{column}": arrays[f"{prefix}{kind}_{column}"]
+
+def _check_ids(path: Path, found: pa.ChunkedArray, expected: pa.ChunkedArray) -> None:
+    if found.equals(expected):
+        return
+    ids, wanted = found.to_pylist(), expected.to_pylist()
+    if double := sorted(id for id, times in Counter(ids).items() if times > 1):
+        raise InputError(f"{path}: example {double[0]} is scored twice; remove it and score again")
+    if foreign := set(ids) - set(wanted):
+        raise InputError(f"{path}: example {min(foreign)} is not of this shard; remove it and score again")
+    if gone := set(wanted) - set(ids):
+        raise InputError(f"{path}: example {min(gone)} has no score ({len(gone)} in all); remove it and score again")
+    raise InputError(f"{path}: holds its examples in another order; remove it and score again")
+
+
+def _scores(folder: RunFolder, table: pa.Table, labels: np.ndarray, label_set: int) -> Scores:
+    def arrays(prefix: str) -> dict[str, Any]:
+        return {
+            f"{target}{column}": _array(folder, table, f"{prefix}{kind}_{column}", label_set)
             for column in COLUMNS
             for kind, target in (("logp", ""), ("eos", "eos_"), ("tokens", "tokens_"))
         }
-        return Scores(**named, labels=np.array(labels), label_set=label_set)
 
-    every = scores(LABEL_SET, examples.labels, None) if recipe.score.label_set else None
-    return scores("", [example.label for example in examples.train], every), manifest["fingerprint"]
+    every = f"{LABEL_SET}logp_large" in table.column_names
+    return Scores(
+        **arrays(""),
+        labels=labels,
+        label_set=Scores(**arrays(LABEL_SET), labels=np.arange(label_set)) if every else None,
+    )
 
 
 def _array(folder: RunFolder, table: pa.Table, name: str, labels: int) -> np.ndarray:
@@ -94,15 +111,43 @@ def _finite(value: Any, length: int) -> bool:
     return len(values) == length and bool(np.isfinite(values).all())
 
 
-def _check_ids(folder: RunFolder, found: list[str], expected: list[str]) -> None:
-    if found == expected:
-        return
-    if len(set(found)) < len(found):
-        double = next(i for i in found if found.count(i) > 1)
-        raise InputError(f"{folder.scores}: example {double} is scored twice; remove the shards and score again")
-    if gone := set(expected) - set(found):
-        raise InputError(f"{folder.scores}: example {min(gone)} has no score ({len(gone)} in all); score again")
-    raise InputError(f"{folder.scores}: the shards hold examples that are not in the run; score again")
+def load_scores(recipe: Recipe, folder: RunFolder, train: TrainLabels) -> Scores:
+    """All shards of ``read_shards`` in one, for those who want every score at once."""
+
+    def join(chunks: list[Scores]) -> Scores:
+        names = [name for name in vars(chunks[0]) if name not in ("labels", "label_set")]
+        every = [chunk.label_set for chunk in chunks if chunk.label_set]
+        return Scores(
+            **{name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names},
+            labels=train.labels if chunks[0].large.ndim == 1 else chunks[0].labels,
+            label_set=join(every) if every else None,
+        )
+
+    return join(list(read_shards(recipe, folder, train)))
+
+
+def read_log_weights(
+    recipe: Recipe, folder: RunFolder, train: TrainLabels, options: Weights
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log weights before stabilising, read shard by shard: memory holds a few numbers an example, however many labels.
+
+    Returns:
+        log weights, float64 [n], and the number of tokens of each label under the large model, int32 [n].
+
+    Raises:
+        InputError: see ``read_shards``.
+    """
+    models = np.empty((3, len(train.labels)))
+    tokens = np.empty(len(train.labels), dtype=np.int32)
+    shards = math.ceil(len(train.labels) / recipe.score.shard_size)
+    done = 0
+    with Steps("merge", shards, "shards", show=shards >= 100, every=shards // 10) as steps:
+        for chunk in read_shards(recipe, folder, train):
+            rows = slice(done, done + len(chunk.labels))
+            models[:, rows], tokens[rows] = evidence(chunk, options), chunk.tokens_large
+            done = rows.stop
+            steps.advance()
+    return combine(models, train.labels, options, recipe.seed), tokens
 
 
 def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
@@ -111,15 +156,14 @@ def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     Returns:
         what stands in ``weights.json``: diagnostics, options and fingerprints.
     """
-    examples = load_examples(folder)
-    scores, scores_fingerprint = load_scores(recipe, folder, examples)
+    train = load_train_labels(folder)
+    scores_fingerprint = _scores_fingerprint(folder)
     mark = _weights_fingerprint(recipe, recipe.weights, scores_fingerprint)
     if finished(folder.weights_info, mark) and finished(folder.weights, mark):
         return read_json(folder.weights_info)
-    log_weight = log_weights(scores, recipe.weights, recipe.seed)
-    weight = stabilise(log_weight, scores.labels, recipe.weights)
-    gold = np.array([example.gold for example in examples.train], dtype=object)
-    diagnosis = diagnose(weight, log_weight, scores.labels, gold, scores.tokens_large)
+    log_weight, tokens = read_log_weights(recipe, folder, train, recipe.weights)
+    weight = stabilise(log_weight, train.labels, recipe.weights)
+    diagnosis = diagnose(weight, log_weight, train.labels, train.gold, train.names, tokens)
     info = {
         "fingerprint": mark,
         "scores": scores_fingerprint,
@@ -128,13 +172,12 @@ def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "atlantis_ds": __version__,
         **diagnosis,
     }
-    ids = pa.array([example.id for example in examples.train], pa.string())
     write_table(
         folder.weights,
-        pa.table({"id": ids, "log_weight": log_weight, "weight": weight}),
+        pa.table({"id": train.ids, "log_weight": log_weight, "weight": weight}),
         {"fingerprint": mark, "scores": scores_fingerprint},
     )
-    plot_weights(folder.weights_plot, weight, scores.labels, diagnosis)
+    plot_weights(folder.weights_plot, weight, diagnosis)
     write_json(folder.weights_info, info)
     return info
 
@@ -179,14 +222,18 @@ def _merged_weights(recipe: Recipe, folder: RunFolder, examples: Examples, optio
     if options.formula == "uniform":
         return np.ones(len(examples.train))
     if options != recipe.weights:
-        scores, _ = load_scores(recipe, folder, examples)
-        return stabilise(log_weights(scores, options, recipe.seed), scores.labels, options)
+        train = load_train_labels(folder)
+        return stabilise(read_log_weights(recipe, folder, train, options)[0], train.labels, options)
     table, info = read_table(folder.weights)
     if info["fingerprint"] != _weights_fingerprint(recipe, options, info["scores"]):
         raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
     if table["id"].to_pylist() != [example.id for example in examples.train]:
         raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
     return table["weight"].to_numpy()
+
+
+def _scores_fingerprint(folder: RunFolder) -> str:
+    return str(read_json(folder.scores / "scores.json")["fingerprint"])
 
 
 def _weights_fingerprint(recipe: Recipe, options: Weights, scores: str) -> str:

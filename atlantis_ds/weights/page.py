@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from atlantis_ds.data.prepare import load_examples
+from atlantis_ds.data.prepare import Examples, load_examples, load_train_labels
 from atlantis_ds.data.prompts import marked_sentence
-from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic, write_json, write_text
@@ -37,27 +36,29 @@ def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """
     examples = load_examples(folder)
     diagnosis = read_json(folder.weights_info)
-    scores, mark = load_scores(recipe, folder, examples)
+    train = load_train_labels(folder)
+    scores = load_scores(recipe, folder, train)
     table, info = read_table(folder.weights)
-    if info["fingerprint"] != diagnosis["fingerprint"] or info["scores"] != mark:
+    made_from = read_json(folder.scores / "scores.json")["fingerprint"]
+    if info["fingerprint"] != diagnosis["fingerprint"] or info["scores"] != made_from:
         raise InputError(f"{folder.weights}: not made from the scores of this run; run `merge` again")
     weights = table["weight"].to_numpy()
-    rows = likely_errors(examples.train, weights, scores)
+    rows = likely_errors(examples, weights, scores)
     target = folder.root / "diagnosis"
     _write_csv(target / "label_errors.csv", rows)
-    plot_weights(target / "weights.png", weights, scores.labels, diagnosis)
+    plot_weights(target / "weights.png", weights, diagnosis)
     write_text(target / "diagnosis.html", _page(recipe.name, diagnosis, rows, target / "weights.png"))
     write_json(target / "diagnosis.json", diagnosis)
     return diagnosis
 
 
-def likely_errors(examples: Sequence[Example], weights: np.ndarray, scores: Scores) -> list[dict[str, Any]]:
+def likely_errors(examples: Examples, weights: np.ndarray, scores: Scores) -> list[dict[str, Any]]:
     """All examples, lowest weight first, with the label that the reference model would give.
 
     Args:
-        examples: n training examples.
+        examples: of the run, n of them to train on.
         weights: float64 [n].
-        scores: their scores.
+        scores: of the training examples.
 
     Returns:
         dicts with the keys ``COLUMNS``. ``p_label`` and ``p_suggested`` are the reference model's probabilities among
@@ -70,15 +71,14 @@ def likely_errors(examples: Sequence[Example], weights: np.ndarray, scores: Scor
         log_likelihood = every.reference + every.eos_reference
         chances = np.exp(log_likelihood - np.logaddexp.reduce(log_likelihood, axis=1, keepdims=True))
         best = chances.argmax(axis=1)
-        number = {label: index for index, label in enumerate(every.labels.tolist())}
     rows = []
     for row in np.argsort(weights, kind="stable").tolist():
-        example = examples[row]
+        example = examples.train[row]
         entry = {"id": example.id, "sentence": marked_sentence(example), "label": example.label, "gold": example.gold}
         entry |= {"weight": float(weights[row]), "suggested_label": None, "p_label": None, "p_suggested": None}
         if every is not None and chances is not None and best is not None:
-            entry["suggested_label"] = str(every.labels[best[row]])
-            entry["p_label"] = float(chances[row, number[example.label]])
+            entry["suggested_label"] = examples.labels[best[row]]
+            entry["p_label"] = float(chances[row, scores.labels[row]])
             entry["p_suggested"] = float(chances[row, best[row]])
         rows.append({name: entry[name] for name in COLUMNS})
     return rows

@@ -105,12 +105,17 @@ def cut_shards(examples: Sequence[Example], shard_size: int) -> list[Sequence[Ex
     return [examples[start : start + shard_size] for start in range(0, len(examples), shard_size)]
 
 
-def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
-    """All that the scores depend on, less the models: what ``merge`` can check without them."""
+def scoring_inputs(recipe: Recipe, examples: str, labels: list[str]) -> dict[str, Any]:
+    """All that the scores depend on, less the models: what ``merge`` can check without them.
+
+    Args:
+        examples: fingerprint of the examples.
+        labels: the label set.
+    """
     return {
-        "examples": examples.fingerprint,
+        "examples": examples,
         "prompt": recipe.prompt.model_dump(),
-        "labels": examples.labels,
+        "labels": labels,
         "dtype": recipe.score.dtype,
         "tokens_per_batch": recipe.score.tokens_per_batch,
         "shard_size": recipe.score.shard_size,
@@ -135,7 +140,7 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     examples = load_examples(folder)
     passes = scoring_passes(recipe, folder)
     shards = cut_shards(examples.train, recipe.score.shard_size)
-    inputs = scoring_inputs(recipe, examples)
+    inputs = scoring_inputs(recipe, examples.fingerprint, examples.labels)
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
     manifest: dict[str, Any] = {

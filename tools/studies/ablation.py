@@ -11,9 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from atlantis_ds.data.prepare import load_examples
+from atlantis_ds.data.prepare import load_train_labels
 from atlantis_ds.recipe import Weights, load_recipe
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import diagnose
@@ -44,9 +42,8 @@ def main() -> None:
     for root in map(Path, sys.argv[1:]):
         folder = RunFolder(root)
         recipe = load_recipe(folder.recipe)
-        examples = load_examples(folder)
-        scores, _ = load_scores(recipe, folder, examples)
-        gold = np.array([example.gold for example in examples.train], dtype=object)
+        train = load_train_labels(folder)
+        scores = load_scores(recipe, folder, train)
         base = recipe.weights
         rows = [("raw", Weights(formula=formula)) for formula in FORMULAS]
         rows += [
@@ -58,7 +55,8 @@ def main() -> None:
             rows += [("the recipe's", base.model_copy(update={"formula": f})) for f in FORMULAS if f != base.formula]
         for said, options in rows:
             log_weight = log_weights(scores, options, recipe.seed)
-            found = diagnose(stabilise(log_weight, scores.labels, options), log_weight, scores.labels, gold)
+            weight = stabilise(log_weight, train.labels, options)
+            found = diagnose(weight, log_weight, train.labels, train.gold, train.names)
             known = found["gold"] or {}
             auroc, within, wrong = (
                 known.get(key) for key in ("auroc_correct", "auroc_correct_within_class", "weight_share_wrong")
