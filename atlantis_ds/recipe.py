@@ -25,7 +25,7 @@ Loss = Literal["cross_entropy", "gce", "dft"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Noise(Section):

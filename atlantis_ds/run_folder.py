@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from atlantis_ds.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def read_json(path: Path) -> Any:
 
 def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
     """Write a Parquet file with page checksums and ``info`` (with its ``fingerprint``) in the metadata."""
+    import pyarrow.parquet as pq
+
     table = table.replace_schema_metadata({"atlantis_ds": json.dumps(info, sort_keys=True)})
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
@@ -183,6 +185,9 @@ def read_table(
     Raises:
         InputError: the file is missing, truncated, altered, or not written by atlantis_ds.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path, columns=columns, read_dictionary=dictionaries, page_checksum_verification=True)
         return table.replace_schema_metadata(None), table_info(path)
@@ -195,10 +200,13 @@ def read_table(
 
 def table_info(path: Path) -> dict[str, Any]:
     """The ``info`` that a Parquet file was written with, without reading its rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         metadata = pq.read_metadata(path).metadata or {}
         return json.loads(metadata[b"atlantis_ds"])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, pa.ArrowException):
         raise InputError(f"{path}: not written by atlantis_ds (no fingerprint in it)") from None
 
 
@@ -206,7 +214,7 @@ def finished(path: Path, expected: str) -> bool:
     """Whether a JSON or Parquet output stands there with the expected fingerprint."""
     try:
         info = read_json(path) if path.suffix == ".json" else table_info(path)
-    except (InputError, OSError, pa.ArrowException):
+    except (InputError, OSError):
         return False
     return info.get("fingerprint") == expected
 
