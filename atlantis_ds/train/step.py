@@ -101,25 +101,23 @@ def optimizer_step(
                 micro_loss = micro_loss * math.nan  # DeepSpeed skips the update where the gradient is not finite
         # DeepSpeed averages gradients over the ranks, and D already counts them all.
         engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
-        if last and not hasattr(
-            engine.optimizer, "overflow"
-        ):  # stage 0 in fp32: torch's own optimizer, which never skips
-            norm = _whole_norm(engine)
-            if not math.isfinite(norm):
-                engine.zero_grad()
-                engine.global_steps += 1
-                return StepResult(total, norm, skipped=True, stop=stops > 0)
+        if not last:
             engine.step()
-            return StepResult(total, norm, skipped=False, stop=stops > 0)
+    return _update(engine, total, stops > 0)
+
+
+def _update(engine: Any, loss: float, stop: bool) -> StepResult:
+    if hasattr(engine.optimizer, "overflow"):
         engine.step()
-    return StepResult(total, float(engine.get_global_grad_norm()), not engine.was_step_applied(), stops > 0)
-
-
-def _whole_norm(engine: Any) -> float:
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if not gradients:  # the bf16 optimizer keeps fp32 gradients of its own
-        return math.nan
-    return float(torch.nn.utils.get_total_norm(gradients))
+        return StepResult(loss, float(engine.get_global_grad_norm()), not engine.was_step_applied(), stop)
+    # Stage 0 in fp32 is torch's own optimizer, which never skips.
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    if math.isfinite(norm):
+        engine.step()
+    else:
+        engine.zero_grad()
+        engine.global_steps += 1
+    return StepResult(loss, norm, not math.isfinite(norm), stop)
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
