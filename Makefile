@@ -1,13 +1,14 @@
 # make demo      the whole method on a small problem, from nothing, on the CPU
 # make test      linters, type checks and all tests that are not slow
 # make soak      48 injected faults and the slow tests; an hour or so
+# make bench     speed and memory beside lm-eval, Trainer and TRL, on the CPU; needs make smollm2
 # make smollm2   a real pretrained model of 135M parameters into models/
 # Each makes .venv first, a few minutes the first time.
 
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test soak smollm2
+.PHONY: demo test soak bench smollm2
 
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
@@ -26,6 +27,10 @@ soak: .venv/.installed
 	export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; tools/install_test_services.sh && \
 		python tools/soak.py --faults 48 && pytest -m slow
 
+bench: .venv/.installed .venv-bench/.installed
+	.venv-bench/bin/python tools/bench/cpu.py
+	.venv/bin/python tools/bench/merge.py
+
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py
 
@@ -34,4 +39,10 @@ smollm2: .venv/.installed
 	$(python) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c constraints.txt -e '.[test,qlora,gguf]'
+	touch $@
+
+.venv-bench/.installed: constraints.txt tools/bench/requirements.txt
+	$(python) -m venv .venv-bench
+	.venv-bench/bin/pip install -q -c constraints.txt torch==2.13.0
+	.venv-bench/bin/pip install -q -c constraints.txt -r tools/bench/requirements.txt
 	touch $@

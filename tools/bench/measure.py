@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from atlantis_ds.data.formats import read_conll04
+from atlantis_ds.data.formats import read_conll04, read_semeval
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
@@ -46,7 +46,8 @@ class Setting:
             config.num_hidden_layers = options.get("layers", config.num_hidden_layers)
             config.layer_types = None
             self.lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        examples = read_conll04(options["data"], "train")
+        read = read_semeval if options["data"].endswith(".TXT") else read_conll04
+        examples = read(options["data"], "train")
         self.labels = sorted({example.label for example in examples})
         self.examples = sorted(examples, key=lambda e: e.id)[: options["examples"]]
         self.prompt = Prompt(label_options=True)
@@ -78,7 +79,6 @@ def score_ours(setting: Setting) -> dict[str, Any]:
 
 
 def score_lm_eval(setting: Setting) -> dict[str, Any]:
-    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(
@@ -89,13 +89,13 @@ def score_lm_eval(setting: Setting) -> dict[str, Any]:
         batch_size=setting.options["batch_size"],
     )
 
-    def requests(texts: list[tuple[str, str]]) -> list[Any]:
-        return [Instance("loglikelihood", {}, text, index) for index, text in enumerate(texts)]
-
-    texts = setting.texts()
-    lm.loglikelihood(requests(texts[:4]), disable_tqdm=True)
-    tokens = sum(len(setting.encoder(example)) for example in setting.examples)
-    found, results = clocked(lambda: lm.loglikelihood(requests(texts), disable_tqdm=True), len(texts), tokens)
+    # What its `loglikelihood` calls after tokenising; given the ids, both sides score the very same tokens.
+    pairs = [setting.encoder(example) for example in setting.examples]
+    requests = [(text, pair.prompt, pair.label) for text, pair in zip(setting.texts(), pairs)]
+    lm._loglikelihood_tokens(requests[:4], disable_tqdm=True)
+    found, results = clocked(
+        lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), len(pairs), sum(map(len, pairs))
+    )
     return {**found, "values": [value for value, _ in results]}
 
 
