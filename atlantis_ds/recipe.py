@@ -87,18 +87,21 @@ class Prompt(Section):
     template: str = (
         "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
     )
-    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}."""
+    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}, {options} (the label choices). What all
+    prompts begin with is read once for a whole shard: options that come first cost next to nothing in scoring."""
     label_options: bool = False
     """List the label choices after the template."""
 
     @model_validator(mode="after")
     def _fields(self) -> Prompt:
-        known = {"sentence", "marked_sentence", "e1", "e2"}
+        known = {"sentence", "marked_sentence", "e1", "e2", "options"}
         fields = set(re.findall(r"\{(\w*)\}", self.template))
         if unknown := fields - known:
             raise ValueError(f"`template` has an unknown field {{{sorted(unknown)[0]}}}; known: {sorted(known)}")
         if not fields & {"sentence", "marked_sentence"}:
             raise ValueError("`template` must hold {sentence} or {marked_sentence}")
+        if self.label_options and "options" in fields:
+            raise ValueError("`label_options` lists the labels after a template that holds {options} already; drop one")
         return self
 
 

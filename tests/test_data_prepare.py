@@ -54,6 +54,10 @@ def test_prompt_fields_and_options():
     template = "{e1}/{e2}: {sentence} | {marked_sentence} {not a field}\n"
     text = "cat/{e2} box: the {e1} cat in a {e2} box | the {e1} [E1] cat [/E1] in a [E2] {e2} box [/E2] {not a field}"
     assert render_prompt(e, Prompt(template=template), ["a", "b"]) == text
+    first = Prompt(template="One of {options}.\n{sentence}")
+    assert render_prompt(e, first, ["a", "b(e1,e2)"]) == f"One of a, b(e1,e2).\n{e.sentence}"
+    with pytest.raises(ValueError, match="drop one"):
+        Prompt(template="{options} {sentence}", label_options=True)
     with_options = render_prompt(e, Prompt(template=template, label_options=True), ["a", "b(e1,e2)"])
     assert with_options == text + "\nOptions: a, b(e1,e2)"
 

@@ -362,9 +362,20 @@ def test_all_labels_behind_one_prompt_equal_the_single_pairs(family: str, budget
         config.decoder_start_token_id = 0
         model = T5ForConditionalGeneration(config).eval()
     prompts = [[5 + i for i in range(n)] for n in (12, 3, 25, 12)]
+    check_choices(model, prompts, budget)
+    # What they all begin with is read once; with nothing in common, with all but a token, and alone.
+    for common in (0, 9, 24):
+        check_choices(model, [[*range(30, 30 + common), 5 + row, *range(row)] for row in range(4)], budget)
+    check_choices(model, prompts[2:3], budget)
+
+
+def check_choices(model, prompts, budget):
     labels = [[7], [8, 9, 10], [7, 11], [12, 13, 14, 15]]
     pairs = [Encoded(prompt, label, 2) for prompt in prompts for label in labels]
-    expected = torch.cat([score_pairs(model, [pair], 2, 1) for pair in pairs]).view(4, 4, 2)
+    with torch.inference_mode():
+        alone = [label_log_likelihoods(model, collate([pair], model.config, 2)) for pair in pairs]
+    expected = torch.cat(alone).view(len(prompts), 4, 2)
     result = score_choices(model, prompts, labels, 2, budget)
     assert (result - expected).abs().max() < 1e-4
+    assert (score_pairs(model, pairs, 2, budget).view(len(prompts), 4, 2) - expected).abs().max() < 1e-4
     assert expected.std() > 1e-3

@@ -13,8 +13,9 @@ def render_prompt(example: Example, prompt: Prompt, labels: list[str]) -> str:
 
     Args:
         example: the sentence and its two entities.
-        prompt: the template with fields {sentence}, {marked_sentence}, {e1}, {e2}, and whether to list the labels.
-        labels: the label set, in order; used with ``label_options`` only.
+        prompt: the template with fields {sentence}, {marked_sentence}, {e1}, {e2}, {options}, and whether to list the
+            labels after it.
+        labels: the label set, in order; used with {options} and ``label_options`` only.
 
     Returns:
         the prompt without a trailing line end (the encoder adds it where the model needs it).
@@ -24,10 +25,11 @@ def render_prompt(example: Example, prompt: Prompt, labels: list[str]) -> str:
         "marked_sentence": marked_sentence(example),
         "e1": example.sentence[slice(*example.e1)],
         "e2": example.sentence[slice(*example.e2)],
+        "options": ", ".join(labels),
     }
     # One pass over the template: braces in the user's text are never read as fields.
     text = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], prompt.template).rstrip("\r\n")
-    return f"{text}\nOptions: {', '.join(labels)}" if prompt.label_options else text
+    return f"{text}\nOptions: {fields['options']}" if prompt.label_options else text
 
 
 def marked_sentence(example: Example) -> str:

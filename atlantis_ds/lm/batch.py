@@ -18,8 +18,8 @@ class Batch:
     ``weight`` travels inside the batch, so that no collator or column filter can lose it.
     """
 
-    inputs: dict[str, torch.Tensor]
-    """What the model's forward takes; int64 [B, T]."""
+    inputs: dict[str, Any]
+    """What the model's forward takes: int64 [B, T], and what may stand before them, as a cache."""
     positions: torch.Tensor
     """int64 [N]: index into the flattened [B * T] hidden states of the position that predicts each target."""
     targets: torch.Tensor

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +65,9 @@ def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]
         handle.remove()
 
 
+MIN_PREFIX = 8
+"""Fewest common tokens at the beginning of prompts that are worth a forward of their own."""
+
 Progress = Callable[[int, int], None]
 """Called with (examples, tokens) after each batch."""
 
@@ -91,11 +95,13 @@ def score_pairs(
     Returns:
         float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
     """
-    config, device = _module(model).config, next(model.parameters()).device
+    lm, device = _module(model), next(model.parameters()).device
+    prefix = None if agree else read_prefix(lm, [pair.prompt for pair in pairs])
+    own = [replace(pair, prompt=pair.prompt[prefix.tokens :]) for pair in pairs] if prefix else pairs
 
     def forward(rows: list[int]) -> torch.Tensor:
-        batch = collate([pairs[row] for row in rows], config, pad_token_id).to(device)
-        return label_log_likelihoods(model, batch)
+        batch = collate([own[row] for row in rows], lm.config, pad_token_id).to(device)
+        return label_log_likelihoods(model, prefix.before(batch) if prefix else batch)
 
     return _in_batches([len(pair) for pair in pairs], tokens_per_batch, forward, progress, agree)
 
@@ -123,10 +129,13 @@ def score_choices(
         float64 [n, K, 2] on the CPU, in the order of the arguments: label tokens, end-of-sequence token.
     """
     lm, device = _module(model), next(model.parameters()).device
+    prefix = None if agree else read_prefix(lm, prompts)
+    own = [prompt[prefix.tokens :] for prompt in prompts] if prefix else prompts
 
     def forward(rows: list[int]) -> torch.Tensor:
         if not lm.config.is_encoder_decoder:
-            batch = collate_choices([prompts[row] for row in rows], labels, eos).to(device)
+            batch = collate_choices([own[row] for row in rows], labels, eos).to(device)
+            batch = prefix.before(batch) if prefix else batch
         else:
             pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
             batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
@@ -135,6 +144,44 @@ def score_choices(
     lengths = [len(prompt) + sum(map(len, labels)) for prompt in prompts]
     scores = _in_batches(lengths, tokens_per_batch, forward, progress, agree)
     return scores.reshape(len(prompts), len(labels), 2)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The keys and values of what all prompts of a causal model begin with, read once for all of them."""
+
+    tokens: int
+    cache: Any
+    """A transformers cache of one sequence."""
+
+    def before(self, batch: Batch) -> Batch:
+        """The batch, encoded without the prefix, as if it stood behind it."""
+        size, width = batch.inputs["input_ids"].shape
+        cache = copy.deepcopy(self.cache)  # a forward appends to it
+        cache.batch_repeat_interleave(size)
+        positions = torch.arange(width, device=batch.targets.device).expand(size, -1)
+        inputs = {"position_ids": positions, **batch.inputs, "past_key_values": cache}
+        inputs["position_ids"] = inputs["position_ids"] + self.tokens
+        if "attention_mask" in inputs:  # of collate_choices: which position sees which
+            seen = inputs["attention_mask"].new_ones(size, 1, width, self.tokens)
+            inputs["attention_mask"] = torch.cat([seen, inputs["attention_mask"]], dim=-1)
+        return replace(batch, inputs=inputs)
+
+
+def read_prefix(lm: Any, prompts: Sequence[Sequence[int]]) -> Prefix | None:
+    """What all prompts begin with, or None where that is hardly anything. Each prompt keeps a token of its own."""
+    if not prompts or lm.config.is_encoder_decoder:
+        return None
+    shortest = min(map(len, prompts)) - 1
+    first, last = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # in the order of their tokens: what these two share, all share
+    tokens = next((at for at in range(shortest) if first[at] != last[at]), shortest)
+    if tokens < MIN_PREFIX:
+        return None
+    ids = torch.tensor([first[:tokens]], device=next(lm.parameters()).device)
+    return Prefix(tokens, lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values)
 
 
 def _in_batches(
