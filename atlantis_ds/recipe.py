@@ -87,8 +87,8 @@ class Prompt(Section):
     template: str = (
         "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
     )
-    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}, {options} (the label choices). What all
-    prompts begin with is read once for a whole shard: options that come first cost next to nothing in scoring."""
+    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}, {options} (the label choices). What
+    all prompts begin with is read once for a whole shard: options that come first cost next to nothing in scoring."""
     label_options: bool = False
     """List the label choices after the template."""
 
