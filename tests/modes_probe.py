@@ -1,13 +1,13 @@
 """Started on 1 or 2 ranks by test_modes.py: train a few steps in each of several modes, one after another.
 
-Usage: modes_probe.py ROWS.json RESULT.json. ROWS holds [{"model": path, "train": options of recipe.Train}, …]. Rank 0
-writes, for each row, {"refused": line} or {"losses": […], "peak_mib": peak resident memory of the largest rank, less
-what was there before the row}.
+Usage: modes_probe.py ROWS.json RESULT.json. ROWS holds [{"train": options of recipe.Train, "model": path of one model
+for all rows, "save": where to write the trained model, if at all}, …], the first of them a mode that runs. Rank 0
+writes, for each row, {"refused": line} or {"losses": […], "scores": log-likelihoods of the first examples after
+training, "peak_mib": peak resident memory of the largest rank, less what was there before the row}.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import sys
@@ -21,38 +21,37 @@ from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.grammar import grammar_corpus
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate
-from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_tokenizer
 from atlantis_ds.recipe import Model, Prompt, Train
+from atlantis_ds.train.checkpoint import save_model
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step, step_rows
 
-EXAMPLES, STEPS = 16, 6
+EXAMPLES, STEPS = 16, 4
 
 
 def memory(line: str) -> float:
-    """A line of /proc/self/status (VmRSS, VmHWM, RssAnon) in MiB."""
+    """A line of /proc/self/status (VmRSS, VmHWM) in MiB."""
     status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
     return int(status[line].split()[0]) / 1024
 
 
 def forget_peak() -> float:
-    """Give free memory back, start VmHWM anew; what is resident now, in MiB."""
+    """Start VmHWM anew; what is resident now, in MiB."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 
 
-def train(path: str, options: dict[str, Any], ranks: Ranks) -> list[float]:
+def train(row: dict[str, Any], tokenizer: Any, pairs: list[Encoded], ranks: Ranks) -> dict[str, Any]:
     settings = Train.model_validate(
-        {"train_batch_size": 8, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"} | options
+        {"train_batch_size": 8, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"} | row["train"]
     )
-    model = Model(model_name_or_path=path)
-    encoder = Encoder(load_tokenizer(model), load_config(model), Prompt(), list(SEMEVAL_LABELS))
-    pairs = [encoder(example) for example in grammar_corpus(EXAMPLES, 1, 1, seed=4)[:EXAMPLES]]
     lengths = [len(pair) for pair in pairs]
-    engine = start_engine(settings, model, STEPS, 1, ranks)
+    before = forget_peak()
+    engine = start_engine(settings, Model(model_name_or_path=row["model"]), STEPS, 1, ranks)
     losses = []
     for step in range(STEPS):
         rows = step_rows(EXAMPLES, 8, 1, step)
@@ -63,24 +62,31 @@ def train(path: str, options: dict[str, Any], ranks: Ranks) -> list[float]:
         ]
         torch.manual_seed(step)
         losses.append(optimizer_step(engine, batches, len(rows), ranks).loss)
+    peak = max(ranks.gather(memory("VmHWM") - before))
+    if "save" in row:
+        save_model(engine, tokenizer, Path(row["save"]), ranks)
+    scores = score_pairs(engine, pairs[:3], pairs[0].eos, 4096).sum(1).tolist()
     engine.destroy()
-    return losses
+    return {"losses": losses, "scores": scores, "peak_mib": peak}
 
 
 def main() -> None:
     rows, result = sys.argv[1:3]
     ranks = start_ranks(3)
-    found = []
-    for row in json.loads(Path(rows).read_text()):
-        before = forget_peak()
+    found: list[dict[str, Any]] = []
+    plan = json.loads(Path(rows).read_text())
+    model = Model(model_name_or_path=plan[0]["model"])
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer, load_config(model), Prompt(), list(SEMEVAL_LABELS))
+    pairs = [encoder(example) for example in grammar_corpus(EXAMPLES, 1, 1, seed=4)[:EXAMPLES]]
+    train(plan[0], tokenizer, pairs, ranks)  # pays for the libraries
+    for row in plan:
         try:
-            outcome: dict[str, Any] = {"losses": train(row["model"], row["train"], ranks)}
-            outcome["peak_mib"] = max(ranks.gather(memory("VmHWM") - before))
+            found.append(train(row, tokenizer, pairs, ranks))
         except InputError as error:
-            outcome = {"refused": str(error)}
-        found.append(outcome)
+            found.append({"refused": str(error)})
         if ranks.is_main:
-            print(row, outcome, flush=True)
+            print(row["train"], found[-1], flush=True)
     if ranks.is_main:
         Path(result).write_text(json.dumps(found))
     ranks.barrier()

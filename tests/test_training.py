@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENV, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
+from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden_losses.json"
@@ -20,6 +20,7 @@ STEPS = 60
 FULL = {"train.num_train_epochs": 12, "train.save_steps": 7, "train.eval_steps": 10}
 LORA = FULL | {"train.mode": "lora", "train.lora_r": 4, "train.lora_dropout": 0.1, "train.learning_rate": 1e-2}
 
+QLORA = LORA | {"train.mode": "qlora", "train.deepspeed": str(ROOT / "ds_configs" / "zero2.json")}
 
 # --- the gradient of a step
 
@@ -144,7 +145,14 @@ def written(run: Path) -> list[Path]:
     return sorted(path for path in run.rglob("*") if path.parent.name != "claims")
 
 
-@pytest.mark.parametrize("launcher, changes", [("torchrun", FULL), ("deepspeed", LORA)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "launcher, changes",
+    [
+        pytest.param("torchrun", FULL, id="full"),
+        pytest.param("deepspeed", LORA, id="lora"),
+        pytest.param("torchrun", QLORA, id="qlora", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_training_goes_on(
     launcher: str, changes: dict[str, Any], new_run: NewRun, request: pytest.FixtureRequest
 ) -> None:
