@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from atlantis_ds.lm.load import load_tokenizer, model_source
 from atlantis_ds.progress import console
 from atlantis_ds.recipe import Model, Recipe, Train
 from atlantis_ds.run_folder import RunFolder, write_json
-from atlantis_ds.train.deepspeed_config import accumulation_steps
+from atlantis_ds.train.deepspeed_config import accumulation_steps, refusal
 from atlantis_ds.train.memory import GIB, largest_micro_batch, training_memory, usable
 from atlantis_ds.train.trace import Activations, Shape, activations, build_model, model_shape, read_config
 
@@ -49,6 +51,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
     """
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft calls
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: unknown; known: {', '.join(GPUS)}")
     model = model_source(recipe, folder, "large")
@@ -105,8 +108,7 @@ def mode_row(
         zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON: {error}") from None
-    offloads = [zero[key] for key in ("offload_optimizer", "offload_param") if key in zero]
-    if mode == "qlora" and (zero.get("stage", 0) == 3 or offloads):
+    if refusal(_with(train, mode=mode), {"zero_optimization": zero}):
         return None
     micro = train.per_device_train_batch_size
     accumulation = accumulation_steps(train.train_batch_size, micro, gpus)
@@ -159,21 +161,21 @@ def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
     try:
         tokenizer = load_tokenizer(model)
 
-        def count(text: str) -> int:
-            return len(tokenizer(text)["input_ids"])
+        def count(texts: list[str]) -> list[int]:
+            return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
     except (InputError, OSError):
         source += f", tokens ASSUMED as {CHARACTERS_A_TOKEN} characters each (no tokenizer there)"
 
-        def count(text: str) -> int:
-            return round(len(text) / CHARACTERS_A_TOKEN) + 1
+        def count(texts: list[str]) -> list[int]:
+            return [round(len(text) / CHARACTERS_A_TOKEN) + 1 for text in texts]
 
     return _lengths(examples, recipe, source, count)
 
 
-def _lengths(examples: Examples, recipe: Recipe, source: str, count: Any) -> Lengths:
-    prompts = [count(render_prompt(e, recipe.prompt, examples.labels) + "\n") for e in examples.train]
-    of_label = {label: count(label) + 1 for label in examples.labels}
+def _lengths(examples: Examples, recipe: Recipe, source: str, count: Callable[[list[str]], list[int]]) -> Lengths:
+    prompts = count([render_prompt(e, recipe.prompt, examples.labels) + "\n" for e in examples.train])
+    of_label = {label: tokens + 1 for label, tokens in zip(examples.labels, count(examples.labels))}
     labels = [of_label[example.label] for example in examples.train]
     sizes = len(examples.train), len(examples.test), len(examples.labels)
     mean_prompt, mean_label = sum(prompts) / len(prompts), sum(labels) / len(labels)
@@ -213,9 +215,12 @@ def work_hours(
     stages.append(("score (large, small, reference), 2ND", lengths.train * (large + sum(others))))
     stages.append((f"train one arm, {factor['train']}ND", passes * large * lengths.train * epochs))
     if recipe.evaluate.method == "rank":
-        stages.append(
-            (f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * lengths.labels * large)
+        labels, whole = lengths.labels, shapes["full"]
+        # A causal model reads a prompt once for all labels.
+        flops = (
+            labels * large if whole.decoder else forward_flops(whole, lengths.prompt_mean, labels * lengths.label_mean)
         )
+        stages.append((f"evaluate one arm ({labels} labels ranked), 2ND", lengths.test * flops))
     speed = gpus * GPUS[gpu][1] * 1e12 * UTILISATION
     return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]
 
