@@ -28,11 +28,26 @@ def scores(run: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def lora_run(tiny_recipe: WriteRecipe, encoder_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_t5(encoder_decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 with weights of more than 100,000 numbers each: smaller ones ZeRO-3 gathers once and keeps."""
+    import torch
+    from transformers import AutoConfig, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("wide") / "t5"
+    shutil.copytree(encoder_decoder, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    config.update({"d_model": 512, "d_kv": 128, "d_ff": 1024})
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(tiny_recipe: WriteRecipe, wide_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5, a Qwen2, and two cross-fitted LoRA references on that Qwen2, scored on 2 ranks."""
     folder = tmp_path_factory.mktemp("lora")
     changes = {
-        "models.large": {"model_name_or_path": str(encoder_decoder)},
+        "models.large": {"model_name_or_path": str(wide_t5)},
         "models.reference": {"kind": "finetuned", "folds": 2},
         "train.mode": "lora",
         "train.deepspeed": str(ROOT / "ds_configs" / "zero0.json"),
