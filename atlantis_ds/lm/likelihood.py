@@ -195,6 +195,7 @@ def _in_batches(
     if not lengths:
         return torch.empty(0, 2, dtype=torch.float64)
     batches = token_budget_batches(lengths, tokens_per_batch)
+    forwards = agree(len(batches)) if agree else 0  # before the first: ranks in a forward exchange weights alone
     order: list[int] = []
     values: list[torch.Tensor] = []
     for rows in batches:
@@ -202,7 +203,7 @@ def _in_batches(
         order += rows
         if progress:
             progress(len(rows), sum(lengths[row] for row in rows))
-    for _ in range(len(batches), agree(len(batches)) if agree else 0):
+    for _ in range(len(batches), forwards):
         forward(batches[-1])
     return torch.cat(values)[torch.tensor(order).argsort()]
 
