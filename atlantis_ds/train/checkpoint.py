@@ -71,14 +71,14 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
         InputError: it belongs to other data or settings, or DeepSpeed cannot convert it to this number of ranks.
         RunError: weights, optimizer or position did not come back.
     """
+    newest = ranks.broadcast(next((str(path) for path in reversed(complete_checkpoints(folder))), None))
+    state: dict[str, Any] = read_json(Path(newest) / COMPLETED) if newest else {}
+    if state and state["fingerprint"] != fingerprint:
+        raise InputError(f"{newest}: made with other data or settings; choose another `name` or remove {folder}")
     if ranks.is_main:
         _remove_unfinished(folder)
-    newest = ranks.broadcast(next((str(path) for path in reversed(complete_checkpoints(folder))), None))
-    if newest is None:
+    if not state:
         return None
-    state: dict[str, Any] = read_json(Path(newest) / COMPLETED)
-    if state["fingerprint"] != fingerprint:
-        raise InputError(f"{newest}: made with other data or settings; choose another `name` or remove {folder}")
     tag = Path(newest).name
     other_ranks = state["world_size"] != ranks.world_size and engine.zero_optimization_stage() > 0
     if other_ranks:
