@@ -180,6 +180,13 @@ def test_killed_training_goes_on(
         done = launch("local", 1, "train", recipe, "--set", "train.learning_rate=1e-3")
         refuse(done, str(saved), "other data or settings")
         assert written(run) == before
+        damaged = max(saved.glob("*rank_1*"))
+        whole_file = damaged.read_bytes()
+        damaged.write_bytes(whole_file[:-100])
+        done = launch(launcher, 2, "train", recipe)
+        faults = [line for line in done.out.splitlines() if line.startswith("fault:")]
+        assert done.code == 1 and len(faults) == 1 and f"{saved}: {damaged.name} has" in faults[0], done.out[-3000:]
+        damaged.write_bytes(whole_file)
 
     seen = len(events(run, "train"))
     out = succeed(launcher, 2, "train", recipe)

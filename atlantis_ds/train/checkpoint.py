@@ -49,7 +49,8 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
     ranks.barrier()
     if ranks.is_main:
         move_folder(folder / temporary, folder / name)
-        write_json(folder / name / COMPLETED, {**state, "world_size": ranks.world_size, "moments": moments})
+        found = {"world_size": ranks.world_size, "moments": moments, "files": _sizes(folder / name)}
+        write_json(folder / name / COMPLETED, {**state, **found})
         for old in complete_checkpoints(folder)[:-keep]:
             (old / COMPLETED).unlink()
             shutil.rmtree(old)
@@ -79,6 +80,13 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
         _remove_unfinished(folder)
     if not state:
         return None
+    # Rank 0 looks for all: a rank that fails alone in the midst of loading leaves the others waiting for it.
+    sizes = ranks.broadcast(_sizes(Path(newest)) if ranks.is_main else None)
+    if damaged := sorted(name for name, size in state["files"].items() if sizes.get(name) != size):
+        raise RunError(
+            f"{newest}: {damaged[0]} has {sizes.get(damaged[0], 0)} bytes of {state['files'][damaged[0]]}; "
+            "remove this checkpoint to go on from an older one"
+        )
     tag = Path(newest).name
     other_ranks = state["world_size"] != ranks.world_size and engine.zero_optimization_stage() > 0
     if other_ranks:
@@ -103,6 +111,12 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
     if ranks.is_main:  # all have loaded: they have met for the moments
         _remove_unfinished(folder)
     return state
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of each file below a checkpoint, by its path there."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETED)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _remove_unfinished(folder: Path) -> None:
