@@ -55,11 +55,17 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
     """Refuse, before a model is loaded, what this machine cannot do.
 
     Raises:
-        InputError: NVMe offload without libaio; 4-bit weights under ZeRO-3 on CPU ranks.
+        InputError: NVMe offload without libaio, or on CPU ranks; 4-bit weights under ZeRO-3 on CPU ranks.
     """
     from deepspeed.accelerator import get_accelerator
 
     if "nvme" in (offload_device(config, "optimizer"), offload_device(config, "param")):
+        if device.type == "cpu":
+            # Seen with DeepSpeed 0.19.8 on 2 CPU ranks: after the first update the losses are others than ZeRO-0's.
+            raise InputError(
+                f"train.deepspeed: {train.deepspeed}: offload to NVMe needs a GPU: on CPU ranks DeepSpeed trains to "
+                "other weights with it; take ds_configs/zero3_offload.json"
+            )
         builder = get_accelerator().create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise InputError(
