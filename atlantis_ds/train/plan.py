@@ -191,6 +191,16 @@ def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> fl
     return 2 * (body + (shape.decoder + shape.head) * label_tokens)
 
 
+def ranking_flops(shape: Shape, lengths: Lengths) -> float:
+    """As ``forward_flops``, for all labels behind one prompt. A causal model reads the prompt once for all of them.
+
+    So does an encoder, but each label's cross-attention looks at the prompt anew: there this is an upper bound.
+    """
+    if shape.decoder:
+        return lengths.labels * forward_flops(shape, lengths.prompt_mean, lengths.label_mean)
+    return forward_flops(shape, lengths.prompt_mean, lengths.labels * lengths.label_mean)
+
+
 def work_hours(
     recipe: Recipe, folder: RunFolder, shapes: dict[str, Shape], lengths: Lengths, gpus: int, gpu: str
 ) -> list[dict[str, Any]]:
@@ -199,28 +209,25 @@ def work_hours(
     # Forward 2ND, backward 4ND; with frozen weights the backward pass is 2ND; recomputing is one more forward.
     passes = (3 if train.mode == "full" else 2) + train.gradient_checkpointing
     factor = {key: 2 * value for key, value in {"score": 1, "train": passes}.items()}
-    large = forward_flops(shapes["full"], lengths.prompt_mean, lengths.label_mean)
-    others = []
+    models = [shapes["full"]]
     for name in ("small", "reference"):
         source = read_config(model_source(recipe, folder, name))
-        shape = model_shape(build_model(source, _with(train, mode="full")))
-        others.append(forward_flops(shape, lengths.prompt_mean, lengths.label_mean))
+        models.append(model_shape(build_model(source, _with(train, mode="full"))))
+    one = [forward_flops(shape, lengths.prompt_mean, lengths.label_mean) for shape in models]
+    ranked = [ranking_flops(shape, lengths) for shape in models]
     epochs = train.num_train_epochs
     reference = recipe.models.reference
     stages = []
     if reference.kind == "finetuned":
         share = reference.folds - 1 if reference.folds > 1 else 1
         seen = lengths.train * share * (reference.num_train_epochs or epochs)
-        stages.append((f"train reference ({reference.folds} folds), {factor['train']}ND", passes * others[1] * seen))
-    stages.append(("score (large, small, reference), 2ND", lengths.train * (large + sum(others))))
-    stages.append((f"train one arm, {factor['train']}ND", passes * large * lengths.train * epochs))
+        stages.append((f"train reference ({reference.folds} folds), {factor['train']}ND", passes * one[2] * seen))
+    scored = ranked if recipe.score.label_set else one
+    every = ", all labels" if recipe.score.label_set else ""
+    stages.append((f"score (large, small, reference{every}), 2ND", lengths.train * sum(scored)))
+    stages.append((f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
     if recipe.evaluate.method == "rank":
-        labels, whole = lengths.labels, shapes["full"]
-        # A causal model reads a prompt once for all labels.
-        flops = (
-            labels * large if whole.decoder else forward_flops(whole, lengths.prompt_mean, labels * lengths.label_mean)
-        )
-        stages.append((f"evaluate one arm ({labels} labels ranked), 2ND", lengths.test * flops))
+        stages.append((f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))
     speed = gpus * GPUS[gpu][1] * 1e12 * UTILISATION
     return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]
 
