@@ -126,8 +126,7 @@ def load_examples(folder: RunFolder) -> Examples:
     Raises:
         InputError: a file is missing or broken, the two do not belong together, or an id stands twice.
     """
-    table, table_meta = read_table(folder.examples)
-    info = _examples_info(folder, table_meta)
+    table, info = _read_written(folder)
     examples = from_table(table)
     by_split = {split: [e for e in examples if e.split == split] for split in FILES}
     _refuse_shared_ids(by_split)
@@ -157,8 +156,7 @@ def load_train_labels(folder: RunFolder) -> TrainLabels:
         InputError: a file is missing or broken, or the two do not belong together.
     """
     columns = ["id", "label", "gold", "split"]
-    table, table_meta = read_table(folder.examples, columns, columns[1:])
-    info = _examples_info(folder, table_meta)
+    table, info = _read_written(folder, columns, columns[1:])
     table = table.filter(pc.equal(table["split"].cast(pa.string()), "train"))
     named = [pc.unique(table[column].cast(pa.string())).drop_null().to_pylist() for column in ("label", "gold")]
     names = list(dict.fromkeys([*info["labels"], *(name for names in named for name in names)]))
@@ -177,15 +175,19 @@ def load_train_labels(folder: RunFolder) -> TrainLabels:
     )
 
 
-def _examples_info(folder: RunFolder, table_meta: dict[str, Any]) -> dict[str, Any]:
+def _read_written(
+    folder: RunFolder, columns: list[str] | None = None, dictionaries: list[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of examples, and ``examples.json``, which is written last."""
     info = read_json(folder.examples_info)
+    table, table_meta = read_table(folder.examples, columns, dictionaries)
     if not isinstance(info, dict) or not {"fingerprint", "labels", "task"} <= info.keys():
         raise InputError(f"{folder.examples_info}: not written by atlantis_ds; remove it and run prepare again")
     if table_meta.get("fingerprint") != info["fingerprint"]:
         raise InputError(
             f"{folder.examples}: does not belong to {folder.examples_info.name}; remove both and run prepare again"
         )
-    return info
+    return table, info
 
 
 def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], dict[str, int]]:
