@@ -123,7 +123,7 @@ def lora(full: tuple[Path, RunFolder, str], tmp_path_factory: pytest.TempPathFac
     return train_on_two_ranks(tmp_path_factory.mktemp("lora"), "lora", base, label_of)
 
 
-@pytest.fixture(params=["full", "lora"])
+@pytest.fixture(params=[pytest.param("full", marks=pytest.mark.slow), "lora"])
 def trained(request: pytest.FixtureRequest) -> tuple[Path, RunFolder, str]:
     run: tuple[Path, RunFolder, str] = request.getfixturevalue(request.param)
     return run

@@ -32,7 +32,7 @@ def test_gradient_is_that_of_the_whole_batch_in_one_process(
     result = tmp_path / "errors.json"
     succeed("torchrun", ranks, TESTS / "ranks_probe.py", base_model, encoder_decoder, result)
     found = json.loads(result.read_text())
-    assert len(found) == 4 * 4 + 4 + 4 + 6
+    assert len(found) == 4 * 4 + 4 + 2 + 6
     for case, errors in found.items():
         if case.startswith("clipping"):
             # Adam turns rounding of a gradient near 0 into a whole step of that weight: few weights, a small norm.
