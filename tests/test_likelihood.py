@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config,
 from atlantis_ds.cluster.ranks import free_port
 from atlantis_ds.data.formats import SEMEVAL_LABELS, read_semeval
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.batch import collate, token_budget_batches
+from atlantis_ds.lm.batch import collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
@@ -379,3 +379,37 @@ def check_choices(model, prompts, budget):
     assert (result - expected).abs().max() < 1e-4
     assert (score_pairs(model, pairs, 2, budget).view(len(prompts), 4, 2) - expected).abs().max() < 1e-4
     assert expected.std() > 1e-3
+
+
+@pytest.mark.parametrize("template", ["{options}: {marked_sentence}", "{marked_sentence} {options}"])
+def test_micro_batch_in_one_row_has_the_same_values_and_gradients(template):
+    """With a prompt that begins alike for all examples, and with one that does not."""
+    tokenizer, model = tokenizer_of("qwen2-tied"), random_model("qwen2-tied")
+    encode = Encoder(tokenizer, model.config, Prompt(template=template), SEMEVAL_LABELS)
+    pairs = [encode(example) for example in examples()[::3]]
+    weights = [0.0, 0.5, 1.5, 3.0, 0.2]
+    padded, packed = (f(pairs, model.config, 0, weights) for f in (collate, collate_to_train))
+    shared = os.path.commonprefix([pair.prompt for pair in pairs])
+    assert (len(shared) > 8) == template.startswith("{options}")
+    assert packed.inputs["input_ids"].shape == (1, sum(map(len, pairs)) - len(shared) * (len(pairs) - 1))
+    found = []
+    for batch in (padded, packed):
+        model.zero_grad()
+        values = label_log_likelihoods(model, batch)
+        (values.sum(dim=1) * batch.weight).sum().backward()
+        found.append((values.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (values, gradient), (packed_values, packed_gradient) = found
+    torch.testing.assert_close(packed_values, values, rtol=0, atol=1e-4)
+    assert (packed_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    # Another sentence changes its own value alone.
+    other = [dataclasses.replace(pairs[0], prompt=[*shared, *pairs[1].prompt[len(shared) :]]), *pairs[1:]]
+    changed = label_log_likelihoods(model, collate_to_train(other, model.config, 0))
+    torch.testing.assert_close(changed[1:], values[1:], rtol=0, atol=1e-4)
+    assert abs(changed[0] - values[0]).max() > 1e-2
+
+
+def test_micro_batch_of_equal_lengths_stays_padded():
+    pairs = [Encoded([5 + row, 6, 7, 8], [9], 1) for row in range(4)]
+    config = random_model("qwen2-tied").config
+    assert collate_to_train(pairs, config, 0).inputs["input_ids"].shape == (4, 5)
+    assert "decoder_input_ids" in collate_to_train(pairs, random_model("t5-tied").config, 0).inputs

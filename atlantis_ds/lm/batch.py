@@ -10,6 +10,9 @@ import torch
 
 from atlantis_ds.lm.encode import Encoded
 
+PACKED_SHARE, PACKED_TOKENS = 0.9, 4096
+"""A micro-batch is packed into one row where that is at most this share of its padded tokens, and this many tokens."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -92,14 +95,59 @@ def collate(
         width = max(map(len, sequences))
         inputs = {"input_ids": _pad(sequences, pad_token_id)}
         starts = [row * width + len(pair.prompt) - 1 for row, pair in enumerate(examples)]
+    return _batch(inputs, starts, targets, weights)
+
+
+def _batch(
+    inputs: dict[str, Any], starts: list[int], targets: list[list[int]], weights: Sequence[float] | None
+) -> Batch:
+    """A batch whose example i has its targets predicted from position ``starts[i]`` on."""
     return Batch(
         inputs=inputs,
         positions=_flat([range(start, start + len(ids)) for start, ids in zip(starts, targets)]),
         targets=_flat(targets),
         example=_flat([[row] * len(ids) for row, ids in enumerate(targets)]),
         is_eos=_flat([[0] * (len(ids) - 1) + [1] for ids in targets]),
-        weight=torch.tensor([1.0] * len(examples) if weights is None else list(weights), dtype=torch.float64),
+        weight=torch.tensor([1.0] * len(targets) if weights is None else list(weights), dtype=torch.float64),
     )
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens that all prompts begin with, where each keeps a token of its own."""
+    shortest = min(map(len, prompts)) - 1
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
+    return next((at for at in range(shortest) if first[at] != last[at]), shortest)
+
+
+def collate_to_train(
+    examples: Sequence[Encoded], config: Any, pad_token_id: int, weights: Sequence[float] | None = None
+) -> Batch:
+    """The batch of ``collate``, with the causal examples in one row without padding where that is less to read.
+
+    What all prompts begin with stands in front, once. Each example behind it sees that prefix and itself alone, and
+    counts its positions from the prefix's end: log-likelihoods and gradients are those of the padded batch.
+    """
+    padded = len(examples) * max(map(len, examples))
+    prefix = 0 if config.is_encoder_decoder else common_prefix([pair.prompt for pair in examples])
+    width = prefix + sum(len(pair) - prefix for pair in examples)
+    # In one row every position is compared with every other, which is not worth it for a few tokens.
+    if config.is_encoder_decoder or width > min(PACKED_SHARE * padded, PACKED_TOKENS):
+        return collate(examples, config, pad_token_id, weights)
+    ids, position_ids, owner, starts = list(examples[0].prompt[:prefix]), list(range(prefix)), [-1] * prefix, []
+    for row, pair in enumerate(examples):
+        own = [*pair.prompt[prefix:], *pair.label]
+        starts.append(len(ids) + len(pair.prompt) - prefix - 1)
+        ids += own
+        position_ids += range(prefix, prefix + len(own))
+        owner += [row] * len(own)
+    of = torch.tensor(owner)
+    sees = ((of[:, None] == of) | (of == -1)).tril()
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([position_ids]),
+        "attention_mask": sees[None, None],
+    }
+    return _batch(inputs, starts, [[*pair.label, pair.eos] for pair in examples], weights)
 
 
 def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], eos: int) -> Batch:

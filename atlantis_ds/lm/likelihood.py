@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from atlantis_ds.lm.batch import Batch, collate, collate_choices, token_budget_batches
+from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
 
 
@@ -172,15 +172,10 @@ def read_prefix(lm: Any, prompts: Sequence[Sequence[int]]) -> Prefix | None:
     """What all prompts begin with, or None where that is hardly anything. Each prompt keeps a token of its own."""
     if not prompts or lm.config.is_encoder_decoder:
         return None
-    shortest = min(map(len, prompts)) - 1
-    first, last = (
-        min(map(list, prompts)),
-        max(map(list, prompts)),
-    )  # in the order of their tokens: what these two share, all share
-    tokens = next((at for at in range(shortest) if first[at] != last[at]), shortest)
+    tokens = common_prefix(prompts)
     if tokens < MIN_PREFIX:
         return None
-    ids = torch.tensor([first[:tokens]], device=next(lm.parameters()).device)
+    ids = torch.tensor([prompts[0][:tokens]], device=next(lm.parameters()).device)
     return Prefix(tokens, lm.get_decoder()(input_ids=ids, use_cache=True).past_key_values)
 
 

@@ -14,7 +14,7 @@ from atlantis_ds.cluster.preemption import stop_asked
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
-from atlantis_ds.lm.batch import Batch, collate, token_budget_batches
+from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import load_config, load_tokenizer
@@ -170,7 +170,7 @@ def _micro_batches(
     settings = job.settings
     places = micro_batch_rows(rows, lengths, settings.train_batch_size, settings.per_device_train_batch_size, ranks)
     return [
-        collate(
+        collate_to_train(
             [pairs[row] for row, _ in micro],
             engine.module.config,
             pairs[0].eos,
