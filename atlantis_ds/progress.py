@@ -12,6 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
 
 
+def since_process_start() -> float:
+    """Seconds since the operating system started this program: imports and loading count."""
+    import psutil  # type: ignore[import-untyped]
+
+    return time.time() - float(psutil.Process().create_time())
+
+
 class Steps:
     """Progress of one loop, shown by rank 0.
 

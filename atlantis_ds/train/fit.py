@@ -18,7 +18,7 @@ from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import load_config, load_tokenizer
-from atlantis_ds.progress import Steps, console
+from atlantis_ds.progress import Steps, console, since_process_start
 from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
 from atlantis_ds.train.card import training_facts, write_cards
@@ -77,7 +77,11 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
         console.print(f"train {job.name}: going on from step {state['step']}")
 
     if ranks.is_main:
-        append_log(folder.log, event="start", arm=job.name, step=state["step"], steps=total)
+        waited = round(since_process_start(), 1)
+        console.print(f"train {job.name}: first batch {waited} s after this program began")
+        append_log(
+            folder.log, event="start", arm=job.name, step=state["step"], steps=total, since_process_start=waited
+        )
     with Steps(f"train {job.name}", total, "steps", ranks.is_main, settings.logging_steps) as steps:
         steps.resume(state["step"])
         for step in range(state["step"], total):

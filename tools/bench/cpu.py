@@ -13,9 +13,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,67 +38,189 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
 
-    real = {"model": str(options.model), "tokenizer": str(options.model)}
-    shape = {
-        "model": str(options.data / "model_configs" / "Qwen2-0.5B.config.json"),
-        "tokenizer": str(options.data / "tokenizers" / "qwen2"),
-    }
-    conll = {"data": str(options.data / "conll04" / "conll04_train.json")}
-    semeval = {"data": str(options.data / "semeval2010_task8" / "TRAIN_FILE.TXT")}
-    both = {"dtype": options.dtype, "threads": options.threads, "tokens_per_batch": 2048, "batch_size": 8}
-    train = {"mode": "lora", "dtype": "float32"}
-    # name, measure of ours, measures of the peers, options
-    comparisons: list[tuple[str, str, list[str], dict[str, Any]]] = [
-        ("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], {**real, **conll, "examples": 64}),
-        ("scoring, Qwen2-0.5B shape", "score_ours", ["score_lm_eval"], {**shape, **conll, "examples": 16}),
-        (
-            "ranking 19 labels, SmolLM2-135M",
-            "rank_tree",
-            ["rank_pairs"],
-            {**real, **semeval, "examples": 8, "dtype": "float32"},
-        ),
-        (
-            "training, LoRA, SmolLM2-135M",
+    run = Bench(options)
+    run.compare_all()
+    run.memory_by_vocabulary()
+    run.start_up()
+    run.write()
+
+
+class Bench:
+    """The measurements of one call; every single one of them ends up in the JSON file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.results: dict[str, Any] = {"machine": machine(), "versions": versions(), "comparisons": {}}
+        self.both = {"threads": options.threads, "dtype": options.dtype, "tokens_per_batch": 2048, "batch_size": 8}
+        self.real = {"model": str(options.model), "tokenizer": str(options.model)}
+        self.shape = {
+            "model": str(options.data / "model_configs" / "Qwen2-0.5B.config.json"),
+            "tokenizer": str(options.data / "tokenizers" / "qwen2"),
+        }
+        self.conll = {"data": str(options.data / "conll04" / "conll04_train.json")}
+        self.semeval = {"data": str(options.data / "semeval2010_task8" / "TRAIN_FILE.TXT")}
+        self.lora = {"mode": "lora", "dtype": "float32"}
+
+    def compare_all(self) -> None:
+        print(
+            "| what | beside | examples/s, ours | theirs | ratio | smallest to largest | peak memory, ours to theirs |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        two_layers = {**self.shape, **self.conll, **self.lora, "examples": 24, "layers": 2}
+        trainers = ["train_trainer", "train_trl", "train_trl_packing"]
+        breakdown = ["train_ours_padded", "train_ours_full_logits"]
+        self.compare("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], **self.real, **self.conll, examples=64)
+        self.compare(
+            "scoring, Qwen2-0.5B shape", "score_ours", ["score_lm_eval"], **self.shape, **self.conll, examples=16
+        )
+        ranking = {**self.real, **self.semeval, "examples": 4, "dtype": "float32"}
+        self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
+        real = {**self.real, **self.conll, **self.lora, "examples": 24}
+        self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)
+        self.compare(
+            "LoRA training, 152k vocabulary, 2 layers",
             "train_ours",
-            ["train_trainer", "train_trl"],
-            {**real, **conll, **train, "examples": 24},
-        ),
-        (
-            "training, LoRA, 152k vocabulary, 2 layers",
-            "train_ours",
-            ["train_trainer", "train_trl"],
-            {**shape, **conll, **train, "examples": 24, "layers": 2},
-        ),
-    ]
-    results: dict[str, Any] = {"machine": machine(), "versions": versions(), "comparisons": {}}
-    print("| what | peer | examples/s, ours | peer | ratio | min to max | peak memory, ours to peer |")
-    print("|---|---|---|---|---|---|---|")
-    for name, ours, peers, own in comparisons:
-        if options.only not in name:
-            continue
-        given = {**both, **own}
+            [*trainers, "train_trainer_deepspeed", *breakdown],
+            **two_layers,
+        )
+
+    def compare(self, name: str, ours: str, peers: list[str], **own: Any) -> None:
+        """``pairs`` rounds in which every side runs once; prints a line a peer."""
+        if self.options.only not in name:
+            return
+        given = {**self.both, **own}
         if "score_lm_eval" in peers:
             given["batch_size"] = best_batch_size(given)
         runs: dict[str, list[dict[str, Any]]] = {what: [] for what in (ours, *peers)}
-        for _ in range(options.pairs):
+        for _ in range(self.options.pairs):
             for what in runs:
                 runs[what].append(measure(what, given))
-        results["comparisons"][name] = {"options": given, "runs": runs}
-        options.out.write_text(json.dumps(results, indent=1))
+        self.results["comparisons"][name] = {"options": given, "runs": runs}
         for peer in peers:
             print(line(name, runs[ours], peer, runs[peer]), flush=True)
+        if "flops" in runs[ours][0]:
+            rate = statistics.median(measure("matmul", given)["flops"] for _ in range(3))
+            share = statistics.median(run["flops"] for run in runs[ours]) / rate
+            self.results["comparisons"][name]["matmul"] = rate
+            print(f"| {name} | matrix products alone, {rate / 1e9:.0f} GFLOP/s | | | {share:.2f} | | |", flush=True)
+        if "parts" in runs[ours][0]:
+            parts = runs[ours][0]["parts"]
+            said = ", ".join(f"{part} {share:.1%}" for part, share in parts.items())
+            print(f"| {name} | where the time goes: {said} | | | | | |", flush=True)
+
+    def memory_by_vocabulary(self) -> None:
+        """Peak memory of a training process over the size of the vocabulary, all else alike."""
+        if self.options.only not in "memory":
+            return
+        found: dict[str, list[tuple[int, float]]] = {"train_ours": [], "train_trainer": []}
+        for size in (8_000, 32_000, 64_000, 151_936):
+            given = {**self.both, **self.shape, **self.conll, **self.lora, "examples": 16, "layers": 2}
+            for what, points in found.items():
+                points.append((size, measure(what, {**given, "vocab_size": size})["peak_gib"]))
+        self.results["memory_by_vocabulary"] = found
+
+    def start_up(self) -> None:
+        """Seconds to ``--help``; and from the command to the first batch, beside importing and loading alone."""
+        if self.options.only not in "start-up":
+            return
+        helps, firsts, loads = [], [], []
+        words = [sys.executable, "-m", "atlantis_ds"]
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(json.dumps(self.start_up_recipe(folder)))
+            clock([*words, "prepare", str(recipe)])
+            for _ in range(self.options.pairs):
+                helps.append(clock([*words, "--help"]))
+                log = Path(folder) / "run" / "log.jsonl"
+                log.unlink(missing_ok=True)
+                shutil.rmtree(Path(folder) / "run" / "model", ignore_errors=True)
+                clock([*words, "train", str(recipe), "--arm", "sft"])
+                events = map(json.loads, log.read_text().splitlines())
+                firsts += [event["since_process_start"] for event in events if event["event"] == "start"]
+                loads.append(clock([sys.executable, "-c", IMPORT_AND_LOAD, str(self.options.model)]))
+        self.results["start_up"] = {"help": helps, "first_batch": firsts, "import_and_load": loads}
+        ratios = [first / load for first, load in zip(firsts, loads)]
+        print(f"\n--help: {spread(helps)} s")
+        print(f"to the first batch: {spread(firsts)} s; importing and loading alone: {spread(loads)} s")
+        print(f"ratio: {spread(ratios)}")
+
+    def start_up_recipe(self, folder: str) -> dict[str, Any]:
+        return {
+            "name": "run",
+            "runs_dir": folder,
+            "data": {
+                "format": "conll04",
+                "train": self.conll["data"],
+                "test": self.conll["data"],
+                "train_size": 8,
+                "test_size": 8,
+            },
+            "models": {name: {"model_name_or_path": str(self.options.model)} for name in ("large", "small")},
+            "train": {
+                "mode": "lora",
+                "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+                "dtype": "float32",
+                "num_train_epochs": 1,
+                "train_batch_size": 8,
+            },
+            "arms": {"sft": {"weights": {"formula": "uniform"}}},
+        }
+
+    def write(self) -> None:
+        self.options.out.write_text(json.dumps(self.results, indent=1))
+        if "memory_by_vocabulary" in self.results:
+            plot_memory(self.results["memory_by_vocabulary"], self.options.out.with_suffix(".memory.png"))
 
 
-def measure(what: str, options: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(options["threads"]),
+# What a training cannot do without: the libraries, the tokenizer, and the model in memory.
+IMPORT_AND_LOAD = """
+import sys
+import torch, transformers, peft, deepspeed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoTokenizer.from_pretrained(sys.argv[1])
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+"""
+
+
+def clock(words: list[str]) -> float:
+    start = time.monotonic()
+    subprocess.run(
+        words, check=True, env=environment(os.cpu_count() or 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return time.monotonic() - start
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def plot_memory(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for what, label in (("train_trainer", "transformers Trainer"), ("train_ours", "atlantis_ds")):
+        axes.plot(*zip(*found[what]), "o-", label=label)
+    axes.set(xlabel="vocabulary", ylabel="peak memory of the process, GiB", ylim=(0, None))
+    axes.set_title("LoRA training, Qwen2 shape of 2 layers, micro-batch 8, fp32", fontsize=10)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def environment(threads: int) -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
     }
+
+
+def measure(what: str, options: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(HERE / "measure.py"), what, json.dumps(options)],
-        env=environment,
+        env=environment(options["threads"]),
         capture_output=True,
         text=True,
         check=False,
@@ -108,7 +233,7 @@ def measure(what: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def best_batch_size(options: dict[str, Any]) -> int:
     """The peer's best of a few, on a quarter of the examples."""
-    few = {**options, "examples": max(8, options["examples"] // 4)}
+    few = {**options, "examples": max(16, options["examples"] // 4)}
     rates = {size: measure("score_lm_eval", {**few, "batch_size": size})["examples_per_s"] for size in (1, 4, 16)}
     return max(rates, key=lambda size: rates[size])
 
