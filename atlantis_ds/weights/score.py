@@ -7,7 +7,8 @@ from it is written at once as a *part*, and a shard is whole when all its parts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from atlantis_ds.run_folder import (
 )
 
 if TYPE_CHECKING:
-    from atlantis_ds.lm.encode import Encoder
+    from atlantis_ds.lm.encode import Encoded, Encoder
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.likelihood import Progress
 
@@ -234,15 +235,14 @@ def _score_pass(
         def agree(forwards: int) -> int:
             return max(ranks.gather(forwards))
 
-        for shard in turns:
+        def read(shard: int | None) -> Tokens:
             chosen = rows[shard] if shard is not None else []
-            columns = _score_examples(
-                model,
-                encoder,
-                chosen or (examples.train[:1] if sharded else []),
-                recipe.score,
-                progress if chosen else None,
-                agree if sharded else None,
+            return _encode(encoder, chosen or (examples.train[:1] if sharded else []), recipe.score.label_set)
+
+        for shard, tokens_of_shard in _read_ahead(read, turns):
+            chosen = rows[shard] if shard is not None else []
+            columns = _score_tokens(
+                model, tokens_of_shard, recipe.score, progress if chosen else None, agree if sharded else None
             )
             if shard is not None:
                 table = pa.table(columns).slice(0, len(chosen))
@@ -267,10 +267,45 @@ def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
     return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.name}.parquet"
 
 
-def _score_examples(
+@dataclass(frozen=True)
+class Tokens:
+    """The examples of a shard as token ids."""
+
+    ids: list[str]
+    pairs: list[Encoded]
+    own: list[int]
+    """Number of each example's own label in the label set; not filled without ``label_ids``."""
+    label_ids: list[list[int]] | None
+    """The label set, where all of it is scored."""
+    eos: int
+
+
+def _encode(encoder: Encoder, examples: Sequence[Example], label_set: bool) -> Tokens:
+    ids, eos = [example.id for example in examples], encoder.tokenizer.eos_token_id
+    if not label_set:
+        return Tokens(ids, [encoder(example) for example in examples], [], None, eos)
+    labels = [encoder.label_ids(label) for label in encoder.labels]
+    longest = encoder.labels[max(range(len(labels)), key=lambda i: len(labels[i]))]
+    number = {label: index for index, label in enumerate(encoder.labels)}
+    pairs = [encoder(example, longest) for example in examples]  # no label may be too long for the model
+    return Tokens(ids, pairs, [number[example.label] for example in examples], labels, eos)
+
+
+def _read_ahead(
+    read: Callable[[int | None], Tokens], shards: Sequence[int | None]
+) -> Iterator[tuple[int | None, Tokens]]:
+    """Each shard with its tokens, made in a thread while the model is at work on the shard before it."""
+    with ThreadPoolExecutor(1) as thread:
+        following = [thread.submit(read, shard) for shard in shards[:1]]
+        for place, shard in enumerate(shards):
+            tokens = following.pop().result()
+            following += [thread.submit(read, next_shard) for next_shard in shards[place + 1 : place + 2]]
+            yield shard, tokens
+
+
+def _score_tokens(
     model: Any,
-    encoder: Encoder,
-    examples: Sequence[Example],
+    tokens: Tokens,
     settings: Score,
     progress: Progress | None,
     agree: Callable[[int], int] | None,
@@ -278,25 +313,21 @@ def _score_examples(
     """Columns of a part: ``id``, ``logp``, ``eos``, ``tokens``; with ``score.label_set`` those of every label, too."""
     from atlantis_ds.lm.likelihood import score_choices, score_pairs
 
-    eos, budget = encoder.tokenizer.eos_token_id, settings.tokens_per_batch
-    own = [len(encoder.label_ids(example.label)) for example in examples]
-    columns: dict[str, Any] = {"id": pa.array([example.id for example in examples], pa.string())}
-    if settings.label_set:
-        labels = [encoder.label_ids(label) for label in encoder.labels]
-        longest = encoder.labels[max(range(len(labels)), key=lambda i: len(labels[i]))]
-        prompts = [encoder(example, longest).prompt for example in examples]
-        choices = score_choices(model, prompts, labels, eos, budget, progress, agree)
-        lengths = [[len(ids) for ids in labels]] * len(examples)
+    pairs, labels, budget = tokens.pairs, tokens.label_ids, settings.tokens_per_batch
+    columns: dict[str, Any] = {"id": pa.array(tokens.ids, pa.string())}
+    if labels is None:
+        sums = score_pairs(model, pairs, tokens.eos, budget, progress, agree)
+        lengths = [len(pair.label) for pair in pairs]
+    else:
+        choices = score_choices(model, [pair.prompt for pair in pairs], labels, tokens.eos, budget, progress, agree)
         columns |= {
             f"{LABEL_SET}logp": pa.array(choices[:, :, 0].tolist(), pa.list_(pa.float64())),
             f"{LABEL_SET}eos": pa.array(choices[:, :, 1].tolist(), pa.list_(pa.float64())),
-            f"{LABEL_SET}tokens": pa.array(lengths, pa.list_(pa.int64())),
+            f"{LABEL_SET}tokens": pa.array([[len(ids) for ids in labels]] * len(pairs), pa.list_(pa.int64())),
         }
-        number = {label: index for index, label in enumerate(encoder.labels)}
-        sums = choices[range(len(examples)), [number[example.label] for example in examples]]
-    else:
-        sums = score_pairs(model, [encoder(example) for example in examples], eos, budget, progress, agree)
-    return columns | {"logp": sums[:, 0].numpy(), "eos": sums[:, 1].numpy(), "tokens": pa.array(own, pa.int64())}
+        sums = choices[range(len(pairs)), tokens.own]
+        lengths = [len(labels[label]) for label in tokens.own]
+    return columns | {"logp": sums[:, 0].numpy(), "eos": sums[:, 1].numpy(), "tokens": pa.array(lengths, pa.int64())}
 
 
 def _join_parts(

@@ -151,7 +151,7 @@ class Bench:
             "data": {
                 "format": "conll04",
                 "train": self.conll["data"],
-                "test": self.conll["data"],
+                "test": self.conll["data"].replace("train.json", "test.json"),
                 "train_size": 8,
                 "test_size": 8,
             },
