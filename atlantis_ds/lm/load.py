@@ -161,9 +161,10 @@ def start_deepspeed() -> Any:
     """DeepSpeed, on the process group that is there: sharding at load needs to know the world size."""
     import deepspeed
 
-    # On CPUs DeepSpeed would compile an op that only inference uses: half a minute, and a rank that is killed meanwhile
-    # leaves a lock on which every later run waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed asks this for one op alone, which only inference uses. On CPUs it would compile it: half a minute, and a
+    # rank that is killed meanwhile leaves a lock on which every later run waits for ever. And to answer, it runs the
+    # compiler for each of its ops: seconds, at every start.
+    deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
 

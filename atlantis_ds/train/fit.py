@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import load_config, load_tokenizer
 from atlantis_ds.lm.lower_layers import LowerLayers, read_lower_layers, skip_lower_layers
 from atlantis_ds.progress import Steps, console, since_process_start
-from atlantis_ds.recipe import Recipe, Train
-from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
+from atlantis_ds.recipe import Recipe
+from atlantis_ds.run_folder import RunFolder, append_log, fingerprint, finished, write_json
 from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.deepspeed_config import accumulation_steps
@@ -40,7 +41,14 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
     """
     settings, seed = job.settings, job.seed
     done = folder.model(job.name) / "training.json"
-    mark = ranks.broadcast(job.fingerprint(recipe, examples) if ranks.is_main else None)
+    with ThreadPoolExecutor(1) as thread:  # hashing a model's files takes as long as importing what trains it
+        hashed = thread.submit(job.fingerprint, recipe, examples) if ranks.is_main else None
+        if not done.exists():
+            import deepspeed  # noqa: F401
+
+            if settings.mode != "full":
+                import peft  # noqa: F401
+        mark = ranks.broadcast(hashed.result() if hashed else None)
     if ranks.broadcast(finished(done, mark)):
         if ranks.is_main:
             console.print(f"train {job.name}: already finished")
@@ -66,7 +74,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             f"{settings.mode}, {settings.dtype}"
         )
     engine = start_engine(settings, job.model, total, seed, ranks)
-    lower, lower_dev = _read_lower(engine, settings, [pairs, dev], recipe.score.tokens_per_batch)
+    lower, lower_dev = _read_lower(engine, job, [pairs, dev], recipe.score.tokens_per_batch)
     state = resume(engine, folder.checkpoints(job.name), mark, ranks) or {
         "step": 0,
         "fingerprint": mark,
@@ -199,16 +207,30 @@ def _micro_batches(
     return batches
 
 
+_read: dict[str, LowerLayers] = {}
+"""What the lower layers made of the examples of this process's last trainings: arms and seeds share them."""
+
+
 def _read_lower(
-    engine: Any, settings: Train, sets: Sequence[list[Encoded]], tokens_per_batch: int
+    engine: Any, job: Job, sets: Sequence[list[Encoded]], tokens_per_batch: int
 ) -> list[LowerLayers | None]:
     """What the layers without adapters make of each set of examples; from then on the engine leaves them out."""
-    below = lower_layers(engine.module, settings)
-    if not below:
-        return [None] * len(sets)
-    read = [read_lower_layers(engine.module, pairs, below, tokens_per_batch) if pairs else None for pairs in sets]
-    skip_lower_layers(engine.module, below)
-    return read
+    below = lower_layers(engine.module, job.settings)
+    found: list[LowerLayers | None] = []
+    for pairs in sets:
+        if not below or not pairs:
+            found.append(None)
+            continue
+        model = [job.model.model_dump(), job.settings.mode, job.settings.dtype, below]
+        key = fingerprint([model, [[pair.prompt, pair.label] for pair in pairs]])
+        lower = _read.pop(key, None) or read_lower_layers(engine.module, pairs, below, tokens_per_batch)
+        for oldest in list(_read)[:-2]:  # noisy labels, gold labels, dev: all that a comparison needs
+            del _read[oldest]
+        _read[key] = lower
+        found.append(lower)
+    if below:
+        skip_lower_layers(engine.module, below)
+    return found
 
 
 def _examples_seen(steps: int, examples: int, settings: Any) -> int:

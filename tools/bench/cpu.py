@@ -172,13 +172,14 @@ class Bench:
             plot_memory(self.results["memory_by_vocabulary"], self.options.out.with_suffix(".memory.png"))
 
 
-# What a training cannot do without: the libraries, the tokenizer, and the model in memory.
+# What no training can do without: the libraries, the tokenizer, the model and its adapters in memory.
 IMPORT_AND_LOAD = """
 import sys
 import torch, transformers, peft, deepspeed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoTokenizer.from_pretrained(sys.argv[1])
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+lm = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+peft.get_peft_model(lm, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 """
 
 
