@@ -260,9 +260,6 @@ class Train(Section):
     lora_alpha: Positive = 32
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     lora_target_modules: str | list[str] = "all-linear"
-    lora_layers: Positive | None = None
-    """Adapters on the last so many layers only (causal models, not with ZeRO-3). The layers below them stay as they are
-    and read each example once for all epochs: their states are kept in host memory."""
     logging_steps: Positive = 10
     """In a batch job, one log line every so many steps (log.jsonl gets every step)."""
     eval_steps: Positive | None = None
@@ -278,12 +275,6 @@ class Train(Section):
     def _batches(self) -> Train:
         if self.per_device_train_batch_size > self.train_batch_size:
             raise ValueError("`per_device_train_batch_size` is larger than `train_batch_size`")
-        return self
-
-    @model_validator(mode="after")
-    def _lora_layers(self) -> Train:
-        if self.lora_layers is not None and self.mode == "full":
-            raise ValueError("`lora_layers` is for mode: lora or qlora")
         return self
 
     @model_validator(mode="after")

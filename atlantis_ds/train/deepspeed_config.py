@@ -73,8 +73,6 @@ def refusal(train: Train, config: dict[str, Any]) -> str | None:
         return "ZeRO-0 does not offload the optimizer; take ds_configs/zero2_offload.json"
     if optimizer == "nvme" and stage != 3:
         return f"ZeRO-{stage} offloads to the CPU only; take ds_configs/zero2_offload.json (or zero3_nvme.json)"
-    if train.lora_layers is not None and stage == 3:
-        return "train.lora_layers needs whole lower layers on every rank; take ds_configs/zero2.json"
     if train.mode == "qlora" and param != "none":
         return (
             "4-bit weights cannot be offloaded; take ds_configs/zero2_offload.json (optimizer on the CPU), "

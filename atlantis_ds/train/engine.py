@@ -108,37 +108,6 @@ def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def lower_layers(lm: Any, train: Train) -> int:
-    """How many layers from below ``train.lora_layers`` leaves without adapters; 0 without that setting.
-
-    Raises:
-        InputError: the model has fewer layers, or an encoder.
-    """
-    if train.lora_layers is None:
-        return 0
-    if lm.config.is_encoder_decoder:
-        raise InputError("train.lora_layers: for causal models only; this one has an encoder")
-    layers: int = lm.config.num_hidden_layers
-    if train.lora_layers > layers:
-        raise InputError(f"train.lora_layers: {train.lora_layers}: the model has {layers} layers")
-    return layers - train.lora_layers
-
-
-def _linear_in_last_layers(lm: Any, train: Train) -> list[str]:
-    """Names of the modules that get adapters under ``train.lora_layers``: no layer below, and not the head."""
-    below, wanted = lower_layers(lm, train), train.lora_target_modules
-    names = [
-        f"{prefix}.{name}"
-        for prefix, layer in lm.named_modules()
-        if any(layer is one for one in lm.get_decoder().layers[below:])
-        for name, module in layer.named_modules()
-        if isinstance(module, torch.nn.Linear) and (wanted == "all-linear" or name.split(".")[-1] in wanted)
-    ]
-    if not names:
-        raise InputError(f"train.lora_target_modules: {wanted}: no such modules in the last {train.lora_layers} layers")
-    return names
-
-
 def add_lora(lm: Any, train: Train, revision: str | None) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -151,6 +120,6 @@ def add_lora(lm: Any, train: Train, revision: str | None) -> Any:
             r=train.lora_r,
             lora_alpha=train.lora_alpha,
             lora_dropout=train.lora_dropout,
-            target_modules=_linear_in_last_layers(lm, train) if train.lora_layers else train.lora_target_modules,
+            target_modules=train.lora_target_modules,
         ),
     )

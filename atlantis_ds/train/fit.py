@@ -19,14 +19,13 @@ from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import load_config, load_tokenizer
-from atlantis_ds.lm.lower_layers import LowerLayers, read_lower_layers, skip_lower_layers
 from atlantis_ds.progress import Steps, console, since_process_start
 from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, append_log, fingerprint, finished, write_json
+from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
 from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.deepspeed_config import accumulation_steps
-from atlantis_ds.train.engine import lower_layers, start_engine
+from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import loss_of_step, micro_batch_rows, optimizer_step, step_rows, steps_per_epoch
 
@@ -74,7 +73,6 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             f"{settings.mode}, {settings.dtype}"
         )
     engine = start_engine(settings, job.model, total, seed, ranks)
-    lower, lower_dev = _read_lower(engine, job, [pairs, dev], recipe.score.tokens_per_batch)
     state = resume(engine, folder.checkpoints(job.name), mark, ranks) or {
         "step": 0,
         "fingerprint": mark,
@@ -95,7 +93,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
         for step in range(state["step"], total):
             start = time.monotonic()
             rows = step_rows(len(pairs), settings.train_batch_size, seed, step)
-            batches = _micro_batches(job, pairs, lengths, rows, engine, ranks, lower)
+            batches = _micro_batches(job, pairs, lengths, rows, engine, ranks)
             targets = sum(len(pairs[row].label) + 1 for row in rows)
             denominator = len(rows) if settings.reduction == "example" else targets
             # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
@@ -126,9 +124,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             if result.skipped:
                 _note_skipped(folder, job, rows, state, ranks)
             if dev and (state["step"] % every_eval == 0 or state["step"] == total):
-                dev_loss = mean_loss(
-                    engine, dev, tokenizer.eos_token_id, recipe.score.tokens_per_batch, ranks, lower_dev
-                )
+                dev_loss = mean_loss(engine, dev, tokenizer.eos_token_id, recipe.score.tokens_per_batch, ranks)
                 if ranks.is_main:
                     append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=_finite(dev_loss))
                 state["dev_loss"] = _finite(dev_loss)
@@ -162,14 +158,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
     ranks.barrier()
 
 
-def mean_loss(
-    engine: Any,
-    pairs: Sequence[Encoded],
-    pad_token_id: int,
-    tokens_per_batch: int,
-    ranks: Ranks,
-    lower: LowerLayers | None = None,
-) -> float:
+def mean_loss(engine: Any, pairs: Sequence[Encoded], pad_token_id: int, tokens_per_batch: int, ranks: Ranks) -> float:
     """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
     batches = token_budget_batches([len(pair) for pair in pairs], tokens_per_batch)
     engine.eval()
@@ -177,60 +166,28 @@ def mean_loss(
     for first in range(0, len(batches), ranks.world_size):
         mine = first + ranks.rank
         rows = batches[min(mine, len(batches) - 1)]
-        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id)
-        if lower:
-            batch = lower.below(batch, rows, collate, engine.module.config)
+        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id).to(ranks.device)
         with torch.no_grad():
-            log_likelihood = float(label_log_likelihoods(engine, batch.to(ranks.device)).sum())
+            log_likelihood = float(label_log_likelihoods(engine, batch).sum())
         local -= log_likelihood if mine < len(batches) else 0.0
     engine.train()
     return ranks.sum(local)[0] / len(pairs)
 
 
 def _micro_batches(
-    job: Job,
-    pairs: list[Encoded],
-    lengths: list[int],
-    rows: Any,
-    engine: Any,
-    ranks: Ranks,
-    lower: LowerLayers | None,
+    job: Job, pairs: list[Encoded], lengths: list[int], rows: Any, engine: Any, ranks: Ranks
 ) -> list[Batch]:
-    settings, config = job.settings, engine.module.config
-    batches = []
-    for micro in micro_batch_rows(
-        rows, lengths, settings.train_batch_size, settings.per_device_train_batch_size, ranks
-    ):
-        weights = [job.weights[row] if counts else 0.0 for row, counts in micro]
-        batch = collate_to_train([pairs[row] for row, _ in micro], config, pairs[0].eos, weights)
-        batches.append(lower.below(batch, [row for row, _ in micro], collate_to_train, config) if lower else batch)
-    return batches
-
-
-_read: dict[str, LowerLayers] = {}
-"""What the lower layers made of the examples of this process's last trainings: arms and seeds share them."""
-
-
-def _read_lower(
-    engine: Any, job: Job, sets: Sequence[list[Encoded]], tokens_per_batch: int
-) -> list[LowerLayers | None]:
-    """What the layers without adapters make of each set of examples; from then on the engine leaves them out."""
-    below = lower_layers(engine.module, job.settings)
-    found: list[LowerLayers | None] = []
-    for pairs in sets:
-        if not below or not pairs:
-            found.append(None)
-            continue
-        model = [job.model.model_dump(), job.settings.mode, job.settings.dtype, below]
-        key = fingerprint([model, [[pair.prompt, pair.label] for pair in pairs]])
-        lower = _read.pop(key, None) or read_lower_layers(engine.module, pairs, below, tokens_per_batch)
-        for oldest in list(_read)[:-2]:  # noisy labels, gold labels, dev: all that a comparison needs
-            del _read[oldest]
-        _read[key] = lower
-        found.append(lower)
-    if below:
-        skip_lower_layers(engine.module, below)
-    return found
+    settings = job.settings
+    places = micro_batch_rows(rows, lengths, settings.train_batch_size, settings.per_device_train_batch_size, ranks)
+    return [
+        collate_to_train(
+            [pairs[row] for row, _ in micro],
+            engine.module.config,
+            pairs[0].eos,
+            [job.weights[row] if counts else 0.0 for row, counts in micro],
+        )
+        for micro in places
+    ]
 
 
 def _examples_seen(steps: int, examples: int, settings: Any) -> int:
