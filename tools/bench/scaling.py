@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -117,8 +118,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_model(Path(temporary) / "model", SHAPE)
-        weights = read_model(read_config(Model(model_name_or_path=str(folder))), Train()).shape.parameters
-        window = small_window(Path(temporary), weights)
+        window = small_window(Path(temporary), sum(_traced(folder, False)[0].sizes))
         cases: dict[str, tuple[Path, dict[str, Any]]] = {
             "ZeRO-2": (ZERO / "zero2.json", {}),
             "ZeRO-3": (ZERO / "zero3.json", {}),
@@ -133,6 +133,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
                 runs = results.setdefault(name, {})
                 told = predicted(folder, Train(**given["train"]), ranks, measured, runs.get("1"))
                 runs[str(ranks)] = {"measured": measured, "predicted": told}
+                print(f"{name}, {ranks} ranks: measured", file=sys.stderr, flush=True)
         _print_check(results)
     return results
 
@@ -146,15 +147,14 @@ def predicted(
     in these ranks: matmul and copy rates while all of them work, which is where more ranks than cores enter, and
     latency and bandwidth of each kind of collective.
     """
-    config = read_config(Model(model_name_or_path=str(folder)))
+    model, taken = _traced(folder, train.gradient_checkpointing)
     zero = json.loads(Path(train.deepspeed).read_text())["zero_optimization"]
-    model = read_model(config, train)
     passes, after = traffic(model, zero, ranks, 1, train)
     memory = training_memory(train, model.shape, zero, ranks, accumulation=1, cpu=True)
     found = {
         "calls": sum(c.calls for c in [*passes, *after]),
         "sent": bytes_sent([*passes, *after], ranks),
-        "peak": memory.peak(activations(config, train, PROMPT, LABEL).bytes(MICRO)),
+        "peak": memory.peak(taken),
     }
     if alone is None:
         return found
@@ -166,6 +166,14 @@ def predicted(
         update=first["update"] / ranks * first["rates"]["copy"] / rates["copy"],
     )
     return {**found, **step.__dict__, "seconds": step.apart}
+
+
+@functools.cache
+def _traced(folder: Path, checkpointing: bool) -> tuple[Any, float]:
+    """The model and the bytes of its activations in one micro-batch of fp32."""
+    config = read_config(Model(model_name_or_path=str(folder)))
+    train = Train(dtype="float32", gradient_checkpointing=checkpointing)
+    return read_model(config, train), activations(config, train, PROMPT, LABEL).bytes(MICRO)
 
 
 def _seconds(collectives: list[Collective], ranks: int, links: dict[str, dict[str, float]]) -> float:

@@ -154,7 +154,7 @@ def traffic(
 ) -> tuple[list[Collective], list[Collective]]:
     """The collectives of one optimizer step in full training: during the passes, and after them.
 
-    Those of a few bytes (loss and stop flag, the gradient's norm, below stage 3 the overflow flag) count 8 bytes each.
+    The two of a few bytes (loss and stop flag; the gradient's norm or overflow flag) count 8 bytes each.
 
     - stage 0, 1: one all-reduce of the gradients at the end of the accumulation; 2: one for each micro-batch (DeepSpeed
       sends ZeRO-2's buckets by all-reduce and keeps its part: twice the bytes of a reduce-scatter);
@@ -166,7 +166,7 @@ def traffic(
         return [], []
     stage, width = int(zero.get("stage", 0)), 4 if train.dtype == "float32" else 2
     bucket = int(zero.get("reduce_bucket_size", 5e8))
-    small = [Collective("all_reduce", 8, 2 if stage == 3 else 3)]
+    small = [Collective("all_reduce", 8, 2)]
     whole = sum(model.sizes)
     if stage < 3:
         reduced = accumulation if stage == 2 else 1

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 tools/bench/scaling_rank.py train|speed '{"model": FOLDER, ...}'
 
-Rank 0 prints one line of JSON.
+Rank 0 prints one line of JSON; a list of options gives a list of results (whose peaks then mean nothing).
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def main() -> None:
     ranks = start_ranks(5)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     ranks.sum(1.0)
-    found = {"train": train, "speed": speed}[what](ranks, options)
+    work = {"train": train, "speed": speed}[what]
+    found = [work(ranks, each) for each in options] if isinstance(options, list) else work(ranks, options)
     if ranks.is_main:
         print("FOUND " + json.dumps(found), flush=True)
     ranks.barrier()
