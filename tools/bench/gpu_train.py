@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.lm.batch import collate
+from atlantis_ds.lm.batch import collate_to_train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train import engine as engine_module
@@ -109,7 +109,7 @@ def train_ours(mode: str, model: Model, config: Any, micro: int, ranks: Ranks, e
         for first in range(0, len(pairs), size):
             rows = np.arange(first, first + size)
             places = micro_batch_rows(rows, lengths, size, micro, ranks)
-            batches = [collate([pairs[row] for row, _ in part], config, 1) for part in places]
+            batches = [collate_to_train([pairs[row] for row, _ in part], config, 1) for part in places]
             optimizer_step(engine, batches, size, ranks)  # its loss comes back to the host: a step that ends has run
             marks.append(_now(ranks.device))
     finally:

@@ -120,8 +120,8 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
         folder = save_model(Path(temporary) / "model", SHAPE)
         window = small_window(Path(temporary), sum(_traced(folder, False)[0].sizes))
         cases: dict[str, tuple[Path, dict[str, Any]]] = {
-            "ZeRO-2": (ZERO / "zero2.json", {}),
             "ZeRO-3": (ZERO / "zero3.json", {}),
+            "ZeRO-2": (ZERO / "zero2.json", {}),
             "ZeRO-3, small window": (window, {}),
             "ZeRO-3, small window, checkpointing": (window, {"gradient_checkpointing": True}),
         }
@@ -134,6 +134,7 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
                 told = predicted(folder, Train(**given["train"]), ranks, measured, runs.get("1"))
                 runs[str(ranks)] = {"measured": measured, "predicted": told}
                 print(f"{name}, {ranks} ranks: measured", file=sys.stderr, flush=True)
+                options.out.write_text(json.dumps(results, indent=1))
         _print_check(results)
     return results
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atlantis_ds.cluster.ranks import Ranks, start_ranks, stop_ranks
-from atlantis_ds.lm.batch import Batch, collate
+from atlantis_ds.lm.batch import Batch, collate, collate_to_train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_scorer
@@ -91,8 +91,8 @@ def links(ranks: Ranks) -> dict[str, dict[str, float]]:
 
     found = {}
     for kind, passed in (("all_gather", 1), ("reduce_scatter", 1), ("all_reduce", 2)):
-        latency = max(ranks.gather(best(lambda kind=kind: run(kind, large[:n]), 200)))
-        seconds = max(ranks.gather(best(lambda kind=kind: run(kind, large), 15)))
+        latency = max(ranks.gather(best(lambda kind=kind: run(kind, large[:n]), 50)))
+        seconds = max(ranks.gather(best(lambda kind=kind: run(kind, large), 8)))
         sent = passed * (n - 1) / n * 4 * len(large)
         found[kind] = {"latency": latency, "bandwidth": sent / (seconds - latency)}
     return found
@@ -182,7 +182,9 @@ def _train(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float
     def step(first: int) -> None:
         rows = np.arange(first, first + size)
         places = micro_batch_rows(rows, lengths, size, settings.per_device_train_batch_size, ranks)
-        batches: list[Batch] = [collate([pairs[r] for r, _ in micro], engine.module.config, 0) for micro in places]
+        batches: list[Batch] = [
+            collate_to_train([pairs[r] for r, _ in micro], engine.module.config, 0) for micro in places
+        ]
         optimizer_step(engine, batches, size, ranks)
 
     for _ in range(2):
@@ -193,7 +195,7 @@ def _train(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float
 def main() -> None:
     what, options = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    ranks = start_ranks(5)
+    ranks = start_ranks(30)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     ranks.sum(1.0)
     work = {"train": train, "speed": speed}[what]
