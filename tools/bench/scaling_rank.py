@@ -16,8 +16,10 @@ from typing import Any
 
 import deepspeed
 import numpy as np
+import peft  # noqa: F401
 import torch
 import torch.distributed as dist
+import transformers  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +33,7 @@ from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 from atlantis_ds.weights.score import assign_shards
 
+# All libraries are imported above: a rank's memory is counted from after them.
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 WARM_UP = 3
 """Steps before a clock runs: ZeRO-3 records the order of modules in its first one and works by it from the next."""
