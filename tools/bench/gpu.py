@@ -84,7 +84,8 @@ class Bench:
 
     def row(self, name: str, work: Callable[[], Row]) -> Row:
         """Run one measurement and note what came of it; no failure of its own ends the others."""
-        if self.options.only and self.options.only not in name and name != "matmul bf16":
+        needed_by_others = name == "matmul bf16" or name.endswith(("random weights", "the scorer"))
+        if self.options.only not in name and not needed_by_others:
             return {}
         row: Row = {"name": name}
         if time.monotonic() - self.begun > 60 * self.options.minutes:
