@@ -79,7 +79,9 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
     if ranks.is_main:
         waited = round(since_process_start(), 1)
         console.print(f"train {job.name}: first batch {waited} s after this program began")
-        append_log(folder.log, event="start", arm=job.name, step=state["step"], steps=total, since_process_start=waited)
+        append_log(
+            folder.log, event="start", arm=job.name, step=state["step"], steps=total, since_process_start=waited
+        )
     with Steps(f"train {job.name}", total, "steps", ranks.is_main, settings.logging_steps) as steps:
         steps.resume(state["step"])
         for step in range(state["step"], total):
