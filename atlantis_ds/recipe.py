@@ -88,7 +88,8 @@ class Prompt(Section):
         "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
     )
     """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}, {options} (the label choices). What
-    all prompts begin with is read once for a whole shard: options that come first cost next to nothing in scoring."""
+    all prompts begin with is read once for a shard in scoring and once for a micro-batch in training: options that come
+    first cost next to nothing."""
     label_options: bool = False
     """List the label choices after the template."""
 

@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", default="", help="Names of comparisons that hold this word.")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="For start-up times.")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()
 
@@ -124,7 +125,8 @@ class Bench:
         if self.options.only not in "start-up":
             return
         helps, firsts, loads = [], [], []
-        words = [sys.executable, "-m", "atlantis_ds"]
+        python = str(self.options.python)
+        words = [python, "-m", "atlantis_ds"]
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.yaml"
             recipe.write_text(json.dumps(self.start_up_recipe(folder)))
@@ -137,7 +139,7 @@ class Bench:
                 clock([*words, "train", str(recipe), "--arm", "sft"])
                 events = map(json.loads, log.read_text().splitlines())
                 firsts += [event["since_process_start"] for event in events if event["event"] == "start"]
-                loads.append(clock([sys.executable, "-c", IMPORT_AND_LOAD, str(self.options.model)]))
+                loads.append(clock([python, "-c", IMPORT_AND_LOAD, str(self.options.model)]))
         self.results["start_up"] = {"help": helps, "first_batch": firsts, "import_and_load": loads}
         ratios = [first / load for first, load in zip(firsts, loads)]
         print(f"\n--help: {spread(helps)} s")
