@@ -104,12 +104,13 @@ def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: 
 
 
 def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.save_steps": 5, "train.eval_steps": 10**6})
+    often = {"train.save_steps": 2, "train.save_total_limit": 3}
+    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, **often})
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
     first = start("local", 1, "train", recipe, "--arm", "sft")
     end = time.monotonic() + TIMEOUT
-    while len(events(run, "train")) < 3:
+    while len(events(run, "train")) < 9:
         assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
         time.sleep(0.05)
     second = launch("local", 2, "train", recipe, "--arm", "sft")
@@ -120,6 +121,10 @@ def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRe
     assert claim.exists()
     stop_when(start("local", 1, "train", recipe, "--arm", "sft"), run, "train", len(events(run, "train")) + 2, "STOP")
     assert not claim.exists()
+    last = events(run, "train")[-1]["step"]
+    kept = sorted({*range(2, last + 1, 2), last})[-3:]
+    found = (run / "checkpoints" / "sft").glob("*step*")
+    assert sorted(path.name for path in found) == [f"step-{n:08d}" for n in kept]
     # From another host no process can be seen: the file is watched, and it does not change.
     claim.write_text('{"host": "gone", "pid": 1, "machine": "gone", "beat": 9}')
     before = time.monotonic()
