@@ -131,10 +131,8 @@ def status(root: Path) -> list[tuple[str, str]]:
     references = sorted(name for name in begun if name.startswith("reference"))
     seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # of `compare`: arm and seed
     lines += [(f"train {name}", _training(folder, name, events)) for name in references]
-    manifest = folder.scores / "scores.json"
-    if manifest.exists():
-        whole = len(list(folder.scores.glob("shard-*.parquet")))
-        lines.append(("score", f"{whole} of {read_json(manifest)['shards']} shards done"))
+    if (folder.scores / "scores.json").exists():
+        lines.append(("score", _scoring(folder)))
     if folder.weights_info.exists():
         lines.append(("merge", f"effective sample size {read_json(folder.weights_info)['ess_fraction']:.1%}"))
     for arm in [*(arm for arm in recipe.arms if arm in begun or not seeds), *seeds]:
@@ -152,6 +150,15 @@ def _events(folder: RunFolder) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             events.append(json.loads(line))
     return events
+
+
+def _scoring(folder: RunFolder) -> str:
+    manifest = read_json(folder.scores / "scores.json")
+    whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
+    # The models score one after another, and a shard is whole when the last has: until then the parts tell.
+    models = sum(name.startswith("model ") for name in manifest["inputs"])
+    rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
+    return f"{whole} of {manifest['shards']} shards done{rest}"
 
 
 def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:
