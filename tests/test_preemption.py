@@ -67,7 +67,7 @@ def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRec
 
 
 def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    changes = {"data.train_size": 3000, "score.shard_size": 20}
+    changes = {"data.train_size": 1200, "score.shard_size": 20}
     recipe = tiny_recipe(tmp_path, changes)
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
@@ -80,15 +80,15 @@ def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_pa
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 75
     done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
-    assert 4 <= len(done) < 150 and not [path for path in done if path.suffix != ".parquet"]
-    assert f"0 of 150 shards done, of the others {len(done)} of 450 parts" in succeed("local", 1, "status", run)
+    assert 4 <= len(done) < 60 and not [path for path in done if path.suffix != ".parquet"]
+    assert f"0 of 60 shards done, of the others {len(done)} of 180 parts" in succeed("local", 1, "status", run)
     job = start("local", 2, "score", recipe)
-    while not (parts / "shard-00149-of-00150.large.parquet").exists():
+    while not (parts / "shard-00059-of-00060.large.parquet").exists():
         assert job.process.poll() is None, job.text()[-3000:]
         time.sleep(0.005)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items() if path.exists())
     assert job.wait().code == 0
-    assert len(list((run / "scores").glob("shard-*.parquet"))) == 150
+    assert len(list((run / "scores").glob("shard-*.parquet"))) == 60
     succeed("local", 1, "merge", recipe)
 
 
