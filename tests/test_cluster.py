@@ -1,6 +1,7 @@
 """Who am I: the variables of each launcher, and the real launchers."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_services import need, start, stop
 
-from atlantis_ds.cluster.ranks import Place, find_place, first_host, launched
+from atlantis_ds.cluster.ranks import Place, find_place, first_host, free_port, launched
 from atlantis_ds.errors import InputError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -139,17 +140,48 @@ def test_srun_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     assert meet(*srun, environ=slurm, script=tmp_path / "meet.py") == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_rank_without_its_master_says_where_and_ends(rank: int, tmp_path: Path) -> None:
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "9"}
-    if rank == 0:
-        place["MASTER_PORT"] = "14999"  # it can listen there, but nobody comes
-    recipe = Path(__file__).parents[1] / "recipes" / "demo.yaml"
-    command = [sys.executable, "-m", "atlantis_ds", "prepare", str(recipe), "--set", f"runs_dir={tmp_path}"]
+DEMO = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+
+
+def wait_minutes(minutes: float, folder: Path) -> list[str]:
+    return ["--set", f"runs_dir={folder}", "--set", f"timeout_minutes={minutes}"]
+
+
+def test_rank_that_cannot_reach_the_master_says_where_and_all_end(tmp_path: Path) -> None:
+    port = str(free_port())
+    ports = [port, port, "9"]  # nobody listens at 9, and the two others wait for a third in vain
     start = time.monotonic()
-    done = subprocess.run(
-        [*command, "--set", "timeout_minutes=0.05"], env=ENVIRON | place, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and time.monotonic() - start < 40
-    assert f"rank {rank} of 2" in done.stderr and f"localhost:{place['MASTER_PORT']}" in done.stderr
-    assert "Traceback" not in done.stderr
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "atlantis_ds", "prepare", str(DEMO), *wait_minutes(0.1, tmp_path)],
+            env=ENVIRON
+            | {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "localhost", "MASTER_PORT": ports[rank]},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1, 1] and time.monotonic() - start < 60
+    for rank, text in enumerate(said):
+        assert f"rank {rank} of 3" in text and f"localhost:{ports[rank]}" in text and "Traceback" not in text, text
+    assert not list(tmp_path.iterdir())
+
+
+def test_silent_master_is_given_up(tmp_path: Path) -> None:
+    """A frozen rank 0, or another program at its port: it takes the connection and says nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
+        done = subprocess.run(
+            [sys.executable, "-m", "atlantis_ds", "prepare", str(DEMO), *wait_minutes(0.05, tmp_path)],
+            env=ENVIRON | place | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"rank 1 of 2 on {socket.gethostname()} did not meet the others" in done.stderr
+    assert f"127.0.0.1:{place['MASTER_PORT']} within 0.05 minutes: it took the connection" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -74,7 +75,8 @@ def test_losses_follow_on_another_number_of_ranks(mode: str, tiny_recipe: WriteR
 
 
 def change_adam_states(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the optimizer state of each rank (and parameter group) in a checkpoint of DeepSpeed's."""
+    """Change the optimizer state of each rank (and parameter group) in a checkpoint, as if it was saved like that."""
+    info = json.loads((checkpoint / "COMPLETED").read_text())
     for file in checkpoint.glob("*optim_states.pt"):
         saved = torch.load(file, weights_only=False)
         base = saved["optimizer_state_dict"]
@@ -82,6 +84,8 @@ def change_adam_states(checkpoint: Path, change: Callable[[dict[str, Any]], None
         for state in base["state"].values():
             change(state)
         torch.save(saved, file)
+        info["files"][file.name] = file.stat().st_size
+    (checkpoint / "COMPLETED").write_text(json.dumps(info))
 
 
 def test_moments_that_do_not_come_back_are_noticed(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

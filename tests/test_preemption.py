@@ -67,7 +67,7 @@ def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRec
 
 
 def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    changes = {"data.train_size": 3000, "score.shard_size": 20}
+    changes = {"data.train_size": 1200, "score.shard_size": 20}
     recipe = tiny_recipe(tmp_path, changes)
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
@@ -80,14 +80,15 @@ def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_pa
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 75
     done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
-    assert 4 <= len(done) < 150 and not [path for path in done if path.suffix != ".parquet"]
+    assert 4 <= len(done) < 60 and not [path for path in done if path.suffix != ".parquet"]
+    assert f"0 of 60 shards done, of the others {len(done)} of 180 parts" in succeed("local", 1, "status", run)
     job = start("local", 2, "score", recipe)
-    while not (parts / "shard-00149-of-00150.large.parquet").exists():
+    while not (parts / "shard-00059-of-00060.large.parquet").exists():
         assert job.process.poll() is None, job.text()[-3000:]
         time.sleep(0.005)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items() if path.exists())
     assert job.wait().code == 0
-    assert len(list((run / "scores").glob("shard-*.parquet"))) == 150
+    assert len(list((run / "scores").glob("shard-*.parquet"))) == 60
     succeed("local", 1, "merge", recipe)
 
 
@@ -104,12 +105,13 @@ def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: 
 
 
 def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.save_steps": 5, "train.eval_steps": 10**6})
+    often = {"train.save_steps": 2, "train.save_total_limit": 3}
+    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, **often})
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
     first = start("local", 1, "train", recipe, "--arm", "sft")
     end = time.monotonic() + TIMEOUT
-    while len(events(run, "train")) < 3:
+    while len(events(run, "train")) < 9:
         assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
         time.sleep(0.05)
     second = launch("local", 2, "train", recipe, "--arm", "sft")
@@ -120,6 +122,10 @@ def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRe
     assert claim.exists()
     stop_when(start("local", 1, "train", recipe, "--arm", "sft"), run, "train", len(events(run, "train")) + 2, "STOP")
     assert not claim.exists()
+    last = events(run, "train")[-1]["step"]
+    kept = sorted({*range(2, last + 1, 2), last})[-3:]
+    found = (run / "checkpoints" / "sft").glob("*step*")
+    assert sorted(path.name for path in found) == [f"step-{n:08d}" for n in kept]
     # From another host no process can be seen: the file is watched, and it does not change.
     claim.write_text('{"host": "gone", "pid": 1, "machine": "gone", "beat": 9}')
     before = time.monotonic()

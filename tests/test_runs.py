@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -81,9 +82,28 @@ def outputs(run: Path) -> dict[str, int]:
     return {name: time for name, time in names.items() if not name.startswith(("eval/comparison", "claims/"))}
 
 
+def watched_run(recipe: Path, run: Path, folder: Path) -> str:
+    """Do all stages on 2 ranks; nothing may be locked in the run folder, nor be made in the common /tmp."""
+    watch, log, scratch = folder / "watch.so", folder / "watch.log", folder / "scratch"
+    subprocess.run(["cc", "-shared", "-fPIC", ROOT / "tests" / "watch.c", "-o", watch, "-ldl"], check=True)
+    scratch.mkdir()
+    env = {"LD_PRELOAD": str(watch), "WATCH_LOG": str(log), "TMPDIR": str(scratch)}
+    done = launch("local", 2, "run", recipe, env=env | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.code == 0, done.out[-4000:]
+    lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    made = {Path(name) for what, name in lines if what == "make"}
+    assert not [name for what, name in lines if what == "lock" and Path(name).is_relative_to(run)], "NFS breaks locks"
+    inside = {path.relative_to(run).parts[0] for path in made - {run} if path.is_relative_to(run)}
+    assert inside >= {"claims", "scores", "checkpoints", "model", "log.jsonl"}, "the watch is blind"
+    assert [path for path in made if path.is_relative_to(scratch)], "nothing needed scratch, so this shows nothing:"
+    common = [Path(name) for name in (tempfile.gettempdir(), "/tmp", "/var/tmp", ROOT)]
+    assert not [p for p in made if any(map(p.is_relative_to, common)) and not p.is_relative_to(folder)]
+    return done.out
+
+
 def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, run = tiny_recipe(tmp_path, RUN), tmp_path / "run"
-    first = succeed("local", 2, "run", recipe)
+    first = watched_run(recipe, run, tmp_path)
     assert sorted(path.name for path in (run / "model").iterdir()) == [
         "atlantis",
         "reference-0-of-2",

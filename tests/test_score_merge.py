@@ -126,6 +126,7 @@ def test_shards_hold_the_log_likelihoods_of_each_model(scored, models):
     examples = load_examples(folder)
     assert sorted(times(folder)) == SHARDS
     assert not list((folder.scores / "parts").iterdir())
+    assert sorted(path.name for path in folder.scores.iterdir()) == ["parts", "scores.json", *SHARDS]
     table = pa.concat_tables([pq.read_table(folder.scores / name) for name in SHARDS])
     assert table["id"].to_pylist() == [example.id for example in examples.train]
     for name in ("large", "small", "reference"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,12 +126,48 @@ def test_cancelled_element_of_the_array_is_done_later(
     assert len(done) == 6 and "shard-00002-of-00008.parquet" not in done
     refused = launch("local", 1, "merge", recipe)
     assert refused.code == 2 and "shard-00002-of-00008.parquet: missing (2 of 8 shards are)" in refused.out
-    again = sbatch(slurm, tmp_path / "again.log", "--array=3", "--time=10", "score.sbatch", recipe)
+    # On two nodes this time: an element may have any number of ranks.
+    again = sbatch(slurm, tmp_path / "again.log", "--array=3", "--nodes=2", "--time=10", "score.sbatch", recipe)
     assert ended(slurm, f"{again}_3", tmp_path / "again.log") == "COMPLETED", text(tmp_path / "again.log")
+    last = events(tmp_path / "run", "score")[-6:]
+    assert sorted(event["rank"] for event in last) == [0, 0, 0, 1, 1, 1], "three models on each of two ranks"
     merged = sbatch(slurm, tmp_path / "merge.log", "merge.sbatch", recipe)
     assert ended(slurm, merged, tmp_path / "merge.log") == "COMPLETED", text(tmp_path / "merge.log")
     assert pq.read_metadata(tmp_path / "run" / "weights.parquet").num_rows == 37
     assert all((scores / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
+def test_array_trains_every_arm_with_every_seed(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, {"seeds": [1, 2], "train.num_train_epochs": 1})
+    where = tmp_path / "run"
+    for stage in ("prepare", "score", "merge"):
+        succeed("local", 1, stage, recipe)
+    array = sbatch(slurm, tmp_path / "%a.log", "--array=1-4", "--time=10", "compare.sbatch", recipe)
+    for element in (1, 2, 3, 4):
+        log = tmp_path / f"{element}.log"
+        assert ended(slurm, f"{array}_{element}", log) == "COMPLETED", text(log)
+        assert f"compare: part {element} of 4 is done" in text(log)
+    trained = {path: path.stat().st_mtime_ns for path in where.glob("model/*/training.json")}
+    names = ["atlantis-seed1", "atlantis-seed2", "sft-seed1", "sft-seed2"]
+    assert sorted(path.parent.name for path in trained) == names
+    said = cli(slurm, "status", where).stdout
+    assert all(f"train {name}" in said for name in names) and said.count("finished, 5 steps") == 4, said
+    done = cli(slurm, "compare", recipe)
+    assert done.returncode == 0 and "macro10" in done.stdout, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    rows = (where / "compare" / "runs.csv").read_text().splitlines()[1:]
+    assert sorted(row.split(",")[:2] for row in rows) == [[arm, seed] for arm in ("atlantis", "sft") for seed in "12"]
+
+
+def test_lora_on_one_gpu(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, log = tiny_recipe(tmp_path, {"train.num_train_epochs": 1}), tmp_path / "lora.log"
+    succeed("local", 1, "prepare", recipe)
+    number = sbatch(slurm, log, "--time=10", "train_single_gpu_lora.sbatch", recipe, "sft")
+    assert ended(slurm, number, log) == "COMPLETED", text(log)
+    assert "1 ranks x 2 micro-batches x 4), lora, " in text(log)
+    assert (tmp_path / "run" / "model" / "sft" / "last" / "adapter_model.safetensors").is_file()
 
 
 def test_preempted_training_requeues_and_loses_nothing(
@@ -149,6 +186,8 @@ def test_preempted_training_requeues_and_loses_nothing(
         before = len(events(where, "train"))
         wait_for(lambda: len(events(where, "train")) > before + 3, 240, lambda: text(log))  # noqa: B023
         run(slurm, *preempt)
+        said = cli(slurm, "status", where).stdout
+        assert re.search(r"train sft +step \d+ of 500, loss \d+\.\d+, \d:\d\d:\d\d left", said), said
     assert ended(slurm, number, log, 240) == "COMPLETED", text(log)
     assert job(slurm, number)["Restarts"] == "2"
     assert text(log).count("preempted: train sft: stopped after step") == 2

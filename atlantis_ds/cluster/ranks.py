@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -213,19 +214,34 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
-    except RuntimeError as error:
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except Exception as error:
+            failures.append(error)
+
+    # Beside this thread, because torch waits without end for a master that takes the connection and then is silent:
+    # one that has frozen, or another program at that port. The seconds are for torch's own reasons to come first.
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    joining.join(60 * timeout_minutes + 5)
+    if joining.is_alive():
+        failures.append(RuntimeError("it took the connection, but does not answer"))
+    for error in failures:
+        if not isinstance(error, RuntimeError):
+            raise error
         master = f"{place.master_addr}:{place.master_port}"
         raise RunError(
             f"rank {place.rank} of {place.world_size} on {socket.gethostname()} did not meet the others at the master "
             f"{master} within {timeout_minutes:g} minutes: {str(error).splitlines()[0]}"
-        ) from None
+        )
     return Ranks(place.rank, place.world_size, device)
 
 

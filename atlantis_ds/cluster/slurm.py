@@ -127,15 +127,15 @@ def status(root: Path) -> list[tuple[str, str]]:
     recipe = load_recipe(source)
     events = _events(folder)
     lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]
-    references = sorted({e["arm"] for e in events if e["event"] == "start" and e["arm"].startswith("reference")})
+    begun = {event["arm"] for event in events if event["event"] == "start"}
+    references = sorted(name for name in begun if name.startswith("reference"))
+    seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # of `compare`: arm and seed
     lines += [(f"train {name}", _training(folder, name, events)) for name in references]
-    manifest = folder.scores / "scores.json"
-    if manifest.exists():
-        whole = len(list(folder.scores.glob("shard-*.parquet")))
-        lines.append(("score", f"{whole} of {read_json(manifest)['shards']} shards done"))
+    if (folder.scores / "scores.json").exists():
+        lines.append(("score", _scoring(folder)))
     if folder.weights_info.exists():
         lines.append(("merge", f"effective sample size {read_json(folder.weights_info)['ess_fraction']:.1%}"))
-    for arm in recipe.arms:
+    for arm in [*(arm for arm in recipe.arms if arm in begun or not seeds), *seeds]:
         lines.append((f"train {arm}", _training(folder, arm, events)))
         metrics = folder.evaluation(arm) / "metrics.json"
         if metrics.exists():
@@ -152,18 +152,31 @@ def _events(folder: RunFolder) -> list[dict[str, Any]]:
     return events
 
 
+def _scoring(folder: RunFolder) -> str:
+    manifest = read_json(folder.scores / "scores.json")
+    whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
+    # The models score one after another, and a shard is whole when the last has: until then the parts tell.
+    models = sum(name.startswith("model ") for name in manifest["inputs"])
+    rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
+    return f"{whole} of {manifest['shards']} shards done{rest}"
+
+
 def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:
     if (folder.model(name) / "training.json").exists():
         summary = read_json(folder.model(name) / "training.json")
         return f"finished, {summary['step']} steps" + (f", {n} skipped" if (n := summary.get("skipped")) else "")
-    total = [e["steps"] for e in events if e["event"] == "start" and e["arm"] == name]
-    steps = [e for e in events if e["event"] == "train" and e["arm"] == name]
-    if not total or not steps:
+    total, last = 0, None
+    recent: list[dict[str, Any]] = []
+    for event in (event for event in events if event.get("arm") == name):
+        if event["event"] == "start":
+            total, recent = event["steps"], []  # the wait before a job that goes on tells nothing of its speed
+        elif event["event"] == "train":
+            last, recent = event, [*recent[-19:], event]
+    if last is None:
         return "not yet"
-    last, recent = steps[-1], steps[-20:]
-    text = f"step {last['step']} of {total[-1]}, loss {last['loss']}"
+    text = f"step {last['step']} of {total}, loss {last['loss']}"
     if len(recent) > 1:
-        left = (total[-1] - last["step"]) * (last["time"] - recent[0]["time"]) / (len(recent) - 1)
+        left = (total - last["step"]) * (last["time"] - recent[0]["time"]) / (len(recent) - 1)
         text += f", {timedelta(seconds=round(left))} left"
     return text
 
