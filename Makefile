@@ -1,7 +1,7 @@
 # make demo      the whole method on a small problem, from nothing, on the CPU
 # make test      linters, type checks and all tests that are not slow
 # make soak      48 injected faults and the slow tests; an hour or so
-# make bench     speed and memory beside lm-eval, Trainer and TRL, on the CPU; needs make smollm2
+# make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
 # make smollm2   a real pretrained model of 135M parameters into models/
 # Each makes .venv first, a few minutes the first time.
 
@@ -29,7 +29,7 @@ soak: .venv/.installed
 
 bench: .venv/.installed .venv-bench/.installed
 	.venv-bench/bin/python tools/bench/cpu.py
-	.venv/bin/python tools/bench/merge.py
+	.venv/bin/python tools/bench/scaling.py speedup --pairs 3 --ranks 1 2 --plot scaling.png
 
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py

@@ -57,6 +57,7 @@ def counted(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: (train, run["collectives"]) for name, train, run in zip(CASES, trains, found)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_collectives_and_bytes_are_those_of_a_real_step(case: str, counted: Any, base_model: Path) -> None:
     train, real = counted[case]

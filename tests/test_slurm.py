@@ -137,6 +137,7 @@ def test_cancelled_element_of_the_array_is_done_later(
     assert all((scores / name).stat().st_mtime_ns == when for name, when in done.items())
 
 
+@pytest.mark.slow
 def test_array_trains_every_arm_with_every_seed(
     slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_array_trains_every_arm_with_every_seed(
     assert sorted(row.split(",")[:2] for row in rows) == [[arm, seed] for arm in ("atlantis", "sft") for seed in "12"]
 
 
+@pytest.mark.slow
 def test_lora_on_one_gpu(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, log = tiny_recipe(tmp_path, {"train.num_train_epochs": 1}), tmp_path / "lora.log"
     succeed("local", 1, "prepare", recipe)

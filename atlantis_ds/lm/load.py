@@ -181,6 +181,13 @@ def sharded_at_load(config: dict[str, Any]) -> Iterator[None]:
         del sharding
 
 
+def hash_files(model: Model) -> dict[str, str]:
+    """SHA-256 of a model folder's weights and config, by name; nothing for a Hugging Face id."""
+    path = Path(str(model.model_name_or_path)).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
+
+
 def model_identity(model: Model) -> dict[str, str]:
     """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
     tokenizer = load_tokenizer(model)
@@ -191,8 +198,7 @@ def model_identity(model: Model) -> dict[str, str]:
     if not path.is_dir():
         commit = getattr(load_config(model), "_commit_hash", None) or model.revision or "main"
         return {"model": str(model.model_name_or_path), "revision": commit, "tokenizer": tokenizer_hash}
-    files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
-    hashes = {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
+    hashes = hash_files(model)
     if base := adapter_base(model):
         hashes["base"] = fingerprint(model_identity(base))
     return {"weights": fingerprint(hashes), "tokenizer": tokenizer_hash}

@@ -18,7 +18,7 @@ from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
-from atlantis_ds.lm.load import load_config, load_tokenizer
+from atlantis_ds.lm.load import hash_files, load_config, load_tokenizer
 from atlantis_ds.progress import Steps, console, since_process_start
 from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
@@ -40,14 +40,15 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
     """
     settings, seed = job.settings, job.seed
     done = folder.model(job.name) / "training.json"
-    with ThreadPoolExecutor(1) as thread:  # hashing a model's files takes as long as importing what trains it
-        hashed = thread.submit(job.fingerprint, recipe, examples) if ranks.is_main else None
+    with ThreadPoolExecutor(1) as thread:
+        if ranks.is_main:  # takes as long as importing what trains the model; the fingerprint finds the hashes there
+            thread.submit(hash_files, job.model)
         if not done.exists():
             import deepspeed  # noqa: F401
 
             if settings.mode != "full":
                 import peft  # noqa: F401
-        mark = ranks.broadcast(hashed.result() if hashed else None)
+    mark = ranks.broadcast(job.fingerprint(recipe, examples) if ranks.is_main else None)
     if ranks.broadcast(finished(done, mark)):
         if ranks.is_main:
             console.print(f"train {job.name}: already finished")

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16" if has_bfloat16() else "float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3, help="Rounds in which each side runs once.")
     parser.add_argument("--only", default="", help="Names of comparisons that hold this word.")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="For start-up times.")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
@@ -76,12 +76,12 @@ class Bench:
         )
         ranking = {**self.real, **self.semeval, "examples": 4, "dtype": "float32"}
         self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
-        real = {**self.real, **self.conll, **self.lora, "examples": 24}
+        real = {**self.real, **self.conll, **self.lora, "examples": 16}
         self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)
         self.compare(
             "LoRA training, 152k vocabulary, 2 layers",
             "train_ours",
-            [*trainers, "train_trainer_deepspeed", *breakdown],
+            ["train_trainer", "train_trl_packing", "train_trainer_deepspeed", *breakdown],
             **two_layers,
         )
 

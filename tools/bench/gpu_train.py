@@ -238,6 +238,11 @@ _OF_A_MODEL = {
 }
 EXTRAS: dict[tuple[str, str], Callable[..., Any]] = {
     ("full", "fused AdamW"): fused_adamw,
-    **{(what, name): apply for name, apply in _OF_A_MODEL.items() for what in ("score", "full")},
+    **{
+        (what, name): apply
+        for name, apply in _OF_A_MODEL.items()
+        for what in ("score", "full")
+        if (what, name) != ("full", "flash-attn")  # it takes no mask that lays several examples into one row
+    },
 }
 """What could be switched on: each a row of its own, on a model of its own."""

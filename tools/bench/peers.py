@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 import time
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+
+from atlantis_ds.cluster.ranks import free_port
 
 if TYPE_CHECKING:
     from measure import Setting
@@ -51,9 +54,11 @@ def _arguments(setting: Setting, kind: Any, deepspeed: bool = False, **others: A
     zero = {"train_micro_batch_size_per_gpu": size, "zero_optimization": {"stage": 2}} if deepspeed else None
     if zero:
         zero |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
+    given = {"per_device_train_batch_size": size} | others
     return kind(
         output_dir=tempfile.gettempdir(),
-        per_device_train_batch_size=size,
         num_train_epochs=1,
         learning_rate=2e-5,
         save_strategy="no",
@@ -63,28 +68,36 @@ def _arguments(setting: Setting, kind: Any, deepspeed: bool = False, **others: A
         use_cpu=True,
         bf16=False,
         deepspeed=zero,
-        **others,
+        **given,
     )
 
 
-def _clock_steps(setting: Setting, trainer: Any) -> dict[str, Any]:
-    """From the end of the first optimizer step to the end of training; examples by what the steps have read."""
+def _clock_steps(trainer: Any) -> dict[str, Any]:
+    """From the end of the first optimizer step to the end of training; the examples that the steps really had."""
     from transformers import TrainerCallback
 
     marks: list[float] = []
+    examples: list[int] = []
+    training_step = trainer.training_step
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             marks.append(time.monotonic())
 
+    def counted(model: Any, inputs: Any, *others: Any, **options: Any) -> Any:
+        learnt = inputs["labels"] != -100  # every example has one span of these, packed or not
+        examples.append(int((learnt[:, 1:] & ~learnt[:, :-1]).sum()))
+        return training_step(model, inputs, *others, **options)
+
+    trainer.training_step = counted
     trainer.add_callback(Clock())
     trainer.train()
-    seconds, steps = marks[-1] - marks[0], len(marks) - 1
+    seconds = marks[-1] - marks[0]
     return {
         "seconds": seconds,
-        "examples_per_s": len(setting.examples) * steps / len(marks) / seconds,
+        "examples_per_s": sum(examples[1:]) / seconds,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "steps": steps,
+        "examples": examples,
     }
 
 
@@ -130,12 +143,14 @@ def train_trainer(setting: Setting, deepspeed: bool = False) -> dict[str, Any]:
 def train_trl(setting: Setting, packing: bool = False) -> dict[str, Any]:
     """TRL's SFTTrainer on prompt and completion; it has no weights an example.
 
-    With packing a step reads ``batch_size`` packed rows of 256 tokens, more examples than a step of the others.
+    With packing, a step reads as many rows of 256 tokens as hold about ``batch_size`` examples.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list([{"prompt": prompt, "completion": label} for prompt, label in setting.texts()])
-    arguments = _arguments(setting, SFTConfig, packing=packing, max_length=256)
+    tokens = sum(map(len, setting.pairs())) / len(setting.examples)
+    size = round(setting.options["batch_size"] * tokens / 256) if packing else setting.options["batch_size"]
+    arguments = _arguments(setting, SFTConfig, packing=packing, max_length=256, per_device_train_batch_size=size)
     trainer = SFTTrainer(_model(setting), args=arguments, train_dataset=rows, processing_class=setting.tokenizer)
-    return _clock_steps(setting, trainer)
+    return _clock_steps(trainer)
