@@ -140,6 +140,7 @@ def train(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
     }
     if options.get("rates"):
         found |= {"rates": rates(ranks, engine.module.config.hidden_size), "links": links(ranks)}
+    engine.destroy()
     return found
 
 
@@ -192,7 +193,9 @@ def _train(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float
 
     for _ in range(2):
         step(0)
-    return best(lambda: [step(first) for first in range(0, len(pairs), size)], 1)
+    seconds = best(lambda: [step(first) for first in range(0, len(pairs), size)], 1)
+    engine.destroy()
+    return seconds
 
 
 def main() -> None:
