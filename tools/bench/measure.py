@@ -48,7 +48,7 @@ class Setting:
         else:  # a config file: the real shape with random weights
             config = AutoConfig.from_pretrained(path)
             config.num_hidden_layers = options.get("layers", config.num_hidden_layers)
-            config.layer_types = None
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
             config.vocab_size = options.get("vocab_size", config.vocab_size)
             self.lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
         read = read_semeval if options["data"].endswith(".TXT") else read_conll04

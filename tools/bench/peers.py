@@ -137,7 +137,7 @@ def train_trainer(setting: Setting, deepspeed: bool = False) -> dict[str, Any]:
         for pair in pairs
     ]
     arguments = _arguments(setting, TrainingArguments, deepspeed, remove_unused_columns=False)
-    return _clock_steps(setting, Weighted(_model(setting), arguments, data_collator=collate_padded, train_dataset=rows))
+    return _clock_steps(Weighted(_model(setting), arguments, data_collator=collate_padded, train_dataset=rows))
 
 
 def train_trl(setting: Setting, packing: bool = False) -> dict[str, Any]:
