@@ -14,6 +14,7 @@ import typer
 
 from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
+from atlantis_ds.cluster.ranks import end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.recipe import Recipe, load_recipe
 from atlantis_ds.run_folder import RunFolder
@@ -321,7 +322,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run a command; errors become one line and an exit code: 2 bad input, 1 a fault in the run, 75 preempted."""
     arguments = sys.argv[1:]
     # The `deepspeed` launcher puts this in front of every program's own arguments.
@@ -344,20 +345,22 @@ def main() -> NoReturn:
         if not lost_a_rank(error):
             raise
         _end(f"fault: another rank has gone ({str(error).splitlines()[0][:200]}); its own message says why", 1)
-    sys.exit(0)
+    except SystemExit as ended:  # the command line ends so, also when all is well
+        if "RANK" not in os.environ or not isinstance(ended.code, int):
+            raise
+        end_rank(ended.code)
 
 
 def _end(line: str, code: int) -> NoReturn:
     main_rank = os.environ.get("RANK", "0") == "0"
     if code == 75 and not main_rank:
-        os._exit(code)  # all ranks have agreed and saved; one of them says so
+        end_rank(code)  # all ranks have agreed and saved; one of them says so
     if not main_rank:
         # Mostly all ranks meet the same error: leave rank 0 the time to say it, and the launcher to end the rest.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(5)
-    print(line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)  # a rank that others wait for must not linger in teardown
+    print(line, file=sys.stderr)
+    end_rank(code)
 
 
 def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
 from atlantis_ds.lm.load import load_model, sharded_at_load, start_deepspeed
 from atlantis_ds.recipe import Model
 
@@ -45,3 +45,4 @@ whole = sum(4 * p.ds_numel for p in lm.parameters()) / 2**20
 sys.stdout.write(f"LOADED {ranks.rank} {own:.0f} {total:.0f} {shards:.0f} {whole:.0f}\n")
 ranks.barrier()
 stop_ranks()
+end_rank()

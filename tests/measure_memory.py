@@ -8,7 +8,7 @@ import deepspeed
 import peft  # noqa: F401
 import transformers  # noqa: F401
 
-from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.recipe import Model, Train
@@ -34,3 +34,4 @@ for _ in range(2):
     optimizer_step(engine, [collate(pairs, engine.module.config, 0, [1.0] * size)], train.train_batch_size, ranks)
 print(f"PEAK {resident('VmHWM') - before}", flush=True)
 stop_ranks()
+end_rank()

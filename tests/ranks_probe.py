@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from atlantis_ds.cluster.ranks import Ranks, start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.grammar import grammar_corpus
 from atlantis_ds.lm.batch import collate
@@ -217,6 +217,7 @@ def main() -> None:
         Path(result).write_text(json.dumps(found))
     ranks.barrier()
     stop_ranks()
+    end_rank()
 
 
 if __name__ == "__main__":

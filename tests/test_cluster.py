@@ -95,11 +95,12 @@ def test_half_set_and_contradictory_environments_are_refused(environ: dict[str, 
 
 MEET = """
 import os
-from atlantis_ds.cluster.ranks import find_place, start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import end_rank, find_place, start_ranks, stop_ranks
 ranks = start_ranks(float(os.environ.get("MINUTES", "1")))
 line = f"rank {ranks.rank} of {ranks.world_size} sum {ranks.sum(ranks.rank + 1)[0]}"
 os.write(1, (line + "\\n").encode())  # in one piece: all ranks write to one pipe
 stop_ranks()
+end_rank()
 """
 ENVIRON = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
     "PYTHONPATH": str(Path(__file__).parents[1]),

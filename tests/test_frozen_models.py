@@ -113,7 +113,7 @@ def test_sharded_scores_equal_those_of_replicas(dtype: str, lora_run: Path, tmp_
 
 CHOOSE = """
 import sys
-from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
 from atlantis_ds.lm.frozen import Frozen
 from atlantis_ds.recipe import Model, Score
 ranks = start_ranks(1)
@@ -122,6 +122,7 @@ small, huge = (Model(model_name_or_path=path) for path in sys.argv[1:])
 chosen = [frozen.choose(small, "small"), frozen.choose(huge, "huge")]
 sys.stdout.write(f"chosen: {chosen}\\n")
 stop_ranks()
+end_rank()
 """
 
 

@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from atlantis_ds.errors import InputError, RunError
 
@@ -254,11 +255,24 @@ def _hush() -> None:
 
 
 def stop_ranks() -> None:
-    """Leave the process group; a rank that exits without it can die in teardown."""
+    """Leave the process group, and MPI where the ranks met through it; then the process may ``end_rank``."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
+    if "mpi4py.MPI" in sys.modules:
+        sys.modules["mpi4py.MPI"].Finalize()
+
+
+def end_rank(code: int = 0) -> NoReturn:
+    """End this process, its output written, without Python's own teardown.
+
+    There a thread that torch has left can abort a rank whose work is done (seen once on a loaded machine: "terminate
+    called without an active exception"), and a rank that others wait for must not linger.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lost_a_rank(error: RuntimeError) -> bool:

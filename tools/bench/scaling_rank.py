@@ -23,7 +23,7 @@ import transformers  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atlantis_ds.cluster.ranks import Ranks, start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import score_pairs
@@ -210,6 +210,7 @@ def main() -> None:
         print("FOUND " + json.dumps(found), flush=True)
     ranks.barrier()
     stop_ranks()
+    end_rank()
 
 
 if __name__ == "__main__":
