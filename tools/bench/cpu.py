@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if has_bfloat16() else "float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--pairs", type=int, default=3, help="Rounds in which each side runs once.")
+    parser.add_argument("--examples", type=int, default=64, help="Examples of the first comparison; all are 1283.")
     parser.add_argument("--only", default="", help="Names of comparisons that hold this word.")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="For start-up times.")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
@@ -69,8 +71,10 @@ class Bench:
         print("|---|---|---|---|---|---|---|")
         two_layers = {**self.shape, **self.conll, **self.lora, "examples": 24, "layers": 2}
         trainers = ["train_trainer", "train_trl", "train_trl_packing"]
-        breakdown = ["train_ours_padded", "train_ours_full_logits"]
-        self.compare("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], **self.real, **self.conll, examples=64)
+        scoring = {**self.real, **self.conll, "examples": self.options.examples}
+        self.compare("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], **scoring)
+        few_shot = {**self.real, **self.conll, "examples": 24, "shots": 5}
+        self.compare("scoring, SmolLM2-135M, 5-shot", "score_ours", ["score_lm_eval"], **few_shot)
         self.compare(
             "scoring, Qwen2-0.5B shape", "score_ours", ["score_lm_eval"], **self.shape, **self.conll, examples=16
         )
@@ -81,23 +85,25 @@ class Bench:
         self.compare(
             "LoRA training, 152k vocabulary, 2 layers",
             "train_ours",
-            ["train_trainer", "train_trl_packing", "train_trainer_deepspeed", *breakdown],
+            ["train_trainer", "train_trl_packing", "train_trainer_deepspeed"],
+            once=["train_ours_padded", "train_ours_full_logits"],
             **two_layers,
         )
 
-    def compare(self, name: str, ours: str, peers: list[str], **own: Any) -> None:
-        """``pairs`` rounds in which every side runs once; prints a line a peer."""
+    def compare(self, name: str, ours: str, peers: list[str], once: Sequence[str] = (), **own: Any) -> None:
+        """``pairs`` rounds in which every side runs once, those of ``once`` in the first alone; a line a peer."""
         if self.options.only not in name:
             return
         given = {**self.both, **own}
         if "score_lm_eval" in peers:
             given["batch_size"] = best_batch_size(given)
-        runs: dict[str, list[dict[str, Any]]] = {what: [] for what in (ours, *peers)}
-        for _ in range(self.options.pairs):
+        runs: dict[str, list[dict[str, Any]]] = {what: [] for what in (ours, *peers, *once)}
+        for round_ in range(self.options.pairs):
             for what in runs:
-                runs[what].append(measure(what, given))
+                if round_ == 0 or what not in once:
+                    runs[what].append(measure(what, given))
         self.results["comparisons"][name] = {"options": given, "runs": runs}
-        for peer in peers:
+        for peer in [*peers, *once]:
             print(line(name, runs[ours], peer, runs[peer]), flush=True)
         if "flops" in runs[ours][0]:
             rate = statistics.median(measure("matmul", given)["flops"] for _ in range(3))

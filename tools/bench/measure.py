@@ -2,8 +2,9 @@
 
     python tools/bench/measure.py WHAT '{"model": ..., "examples": 64, ...}'
 
-Prints one line of JSON. What is timed begins after the model is loaded and one small batch has run. Both sides of a
-comparison get the same model in memory, the same examples, precision and threads.
+Prints one line of JSON. With "shots": K the prompts begin with K solved examples, one a label. What is timed begins
+after the model is loaded and one small batch has run. Both sides of a comparison get the same model in memory, the
+same examples, precision and threads.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Setting:
         examples = read(options["data"], "train")
         self.labels = sorted({example.label for example in examples})
         self.examples = sorted(examples, key=lambda e: e.id)[: options["examples"]]
-        self.prompt = Prompt(template=TEMPLATE)
+        solved = [next(e for e in reversed(examples) if e.label == label) for label in self.labels]
+        shots = [render_prompt(e, Prompt(template=TEMPLATE), self.labels) + f"\n{e.label}\n\n" for e in solved]
+        self.prompt = Prompt(template="".join(shots[: options.get("shots", 0)]) + TEMPLATE)
         self.encoder = Encoder(self.tokenizer, self.lm.config, self.prompt, self.labels)
 
     def having(self, **options: Any) -> Setting:
