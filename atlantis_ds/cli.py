@@ -16,11 +16,11 @@ from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
 from atlantis_ds.cluster.ranks import end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
-from atlantis_ds.recipe import Recipe, load_recipe
 from atlantis_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from atlantis_ds.cluster.ranks import Ranks
+    from atlantis_ds.recipe import Recipe
 
 app = typer.Typer(
     name="atlantis-ds",
@@ -130,6 +130,7 @@ def diagnose(run: RunPath) -> None:
     Example: atlantis-ds diagnose runs/demo
     """
     from atlantis_ds.progress import console
+    from atlantis_ds.recipe import load_recipe
     from atlantis_ds.weights.diagnostics import diagnosis_table
     from atlantis_ds.weights.page import write_diagnosis
 
@@ -364,6 +365,8 @@ def _end(line: str, code: int) -> NoReturn:
 
 
 def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
+    from atlantis_ds.recipe import load_recipe
+
     settings = load_recipe(recipe, overrides)
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 

@@ -10,6 +10,10 @@ import torch
 
 from atlantis_ds.lm.encode import Encoded
 
+NEAR, ENOUGH = 0.9, 0.25
+"""A batch that has this share of its token budget takes no example of less than this share of its longest one's tokens:
+a smaller batch is read as fast, and padding is not."""
+
 PACKED_SHARE, PACKED_TOKENS = 0.9, 4096
 """A micro-batch is packed into one row where that is at most this share of its padded tokens, and this many tokens."""
 
@@ -48,27 +52,29 @@ class Batch:
         )
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut examples, longest first, into batches of at most ``budget`` tokens with padding.
+def token_budget_batches(lengths: Sequence[int], budget: int, prefix: int = 0) -> list[list[int]]:
+    """Cut examples, longest first, into batches of at most ``budget`` tokens with padding, and of little padding.
 
     Longest first makes an out-of-memory error come at once and the remaining time an upper bound.
 
     Args:
         lengths: tokens of each example.
         budget: largest (examples in the batch) x (longest example of it); one longer example goes alone.
+        prefix: tokens that every example begins with and that are in memory, but not read again.
 
     Returns:
         lists of indices into ``lengths``; every index occurs once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    room = 0
+    longest = 0
     for index in order:
-        if room == 0:
+        tokens = len(batches[-1]) * longest if batches else 0
+        far = lengths[index] - prefix < NEAR * (longest - prefix)
+        if not batches or tokens + longest > budget or (far and tokens >= ENOUGH * budget):
             batches.append([])
-            room = max(1, budget // lengths[index])
+            longest = lengths[index]
         batches[-1].append(index)
-        room -= 1
     return batches
 
 
@@ -150,11 +156,36 @@ def collate_to_train(
     return _batch(inputs, starts, [[*pair.label, pair.eos] for pair in examples], weights)
 
 
-def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], eos: int) -> Batch:
-    """One batch of causal prompts, each followed by all labels: prompt tokens are read once, not once a label.
+@dataclass(frozen=True)
+class LabelTree:
+    """The labels of a set as a tree of tokens: what labels begin with in common stands in it once."""
 
-    The labels stand behind the prompt side by side. Each sees the prompt and itself alone, and counts its positions
-    from the prompt's end, so that its log-likelihood is that of the plain pair.
+    tokens: list[int]
+    """Token id of each of M nodes; a node comes after its parent."""
+    depths: list[int]
+    """0 for a label's first token."""
+    sees: torch.Tensor
+    """bool [M, M]: a node sees its ancestors and itself."""
+    paths: list[list[int]]
+    """For each label the nodes of its tokens."""
+
+
+def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
+    """The tree of ``labels``: token ids of each, without the end-of-sequence token."""
+    nodes: dict[tuple[int, ...], int] = {}
+    paths = [[nodes.setdefault(tuple(label[: at + 1]), len(nodes)) for at in range(len(label))] for label in labels]
+    sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+    for path in paths:
+        for at, node in enumerate(path):
+            sees[node, path[: at + 1]] = True
+    return LabelTree([beginning[-1] for beginning in nodes], [len(beginning) - 1 for beginning in nodes], sees, paths)
+
+
+def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], eos: int) -> Batch:
+    """One batch of causal prompts, each followed by the tree of all labels: a prompt is read once, not once a label.
+
+    A token of the tree sees the prompt, what its label has before it, and itself, and counts its position along its
+    label: a label's log-likelihood is that of the plain pair.
 
     Args:
         prompts: token ids of B prompts.
@@ -164,8 +195,8 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
     Returns:
         a batch of B * K examples: the K labels of the first prompt, then those of the second, and so on.
     """
-    behind = sum(map(len, labels))
-    width = max(map(len, prompts)) + behind
+    tree = label_tree(labels)
+    width = max(map(len, prompts)) + len(tree.tokens)
     ids = torch.full((len(prompts), width), eos)
     position_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     # Every position sees itself, also those of the padding: a row without any would be NaN.
@@ -173,18 +204,13 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
     starts: list[list[int]] = []
     for row, prompt in enumerate(prompts):
         end = len(prompt)
-        ids[row, :end] = torch.tensor(prompt)
-        position_ids[row, :end] = torch.arange(end)
+        stop = end + len(tree.tokens)
+        ids[row, :stop] = torch.tensor([*prompt, *tree.tokens])
+        position_ids[row, :stop] = torch.tensor([*range(end), *(end + depth for depth in tree.depths)])
         sees[row, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
-        start = end
-        for label in labels:
-            stop = start + len(label)
-            ids[row, start:stop] = torch.tensor(label)
-            position_ids[row, start:stop] = torch.arange(end, end + len(label))
-            sees[row, start:stop, :end] = True
-            sees[row, start:stop, start:stop] = torch.ones(len(label), len(label), dtype=torch.bool).tril()
-            starts.append([row * width + end - 1, *range(row * width + start, row * width + stop)])
-            start = stop
+        sees[row, end:stop, :end] = True
+        sees[row, end:stop, end:stop] = tree.sees
+        starts += [[row * width + end - 1, *(row * width + end + node for node in path)] for path in tree.paths]
     targets = [[*label, eos] for label in labels] * len(prompts)
     return Batch(
         inputs={"input_ids": ids, "position_ids": position_ids, "attention_mask": sees[:, None]},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, token_budget_batches
+from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, label_tree, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
 
 
@@ -103,7 +103,8 @@ def score_pairs(
         batch = collate([own[row] for row in rows], lm.config, pad_token_id).to(device)
         return label_log_likelihoods(model, prefix.before(batch) if prefix else batch)
 
-    return _in_batches([len(pair) for pair in pairs], tokens_per_batch, forward, progress, agree)
+    lengths = [len(pair) for pair in pairs]
+    return _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
 
 
 @torch.inference_mode()
@@ -141,8 +142,9 @@ def score_choices(
             batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
         return label_log_likelihoods(model, batch).view(len(rows), len(labels), 2)
 
-    lengths = [len(prompt) + sum(map(len, labels)) for prompt in prompts]
-    scores = _in_batches(lengths, tokens_per_batch, forward, progress, agree)
+    behind = sum(map(len, labels)) if lm.config.is_encoder_decoder else len(label_tree(labels).tokens)
+    lengths = [len(prompt) + behind for prompt in prompts]
+    scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
     return scores.reshape(len(prompts), len(labels), 2)
 
 
@@ -182,6 +184,7 @@ def read_prefix(lm: Any, prompts: Sequence[Sequence[int]]) -> Prefix | None:
 def _in_batches(
     lengths: Sequence[int],
     tokens_per_batch: int,
+    prefix: int,
     forward: Callable[[list[int]], torch.Tensor],
     progress: Progress | None,
     agree: Callable[[int], int] | None,
@@ -189,7 +192,7 @@ def _in_batches(
     """``forward`` over batches of rows under a token budget; its values [rows, ...] in the order of the rows."""
     if not lengths:
         return torch.empty(0, 2, dtype=torch.float64)
-    batches = token_budget_batches(lengths, tokens_per_batch)
+    batches = token_budget_batches(lengths, tokens_per_batch, prefix)
     forwards = agree(len(batches)) if agree else 0  # before the first: ranks in a forward exchange weights alone
     order: list[int] = []
     values: list[torch.Tensor] = []

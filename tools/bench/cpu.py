@@ -73,12 +73,12 @@ class Bench:
         trainers = ["train_trainer", "train_trl", "train_trl_packing"]
         scoring = {**self.real, **self.conll, "examples": self.options.examples}
         self.compare("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], **scoring)
-        few_shot = {**self.real, **self.conll, "examples": 24, "shots": 5}
+        few_shot = {**self.real, **self.conll, "examples": 12, "shots": 5}
         self.compare("scoring, SmolLM2-135M, 5-shot", "score_ours", ["score_lm_eval"], **few_shot)
         self.compare(
             "scoring, Qwen2-0.5B shape", "score_ours", ["score_lm_eval"], **self.shape, **self.conll, examples=16
         )
-        ranking = {**self.real, **self.semeval, "examples": 4, "dtype": "float32"}
+        ranking = {**self.real, **self.semeval, "examples": 8, "dtype": "float32"}
         self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
         real = {**self.real, **self.conll, **self.lora, "examples": 16}
         self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)
@@ -116,7 +116,7 @@ class Bench:
             print(f"| {name} | where the time goes: {said} | | | | | |", flush=True)
 
     def memory_by_vocabulary(self) -> None:
-        """Peak memory of a training process over the size of the vocabulary, all else alike."""
+        """Peak memory while it trains, over the size of the vocabulary, all else alike."""
         if self.options.only not in "memory":
             return
         found: dict[str, list[tuple[int, float]]] = {"train_ours": [], "train_trainer": []}
@@ -210,7 +210,7 @@ def plot_memory(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
     axes = figure.subplots()
     for what, label in (("train_trainer", "transformers Trainer"), ("train_ours", "atlantis_ds")):
         axes.plot(*zip(*found[what]), "o-", label=label)
-    axes.set(xlabel="vocabulary", ylabel="peak memory of the process, GiB", ylim=(0, None))
+    axes.set(xlabel="vocabulary", ylabel="peak memory while it trains, GiB", ylim=(0, None))
     axes.set_title("LoRA training, Qwen2 shape of 2 layers, micro-batch 8, fp32", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

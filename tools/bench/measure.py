@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import score_lm_eval, train_trainer, train_trl
+from peers import peak_gib, score_lm_eval, train_trainer, train_trl
 from torch.nn import functional as F
 
 from atlantis_ds.data.formats import read_conll04, read_semeval
@@ -80,6 +79,7 @@ class Setting:
 
 
 def clocked(work: Callable[[], Any], examples: int, tokens: int) -> tuple[dict[str, float], Any]:
+    peak_gib(reset=True)
     start = time.monotonic()
     result = work()
     seconds = time.monotonic() - start
@@ -87,7 +87,7 @@ def clocked(work: Callable[[], Any], examples: int, tokens: int) -> tuple[dict[s
         "seconds": seconds,
         "examples_per_s": examples / seconds,
         "tokens_per_s": tokens / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }, result
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
+import re
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,15 @@ from atlantis_ds.cluster.ranks import free_port
 
 if TYPE_CHECKING:
     from measure import Setting
+
+
+def peak_gib(reset: bool = False) -> float:
+    """Largest resident memory of this process since the last reset, so that loading the model does not count."""
+    peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -82,6 +92,8 @@ def _clock_steps(trainer: Any) -> dict[str, Any]:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if not marks:
+                peak_gib(reset=True)
             marks.append(time.monotonic())
 
     def counted(model: Any, inputs: Any, *others: Any, **options: Any) -> Any:
@@ -96,7 +108,7 @@ def _clock_steps(trainer: Any) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "examples_per_s": sum(examples[1:]) / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
         "examples": examples,
     }
 
