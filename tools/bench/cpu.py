@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="bfloat16" if has_bfloat16() else "float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--pairs", type=int, default=3, help="Rounds in which each side runs once.")
+    parser.add_argument("--pairs", type=int, default=2, help="Rounds in which each side runs once.")
     parser.add_argument("--examples", type=int, default=64, help="Examples of the first comparison; all are 1283.")
     parser.add_argument("--only", default="", help="Names of comparisons that hold this word.")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "bin" / "python", help="For start-up times.")
@@ -97,7 +97,8 @@ class Bench:
         given = {**self.both, **own}
         if "score_lm_eval" in peers:
             given["batch_size"] = best_batch_size(given)
-        runs: dict[str, list[dict[str, Any]]] = {what: [] for what in (ours, *peers, *once)}
+        rate = ["matmul"] if "score_lm_eval" in peers else []
+        runs: dict[str, list[dict[str, Any]]] = {what: [] for what in (ours, *peers, *once, *rate)}
         for round_ in range(self.options.pairs):
             for what in runs:
                 if round_ == 0 or what not in once:
@@ -105,11 +106,12 @@ class Bench:
         self.results["comparisons"][name] = {"options": given, "runs": runs}
         for peer in [*peers, *once]:
             print(line(name, runs[ours], peer, runs[peer]), flush=True)
-        if "flops" in runs[ours][0]:
-            rate = statistics.median(measure("matmul", given)["flops"] for _ in range(3))
-            share = statistics.median(run["flops"] for run in runs[ours]) / rate
-            self.results["comparisons"][name]["matmul"] = rate
-            print(f"| {name} | matrix products alone, {rate / 1e9:.0f} GFLOP/s | | | {share:.2f} | | |", flush=True)
+        if rate:
+            rates = statistics.median(run["flops"] for run in runs["matmul"])
+            shares = [run["flops"] / alone["flops"] for run, alone in zip(runs[ours], runs["matmul"])]
+            print(
+                f"| {name} | matrix products alone, {rates / 1e9:.0f} GFLOP/s | | | {spread(shares)} | | |", flush=True
+            )
         if "parts" in runs[ours][0]:
             parts = runs[ours][0]["parts"]
             said = ", ".join(f"{part} {share:.1%}" for part, share in parts.items())
