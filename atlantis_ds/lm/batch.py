@@ -28,7 +28,8 @@ class Batch:
     inputs: dict[str, Any]
     """What the model's forward takes: int64 [B, T], and what may stand before them, as a cache."""
     positions: torch.Tensor
-    """int64 [N]: index into the flattened [B * T] hidden states of the position that predicts each target."""
+    """int64 [N]: index into the flattened [B * T] hidden states of the position that predicts each target (fewer than N
+    with ``shared``)."""
     targets: torch.Tensor
     """int64 [N]: token ids to predict."""
     example: torch.Tensor
@@ -37,6 +38,8 @@ class Batch:
     """int64 [N]: 1 where the target is the end-of-sequence token."""
     weight: torch.Tensor
     """float64 [B]: importance weights; 0 for padding examples."""
+    shared: torch.Tensor | None = None
+    """int64 [N]: which of ``positions`` predicts each target, where several targets share one; else each its own."""
 
     @property
     def size(self) -> int:
@@ -47,8 +50,13 @@ class Batch:
             return tensor.to(device, non_blocking=True)
 
         return Batch(
-            {name: move(tensor) for name, tensor in self.inputs.items()},
-            *(move(t) for t in (self.positions, self.targets, self.example, self.is_eos, self.weight)),
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
+            positions=move(self.positions),
+            targets=move(self.targets),
+            example=move(self.example),
+            is_eos=move(self.is_eos),
+            weight=move(self.weight),
+            shared=None if self.shared is None else move(self.shared),
         )
 
 
@@ -201,7 +209,7 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
     position_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     # Every position sees itself, also those of the padding: a row without any would be NaN.
     sees = torch.eye(width, dtype=torch.bool).repeat(len(prompts), 1, 1)
-    starts: list[list[int]] = []
+    positions: list[range] = []
     for row, prompt in enumerate(prompts):
         end = len(prompt)
         stop = end + len(tree.tokens)
@@ -210,15 +218,19 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
         sees[row, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
         sees[row, end:stop, :end] = True
         sees[row, end:stop, end:stop] = tree.sees
-        starts += [[row * width + end - 1, *(row * width + end + node for node in path)] for path in tree.paths]
+        positions.append(range(row * width + end - 1, row * width + stop))
+    # A prompt's last token predicts the first token of every label, a node of the tree what its labels go on with.
+    ends = range(0, len(positions) * len(positions[0]), len(positions[0]))
+    shared = [[end, *(end + 1 + node for node in path)] for end in ends for path in tree.paths]
     targets = [[*label, eos] for label in labels] * len(prompts)
     return Batch(
         inputs={"input_ids": ids, "position_ids": position_ids, "attention_mask": sees[:, None]},
-        positions=_flat(starts),
+        positions=_flat(positions),
         targets=_flat(targets),
         example=_flat([[row] * len(target) for row, target in enumerate(targets)]),
         is_eos=_flat([[0] * (len(target) - 1) + [1] for target in targets]),
         weight=torch.ones(len(targets), dtype=torch.float64),
+        shared=_flat(shared),
     )
 
 

@@ -42,6 +42,8 @@ def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     """
     with _label_positions_only(model, batch.positions):
         logits = model(**batch.inputs, use_cache=False).logits
+    if batch.shared is not None:
+        return logits.float().log_softmax(dim=-1)[batch.shared, batch.targets].double()
     return -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
 
 
