@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.prepare import load_examples, load_train_labels, prepare
 from atlantis_ds.data.prompts import render_prompt
@@ -51,7 +51,6 @@ def ranks():
     before = dict(os.environ)
     yield start_ranks(1.0)
     stop_ranks()
-    end_rank()
     os.environ.clear()
     os.environ.update(before)
 
