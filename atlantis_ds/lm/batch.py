@@ -189,7 +189,7 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
     return LabelTree([beginning[-1] for beginning in nodes], [len(beginning) - 1 for beginning in nodes], sees, paths)
 
 
-def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], eos: int) -> Batch:
+def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int) -> Batch:
     """One batch of causal prompts, each followed by the tree of all labels: a prompt is read once, not once a label.
 
     A token of the tree sees the prompt, what its label has before it, and itself, and counts its position along its
@@ -197,13 +197,12 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
 
     Args:
         prompts: token ids of B prompts.
-        labels: token ids of K labels, without the end-of-sequence token.
+        tree: that of K labels, from ``label_tree``.
         eos: the end-of-sequence token.
 
     Returns:
         a batch of B * K examples: the K labels of the first prompt, then those of the second, and so on.
     """
-    tree = label_tree(labels)
     width = max(map(len, prompts)) + len(tree.tokens)
     ids = torch.full((len(prompts), width), eos)
     position_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
@@ -222,7 +221,7 @@ def collate_choices(prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[
     # A prompt's last token predicts the first token of every label, a node of the tree what its labels go on with.
     ends = range(0, len(positions) * len(positions[0]), len(positions[0]))
     shared = [[end, *(end + 1 + node for node in path)] for end in ends for path in tree.paths]
-    targets = [[*label, eos] for label in labels] * len(prompts)
+    targets = [[*(tree.tokens[node] for node in path), eos] for path in tree.paths] * len(prompts)
     return Batch(
         inputs={"input_ids": ids, "position_ids": position_ids, "attention_mask": sees[:, None]},
         positions=_flat(positions),

@@ -134,17 +134,18 @@ def score_choices(
     lm, device = _module(model), next(model.parameters()).device
     prefix = None if agree else read_prefix(lm, prompts)
     own = [prompt[prefix.tokens :] for prompt in prompts] if prefix else prompts
+    tree = label_tree(labels)
 
     def forward(rows: list[int]) -> torch.Tensor:
         if not lm.config.is_encoder_decoder:
-            batch = collate_choices([own[row] for row in rows], labels, eos).to(device)
+            batch = collate_choices([own[row] for row in rows], tree, eos).to(device)
             batch = prefix.before(batch) if prefix else batch
         else:
             pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
             batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
         return label_log_likelihoods(model, batch).view(len(rows), len(labels), 2)
 
-    behind = sum(map(len, labels)) if lm.config.is_encoder_decoder else len(label_tree(labels).tokens)
+    behind = sum(map(len, labels)) if lm.config.is_encoder_decoder else len(tree.tokens)
     lengths = [len(prompt) + behind for prompt in prompts]
     scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
     return scores.reshape(len(prompts), len(labels), 2)
