@@ -204,6 +204,20 @@ def test_killed_between_models_goes_on_with_what_is_missing(scored, ranks, tmp_p
         assert table_info(folder.scores / name) == table_info(whole.scores / name)
 
 
+def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_path):
+    recipe, folder = tiny_recipe({**models, "small": models["large"]}), RunFolder(tmp_path)
+    prepare(recipe, folder)
+    score(recipe, folder, ranks)
+    assert passes_run(folder, 0) == [("large", TRAIN), ("reference", TRAIN)]
+    assert not list((folder.scores / "parts").iterdir())
+    for name in SHARDS:
+        table, other = read_table(folder.scores / name)[0], read_table(scored[1].scores / name)[0]
+        assert table.column_names == other.column_names
+        for column in ("logp", "eos", "tokens", "label_set_logp"):
+            assert table[f"{column}_small"].equals(other[f"{column}_large"])
+    merge(recipe, folder)
+
+
 def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
     folder = run[1]
     (folder.scores / SHARDS[0]).unlink()

@@ -54,6 +54,8 @@ class Pass:
     """large, small or reference."""
     model: Model
     fold: int | None = None
+    same_as: str | None = None
+    """The pass before it with the same model: what that one reads counts for both."""
 
     @property
     def name(self) -> str:
@@ -69,7 +71,8 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     """The models to score with, in order."""
     from atlantis_ds.lm.load import model_source
 
-    passes = [Pass(name, model_source(recipe, folder, name)) for name in ("large", "small")]
+    large, small = (model_source(recipe, folder, name) for name in ("large", "small"))
+    passes = [Pass("large", large), Pass("small", small, same_as="large" if small == large else None)]
     reference = recipe.models.reference
     if reference.kind == "checkpoint":
         return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
@@ -162,7 +165,7 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     if ranks.is_main:
         console.print(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
     frozen = Frozen(recipe.score, ranks)
-    for scoring in passes if todo else []:
+    for scoring in [scoring for scoring in passes if todo and not scoring.same_as]:
         _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest, frozen)
         leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
     frozen.free()
@@ -264,7 +267,7 @@ def _score_pass(
 
 
 def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
-    return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.name}.parquet"
+    return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.same_as or scoring.name}.parquet"
 
 
 @dataclass(frozen=True)
@@ -346,5 +349,5 @@ def _join_parts(
         pa.table(columns),
         {"fingerprint": manifest["fingerprint"], "shard": shard, "of": len(shards)},
     )
-    for path in paths:
+    for path in set(paths):
         path.unlink()
