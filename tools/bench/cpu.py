@@ -73,6 +73,8 @@ class Bench:
         trainers = ["train_trainer", "train_trl", "train_trl_packing"]
         scoring = {**self.real, **self.conll, "examples": self.options.examples}
         self.compare("scoring, SmolLM2-135M", "score_ours", ["score_lm_eval"], **scoring)
+        meanings = {**scoring, "examples": min(48, self.options.examples), "meanings": True}
+        self.compare("scoring, SmolLM2-135M, labels explained", "score_ours", ["score_lm_eval"], **meanings)
         few_shot = {**self.real, **self.conll, "examples": 12, "shots": 5}
         self.compare("scoring, SmolLM2-135M, 5-shot", "score_ours", ["score_lm_eval"], **few_shot)
         self.compare(
@@ -80,6 +82,8 @@ class Bench:
         )
         ranking = {**self.real, **self.semeval, "examples": 8, "dtype": "float32"}
         self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
+        each = {**ranking, "examples": 2, "batch_size": 4}
+        self.compare("ranking 19 labels, each pair by itself", "rank_tree", ["rank_lm_eval"], **each)
         real = {**self.real, **self.conll, **self.lora, "examples": 16}
         self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)
         self.compare(

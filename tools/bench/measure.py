@@ -2,9 +2,9 @@
 
     python tools/bench/measure.py WHAT '{"model": ..., "examples": 64, ...}'
 
-Prints one line of JSON. With "shots": K the prompts begin with K solved examples, one a label. What is timed begins
-after the model is loaded and one small batch has run. Both sides of a comparison get the same model in memory, the
-same examples, precision and threads.
+Prints one line of JSON. With "shots": K the prompts begin with K solved examples, one a label; with "meanings" they say
+what each label of CoNLL04 means. What is timed begins after the model is loaded and one small batch has run. Both sides
+of a comparison get the same model in memory, the same examples, precision and threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import peak_gib, score_lm_eval, train_trainer, train_trl
+from peers import peak_gib, rank_lm_eval, score_lm_eval, train_trainer, train_trl
 from torch.nn import functional as F
 
 from atlantis_ds.data.formats import read_conll04, read_semeval
@@ -30,6 +30,14 @@ from atlantis_ds.recipe import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEMPLATE = "Which relation holds from [E1] to [E2]: {options}?\n{marked_sentence}"
+
+MEANINGS = """Which relation holds from [E1] to [E2]?
+Kill: the person [E1] killed the person [E2]
+Live_In: the person [E1] lives or lived in the place [E2]
+Located_In: the place [E1] lies in the place [E2]
+OrgBased_In: the organisation [E1] has its seat in the place [E2]
+Work_For: the person [E1] works or worked for the organisation [E2]
+{marked_sentence}"""
 
 
 class Setting:
@@ -55,9 +63,10 @@ class Setting:
         examples = read(options["data"], "train")
         self.labels = sorted({example.label for example in examples})
         self.examples = sorted(examples, key=lambda e: e.id)[: options["examples"]]
+        question = MEANINGS if options.get("meanings") else TEMPLATE
         solved = [next(e for e in reversed(examples) if e.label == label) for label in self.labels]
         shots = [render_prompt(e, Prompt(template=TEMPLATE), self.labels) + f"\n{e.label}\n\n" for e in solved]
-        self.prompt = Prompt(template="".join(shots[: options.get("shots", 0)]) + TEMPLATE)
+        self.prompt = Prompt(template="".join(shots[: options.get("shots", 0)]) + question)
         self.encoder = Encoder(self.tokenizer, self.lm.config, self.prompt, self.labels)
 
     def having(self, **options: Any) -> Setting:
@@ -115,7 +124,7 @@ def rank_tree(setting: Setting) -> dict[str, Any]:
     found, sums = clocked(
         lambda: score_choices(lm, prompts, labels, eos, budget), len(prompts), sum(map(len, prompts)) * len(labels)
     )
-    return {**found, "values": sums.flatten().tolist()}
+    return {**found, "values": sums[:, :, 0].flatten().tolist()}
 
 
 def rank_pairs(setting: Setting) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def rank_pairs(setting: Setting) -> dict[str, Any]:
     lm, eos, budget = setting.lm.eval(), setting.tokenizer.eos_token_id, setting.options["tokens_per_batch"]
     score_pairs(lm, pairs[:2], eos, budget)
     found, sums = clocked(lambda: score_pairs(lm, pairs, eos, budget), len(setting.examples), sum(map(len, pairs)))
-    return {**found, "values": sums.flatten().tolist()}
+    return {**found, "values": sums[:, 0].tolist()}
 
 
 def matmul(setting: Setting) -> dict[str, Any]:
@@ -212,6 +221,7 @@ MEASURES: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "score_lm_eval": score_lm_eval,
     "rank_tree": rank_tree,
     "rank_pairs": rank_pairs,
+    "rank_lm_eval": rank_lm_eval,
     "matmul": matmul,
     "train_ours": train_ours,
     "train_ours_padded": lambda setting: train_ours(setting.having(padded=True)),

@@ -17,6 +17,8 @@ from atlantis_ds.cluster.ranks import free_port
 if TYPE_CHECKING:
     from measure import Setting
 
+    from atlantis_ds.lm.encode import Encoded
+
 
 def peak_gib(reset: bool = False) -> float:
     """Largest resident memory of this process since the last reset, so that loading the model does not count."""
@@ -31,6 +33,18 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 
 def score_lm_eval(setting: Setting) -> dict[str, Any]:
     """lm-eval's Hugging Face model; given the ids, both sides score the very same tokens."""
+    texts = [prompt for prompt, _ in setting.texts()]
+    return _lm_eval(setting, texts, setting.pairs(), len(setting.examples))
+
+
+def rank_lm_eval(setting: Setting) -> dict[str, Any]:
+    """A multiple-choice task in lm-eval: the log-likelihood of each (prompt, label) pair."""
+    pairs = [setting.encoder(example, label) for example in setting.examples for label in setting.labels]
+    texts = [prompt for prompt, _ in setting.texts() for _ in setting.labels]
+    return _lm_eval(setting, texts, pairs, len(setting.examples))
+
+
+def _lm_eval(setting: Setting, texts: list[str], pairs: list[Encoded], examples: int) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from measure import clocked
 
@@ -41,11 +55,10 @@ def score_lm_eval(setting: Setting) -> dict[str, Any]:
         device="cpu",
         batch_size=setting.options["batch_size"],
     )
-    pairs = setting.pairs()
-    requests = [(text, pair.prompt, pair.label) for text, pair in zip(setting.texts(), pairs)]
+    requests = [(text, pair.prompt, pair.label) for text, pair in zip(texts, pairs)]
     lm._loglikelihood_tokens(requests[:4], disable_tqdm=True)  # what its `loglikelihood` calls after tokenising
     found, results = clocked(
-        lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), len(pairs), sum(map(len, pairs))
+        lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True), examples, sum(map(len, pairs))
     )
     return {**found, "values": [value for value, _ in results]}
 

@@ -227,9 +227,9 @@ def speedup(options: argparse.Namespace) -> dict[str, Any]:
         given = {"model": str(folder), "train": train, "prompt": 100, "examples": 96, "dtype": "float32"}
         given |= {"shard_size": 8, "tokens_per_batch": 1024}
         turns = [{ranks: run_ranks(ranks, "speed", given) for ranks in options.ranks} for _ in range(options.pairs)]
-    print("| | ranks | examples/s, median | times one rank, median | min to max |")
+    print("| | ranks | examples/s (products: GFLOP/s), median | times one rank, median | min to max |")
     print("|---|---|---|---|---|")
-    for what in ("score", "train"):
+    for what in ("score", "train", "products"):
         for ranks in options.ranks:
             rates = [turn[ranks][what] for turn in turns]
             ratios = [turn[ranks][what] / turn[options.ranks[0]][what] for turn in turns]

@@ -161,12 +161,15 @@ def _clock_update(engine: Any) -> list[float]:
 
 
 def speed(ranks: Ranks, options: dict[str, Any]) -> dict[str, float]:
-    """Examples/s of scoring and of training over all ranks, on examples of unequal length; the same on any ranks."""
+    """Over all ranks: examples/s of scoring and of training, on examples of unequal length, the same on any ranks; and
+    GFLOP/s of plain matrix products."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(options["prompt"] // 2, 3 * options["prompt"] // 2, options["examples"])
     pairs = [some_pairs(1, int(n), int(rng.integers(2, 9)))[0] for n in lengths]
     found = {"score": _score(ranks, options, pairs), "train": _train(ranks, options, pairs)}
-    return {what: len(pairs) / max(ranks.gather(seconds)) for what, seconds in found.items()}
+    # What the machine itself gives: matrix products that share nothing.
+    products = rates(ranks, 384)["matmul"] * ranks.world_size / 1e9
+    return {what: len(pairs) / max(ranks.gather(seconds)) for what, seconds in found.items()} | {"products": products}
 
 
 def _score(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float:
