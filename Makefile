@@ -29,7 +29,8 @@ soak: .venv/.installed
 
 bench: .venv/.installed .venv-bench/.installed
 	.venv-bench/bin/python tools/bench/cpu.py
-	.venv/bin/python tools/bench/scaling.py speedup --mode lora --pairs 2 --ranks 1 2 --plot scaling.png
+	.venv/bin/python tools/bench/scaling.py speedup --mode lora --zero zero1 --pairs 2 --ranks 1 2 \
+		--plot scaling.png
 
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py

@@ -139,13 +139,15 @@ def micro_batch_rows(
 ) -> list[list[tuple[int, bool]]]:
     """This rank's micro-batches of one global batch, as (row, counts) pairs.
 
-    Rows are dealt by length, so that the micro-batches that run at the same time on all ranks cost the same. Every
-    rank gets the same number of equal micro-batches, as ZeRO-3 needs: free places are filled with the shortest row,
-    which does not count (weight 0).
+    Rows are cut by length, so that the micro-batches that run at the same time on all ranks cost the same, and dealt
+    there and back, so that all ranks read about as many tokens in the whole step, too. Every rank gets the same number
+    of equal micro-batches, as ZeRO-3 needs: free places are filled with the shortest row, which does not count
+    (weight 0).
     """
     accumulation = accumulation_steps(batch_size, micro_batch_size, ranks.world_size)
     by_length = sorted(rows.tolist(), key=lambda row: (-lengths[row], row))
     places = accumulation * ranks.world_size * micro_batch_size
     filled = [(row, True) for row in by_length] + [(by_length[-1], False)] * (places - len(by_length))
     micro_batches = [filled[start : start + micro_batch_size] for start in range(0, places, micro_batch_size)]
-    return micro_batches[ranks.rank :: ranks.world_size]
+    back = ranks.world_size - 1 - ranks.rank
+    return [micro_batches[lap * ranks.world_size + (back if lap % 2 else ranks.rank)] for lap in range(accumulation)]

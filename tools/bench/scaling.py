@@ -224,7 +224,7 @@ def speedup(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.model or save_model(Path(temporary) / "model", SHAPE)
         train = settings(ZERO / f"{options.zero}.json", 4, mode=options.mode)
-        given = {"model": str(folder), "train": train, "prompt": 100, "examples": 96, "dtype": "float32"}
+        given = {"model": str(folder), "train": train, "prompt": 100, "examples": 288, "dtype": "float32"}
         given |= {"shard_size": 8, "tokens_per_batch": 1024}
         turns = [{ranks: run_ranks(ranks, "speed", given) for ranks in options.ranks} for _ in range(options.pairs)]
     print("| | ranks | examples/s (products: GFLOP/s), median | times one rank, median | min to max |")
