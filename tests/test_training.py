@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
+
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.train.step import micro_batch_rows
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden_losses.json"
@@ -41,6 +46,18 @@ def test_gradient_is_that_of_the_whole_batch_in_one_process(
             # The difference of two gradients carries the rounding of both.
             bound = 5e-5 if case.startswith("doubled") else 1e-5
             assert errors and max(errors.values()) < bound, (case, errors)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("count", [32, 27])
+def test_ranks_get_as_many_rows_and_tokens(world_size: int, count: int) -> None:
+    lengths = list(range(10, 10 + count))
+    ranks = [Ranks(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    dealt = [micro_batch_rows(np.arange(count), lengths, 32, 2, each) for each in ranks]
+    assert [[len(micro) for micro in batches] for batches in dealt] == [[2] * (16 // world_size)] * world_size
+    assert sorted(row for batches in dealt for micro in batches for row, counts in micro if counts) == [*range(count)]
+    tokens = [sum(lengths[row] for micro in batches for row, _ in micro) for batches in dealt]
+    assert max(tokens) - min(tokens) <= (0 if count == 32 else 10)
 
 
 # --- whole trainings through the command line
