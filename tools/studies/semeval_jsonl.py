@@ -1,0 +1,54 @@
+"""SemEval-2010 Task 8 as JSON lines for the studies: relations without direction, and the rows that have a weak label.
+
+    python tools/studies/semeval_jsonl.py ../shared/data runs/semeval_data
+
+Writes train.jsonl (gold labels), dev.jsonl (the last 800 of the 8,000 training rows, kept apart), test.jsonl, and
+weak.jsonl: the rows of train.jsonl that one of the hand-written patterns of semeval_weak covers, labelled by it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from atlantis_ds.data.formats import read_semeval
+from atlantis_ds.data.table import Example
+from atlantis_ds.evaluate.metrics import relation_of
+
+DEV = 800
+
+
+def main() -> None:
+    source, out = map(Path, sys.argv[1:])
+    out.mkdir(parents=True, exist_ok=True)
+    rows = read_semeval(source / "semeval2010_task8" / "TRAIN_FILE.TXT", "train")
+    test = read_semeval(source / "semeval2010_task8" / "TEST_FILE_FULL.TXT", "test")
+    train, dev = rows[:-DEV], rows[-DEV:]
+    patterns = map(json.loads, (source / "semeval_weak" / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    weak = {str(row["id"]): row["weak"] for row in patterns if row["weak"] is not None}
+    write(out / "train.jsonl", ((example, example.label) for example in train))
+    write(out / "dev.jsonl", ((example, example.label) for example in dev))
+    write(out / "test.jsonl", ((example, example.label) for example in test))
+    write(out / "weak.jsonl", ((example, weak[example.id]) for example in train if example.id in weak))
+
+
+def write(path: Path, rows: Iterable[tuple[Example, str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for example, label in rows:
+            row = {"id": example.id, "sentence": marked(example), "label": relation_of(label)}
+            file.write(json.dumps(row | {"gold": relation_of(example.label)}, ensure_ascii=False) + "\n")
+    print(path)
+
+
+def marked(example: Example) -> str:
+    text, (a, b), (c, d) = example.sentence, example.e1, example.e2
+    pieces = [((a, b), "e1"), ((c, d), "e2")]
+    for (start, end), name in sorted(pieces, reverse=True):
+        text = f"{text[:start]}<{name}>{text[start:end]}</{name}>{text[end:]}"
+    return text
+
+
+if __name__ == "__main__":
+    main()
