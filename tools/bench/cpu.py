@@ -77,9 +77,8 @@ class Bench:
         self.compare("scoring, SmolLM2-135M, labels explained", "score_ours", ["score_lm_eval"], **meanings)
         few_shot = {**self.real, **self.conll, "examples": 12, "shots": 5}
         self.compare("scoring, SmolLM2-135M, 5-shot", "score_ours", ["score_lm_eval"], **few_shot)
-        self.compare(
-            "scoring, Qwen2-0.5B shape", "score_ours", ["score_lm_eval"], **self.shape, **self.conll, examples=16
-        )
+        shape = {**self.shape, **self.conll, "examples": 16, "meanings": True}
+        self.compare("scoring, Qwen2-0.5B shape, labels explained", "score_ours", ["score_lm_eval"], **shape)
         ranking = {**self.real, **self.semeval, "examples": 8, "dtype": "float32"}
         self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
         each = {**ranking, "examples": 2, "batch_size": 4}
