@@ -96,13 +96,14 @@ def optimizer_step(
         micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator, loss, q)
         local += micro_loss.detach()
         if last:
-            total, stops = ranks.sum(local.item(), float(stop))
-            if not math.isfinite(total):
-                micro_loss = micro_loss * math.nan  # DeepSpeed skips the update where the gradient is not finite
+            # DeepSpeed skips the update on all ranks where the gradient of one is not finite.
+            micro_loss = micro_loss * torch.where(local.isfinite(), 1.0, math.nan)
         # DeepSpeed averages gradients over the ranks, and D already counts them all.
         engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
         if not last:
             engine.step()
+    # After the last backward pass: where a stage reduces gradients once a step, no rank waits for another before.
+    total, stops = ranks.sum(local.item(), float(stop))
     return _update(engine, total, stops > 0)
 
 
