@@ -1,0 +1,69 @@
+"""Keep what a study has trained so far, and compare all of it: a study may take several machines and nights.
+
+    python tools/studies/gather.py runs/conll04_uniform_noise docs/studies/conll04_uniform_noise.csv
+
+Adds the finished trainings of the run folder to the CSV and prints the table of all its lines: one an arm and seed,
+with predictions as the number of each label in the label set, and one with the gold labels. With `-` for a folder that
+is gone it prints the table alone. All arms of one seed should come from one set of scores.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table
+from atlantis_ds.evaluate.metrics import macro10
+from atlantis_ds.run_folder import RunFolder, read_json, read_table
+
+FIELDS = ("arm", "seed", "seconds", "labels")
+GOLD = "(gold labels)"
+
+
+def main() -> None:
+    source, path = sys.argv[1], Path(sys.argv[2])
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = {(line["arm"], line["seed"]): line for line in csv.DictReader(file)}
+    if source != "-":
+        found = finished_trainings(RunFolder(Path(source)))
+        key = (GOLD, "")
+        if key in lines and lines[key] != found[key]:
+            sys.exit(f"{path}: holds predictions of another test set than {source}")
+        lines |= found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines.values())
+    gold = lines.pop((GOLD, ""))["labels"].split()
+    trained = []
+    for line in lines.values():
+        predicted = line["labels"].split()
+        right = sum(a == b for a, b in zip(gold, predicted))
+        metrics = {"macro10": macro10(gold, predicted), "accuracy": right / len(gold), "official": None}
+        trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, float(line["seconds"])))
+    Console(width=160).print(comparison_table(comparison(gold, trained, ["sft", "gce"], "gold")))
+
+
+def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str]]:
+    labels = read_json(folder.root / "examples" / "examples.json")["labels"]
+    number = {label: str(index) for index, label in enumerate(labels)}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for metrics in sorted(folder.root.glob("eval/*-seed*/metrics.json")):
+        name = metrics.parent.name
+        arm, _, seed = name.rpartition("-seed")
+        table = read_table(metrics.parent / "predictions.parquet")[0]
+        gold, predicted = (" ".join(number[x] for x in table[column].to_pylist()) for column in ("gold", "predicted"))
+        found[GOLD, ""] = {"arm": GOLD, "seed": "", "seconds": "", "labels": gold}
+        seconds = f"{read_json(folder.model(name) / 'training.json')['seconds']:.0f}"
+        found[arm, seed] = {"arm": arm, "seed": seed, "seconds": seconds, "labels": predicted}
+    return found
+
+
+if __name__ == "__main__":
+    main()
