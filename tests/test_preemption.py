@@ -81,7 +81,7 @@ def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_pa
     assert job.wait().code == 75
     done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     assert 4 <= len(done) < 60 and not [path for path in done if path.suffix != ".parquet"]
-    assert f"0 of 60 shards done, of the others {len(done)} of 180 parts" in succeed("local", 1, "status", run)
+    assert f"0 of 60 shards done, of the others {len(done)} of 120 parts" in succeed("local", 1, "status", run)
     job = start("local", 2, "score", recipe)
     while not (parts / "shard-00059-of-00060.large.parquet").exists():
         assert job.process.poll() is None, job.text()[-3000:]

@@ -38,10 +38,11 @@ def test_killed_scoring_is_finished_by_other_numbers_of_ranks(tiny_recipe: Write
     expected = tables(tmp_path / "whole" / "run")
     assert len(expected) == examples // shard + 1
 
+    passes = 2  # the small base is the large one, and is not read again
     parts = tmp_path / "killed" / "run" / "scores" / "parts"
-    start("torchrun", 2, "score", killed).kill_when(lambda: len(list(parts.glob("shard*"))) >= 80)
+    start("torchrun", 2, "score", killed).kill_when(lambda: len(list(parts.glob("shard*"))) >= 70)
     done = len(list(parts.glob("shard*")))
-    assert 80 <= done < 3 * examples // shard
+    assert 70 <= done < passes * examples // shard
     refuse(launch("local", 1, "merge", killed), "missing")
     for ranks in (1, 3):
         folder = tmp_path / f"on {ranks}"
@@ -51,7 +52,7 @@ def test_killed_scoring_is_finished_by_other_numbers_of_ranks(tiny_recipe: Write
         assert tables(folder / "run") == expected
         scored = sum(event["examples"] for event in events(folder / "run", "score"))
         logged_before = sum(event["examples"] for event in events(tmp_path / "killed" / "run", "score"))
-        assert scored - logged_before == 3 * examples - done * shard, "finished parts were scored again"
+        assert scored - logged_before == passes * examples - done * shard, "finished parts were scored again"
 
     # Whole shards stay as they are; the one that is gone comes back.
     scores = tmp_path / "on 1" / "run" / "scores"

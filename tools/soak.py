@@ -151,8 +151,9 @@ def refuse(recipe: Path, stage: str, *named: str) -> None:
 
 
 def files_made(run: Path) -> int:
-    """Files that scoring has finished, of 4 for each shard: three parts, then the shard in their place."""
-    return sum(1 for _ in (run / "scores").glob("parts/shard-*")) + 4 * sum(1 for _ in run.glob("scores/shard-*"))
+    """Files that scoring has finished, of 3 for each shard: parts of two models (the small base is the large one), then
+    the shard in their place."""
+    return sum(1 for _ in (run / "scores").glob("parts/shard-*")) + 3 * sum(1 for _ in run.glob("scores/shard-*"))
 
 
 def steps_done(run: Path) -> int:
@@ -234,7 +235,7 @@ class Case:
     def moment(self, stage: str) -> tuple[str, Callable[[], bool]]:
         """A random moment in a stage: in words, and how to tell that it has come."""
         if stage == "score":
-            files = self.rng.randrange(1, 4 * SHARDS - 10)
+            files = self.rng.randrange(1, 3 * SHARDS - 10)
             return f"after {files} files", lambda: files_made(self.run) >= files
         if stage == "merge":
             due = time.monotonic() + self.rng.uniform(0.2, 1.0) * self.measure.seconds_to_merge

@@ -156,7 +156,8 @@ def _scoring(folder: RunFolder) -> str:
     manifest = read_json(folder.scores / "scores.json")
     whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
     # The models score one after another, and a shard is whole when the last has: until then the parts tell.
-    models = sum(name.startswith("model ") for name in manifest["inputs"])
+    inputs = manifest["inputs"]
+    models = sum(name.startswith("model ") for name in inputs) - (inputs["model small"] == inputs["model large"])
     rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
     return f"{whole} of {manifest['shards']} shards done{rest}"
 

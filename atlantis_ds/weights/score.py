@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,7 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     """The models to score with, in order."""
     from atlantis_ds.lm.load import model_source
 
-    large, small = (model_source(recipe, folder, name) for name in ("large", "small"))
-    passes = [Pass("large", large), Pass("small", small, same_as="large" if small == large else None)]
+    passes = [Pass(name, model_source(recipe, folder, name)) for name in ("large", "small")]
     reference = recipe.models.reference
     if reference.kind == "checkpoint":
         return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
@@ -146,6 +145,8 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     shards = cut_shards(examples.train, recipe.score.shard_size)
     inputs = scoring_inputs(recipe, examples.fingerprint, examples.labels)
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
+    if models["small"] == models["large"]:
+        passes[1] = replace(passes[1], same_as="large")
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
     manifest: dict[str, Any] = {
         "fingerprint": fingerprint(inputs),
