@@ -176,7 +176,8 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("family", [pytest.param("qwen2 untied", marks=pytest.mark.slow), "flan-t5 untied"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2 untied", "flan-t5 untied"])
 def test_modes_on_two_ranks(family: str, outcomes: Launch) -> None:
     found = outcomes(family, 2, QUICK)
     for mode, config in QUICK:

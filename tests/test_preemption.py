@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import TIMEOUT, Job, WriteRecipe, launch, start, succeed
 
 
@@ -44,6 +45,7 @@ def stop_when(job: Job, run: Path, event: str, more_than: int, how: str) -> None
     assert "preempted: " in done.out and "Traceback" not in done.out, done.out[-3000:]
 
 
+@pytest.mark.slow
 def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     changes = {"train.num_train_epochs": 60, "train.save_steps": 10000, "train.eval_steps": 50}
     recipe = tiny_recipe(tmp_path / "a", changes)
