@@ -81,7 +81,7 @@ class Bench:
         self.compare("scoring, Qwen2-0.5B shape, labels explained", "score_ours", ["score_lm_eval"], **shape)
         ranking = {**self.real, **self.semeval, "examples": 8, "dtype": "float32"}
         self.compare("ranking 19 labels, SmolLM2-135M", "rank_tree", ["rank_pairs"], **ranking)
-        each = {**ranking, "examples": 2, "batch_size": 4}
+        each = {**ranking, "examples": 2, "batch_size": 4}  # lm-eval's best of 1, 4, 16 on these lengths
         self.compare("ranking 19 labels, each pair by itself", "rank_tree", ["rank_lm_eval"], **each)
         real = {**self.real, **self.conll, **self.lora, "examples": 16}
         self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)

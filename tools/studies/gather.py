@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
 from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table
 from atlantis_ds.evaluate.metrics import macro10
-from atlantis_ds.run_folder import RunFolder, read_json, read_table
+from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic
+from atlantis_ds.train.jobs import training_summary
 
 FIELDS = ("arm", "seed", "seconds", "labels")
 GOLD = "(gold labels)"
@@ -35,11 +37,7 @@ def main() -> None:
         if key in lines and lines[key] != found[key]:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
         lines |= found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines.values())
+        write_atomic(path, lambda temporary: write(temporary, lines.values()))
     gold = lines.pop((GOLD, ""))["labels"].split()
     trained = []
     for line in lines.values():
@@ -50,8 +48,15 @@ def main() -> None:
     Console(width=160).print(comparison_table(comparison(gold, trained, ["sft", "gce"], "gold")))
 
 
+def write(path: Path, lines: Iterable[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
 def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str]]:
-    labels = read_json(folder.root / "examples" / "examples.json")["labels"]
+    labels = read_json(folder.examples_info)["labels"]
     number = {label: str(index) for index, label in enumerate(labels)}
     found: dict[tuple[str, str], dict[str, str]] = {}
     for metrics in sorted(folder.root.glob("eval/*-seed*/metrics.json")):
@@ -60,7 +65,7 @@ def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str
         table = read_table(metrics.parent / "predictions.parquet")[0]
         gold, predicted = (" ".join(number[x] for x in table[column].to_pylist()) for column in ("gold", "predicted"))
         found[GOLD, ""] = {"arm": GOLD, "seed": "", "seconds": "", "labels": gold}
-        seconds = f"{read_json(folder.model(name) / 'training.json')['seconds']:.0f}"
+        seconds = f"{training_summary(folder, name)['seconds']:.0f}"
         found[arm, seed] = {"arm": arm, "seed": seed, "seconds": seconds, "labels": predicted}
     return found
 
