@@ -34,6 +34,8 @@ def main() -> None:
     if source != "-":
         found = finished_trainings(RunFolder(Path(source)))
         key = (GOLD, "")
+        if not found:
+            sys.exit(f"{source}: no training is finished there")
         if key in lines and lines[key] != found[key]:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
         lines |= found
