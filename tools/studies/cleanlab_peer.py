@@ -4,7 +4,8 @@
     .venv-studies/bin/python tools/studies/cleanlab_peer.py runs/conll04_uniform_noise
 
 The probabilities are those of the cross-fitted reference over the label set (``label_set_*`` in the score shards).
-Writes RUN/cleanlab_issues.txt, the ids that cleanlab's confident-learning filter would remove, for ``arms.*.drop_ids``.
+Writes for ``arms.*.drop_ids`` the ids that cleanlab's confident-learning filter would remove (RUN/cleanlab_issues.txt)
+and those whose label is known to be wrong (RUN/wrong_labels.txt): training without these is the most that weights give.
 Imports nothing of atlantis_ds: its environment is its own.
 """
 
@@ -40,7 +41,8 @@ def main() -> None:
     for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy"):
         rankings[f"cleanlab {method}"] = get_label_quality_scores(given, chances, method=method)
     issues = find_label_issues(given, chances)
-    (run / "cleanlab_issues.txt").write_text("".join(f"{id}\n" for id, issue in zip(ids, issues) if issue))
+    for name, listed in (("cleanlab_issues.txt", issues), ("wrong_labels.txt", ~right)):
+        (run / name).write_text("".join(f"{id}\n" for id, is_listed in zip(ids, listed) if is_listed))
 
     print(f"{len(ids)} examples, {1 - right.mean():.1%} of the labels wrong")
     print("| ranking | AUROC | within class | precision of the lowest tenth |\n|---|---|---|---|")
