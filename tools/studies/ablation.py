@@ -30,6 +30,8 @@ CHANGES = (
     {"power": 1.0},
     {"power": 2.0},
     {"power": 4.0},
+    {"clip": (0.0, 1.6)},
+    {"clip": None},
     {"temper": 0.5},
     {"smooth": "psis"},
     {"truncate": "sqrt_n"},
