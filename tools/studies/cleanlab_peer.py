@@ -5,7 +5,7 @@
 
 The probabilities are those of the cross-fitted reference over the label set (``label_set_*`` in the score shards).
 Writes for ``arms.*.drop_ids`` the ids that cleanlab's confident-learning filter would remove (RUN/cleanlab_issues.txt)
-and those whose label is known to be wrong (RUN/wrong_labels.txt): training without these is the most that weights give.
+and those whose label is known to be wrong (RUN/wrong_labels.txt), to see what weights would give that know them all.
 Imports nothing of atlantis_ds: its environment is its own.
 """
 

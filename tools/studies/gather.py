@@ -33,9 +33,9 @@ def main() -> None:
             lines = {(line["arm"], line["seed"]): line for line in csv.DictReader(file)}
     if source != "-":
         found = finished_trainings(RunFolder(Path(source)))
-        key = (GOLD, "")
         if not found:
             sys.exit(f"{source}: no training is finished there")
+        key = (GOLD, "")
         if key in lines and lines[key] != found[key]:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
         lines |= found
