@@ -66,6 +66,14 @@ def test_equal_arms_differ_by_nothing_and_better_ones_by_their_gain(gold: list[s
     assert found["replicates"] == REPLICATES
 
 
+def test_gap_closed_is_of_the_seeds_that_all_share(gold: list[str]) -> None:
+    runs = [*trained(gold, "sft", 0.5), *trained(gold, "gold", 0.95)]
+    low, high = (run.metrics["macro10"] for run in (runs[1], runs[4]))
+    half = Trained("half", 1, runs[1].predicted, {**runs[1].metrics, "macro10": (low + high) / 2}, 1.0)
+    rows = by_name(comparison(gold, [*runs, half], ["sft"], "gold"))
+    assert rows["half"]["gap_closed"] == pytest.approx(0.5)
+
+
 def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
     """The same mean gain, once of every seed alike, once of one seed alone."""
 

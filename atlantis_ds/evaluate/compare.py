@@ -77,15 +77,15 @@ def comparison(
         ``n`` (test examples), ``replicates``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, ``macro10``,
         ``sd`` (over seeds; None for one seed), ``official`` and ``accuracy`` (means), ``seconds`` (mean training
         time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and
-        ``gap_closed`` (share of the way from SFT to ``upper``, over the seeds of each; None where there is none).
+        ``gap_closed`` (share of the way from SFT to ``upper``, over the seeds that the three share; None where there
+        is none).
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
         runs.setdefault(run.arm, {})[run.seed] = run
-    means = {arm: _mean([run.metrics["macro10"] for run in of_arm.values()]) for arm, of_arm in runs.items()}
     resamples = np.random.default_rng(0).multinomial(len(gold), [1 / len(gold)] * len(gold), REPLICATES)
     replicates = {(run.arm, run.seed): macro_f1(gold, run.predicted, resamples) for run in trained}
-    lost = means[upper] - means[peers[0]] if upper in means and peers and peers[0] in means else 0.0
+    sft, gold_arm = (runs.get(arm, {}) for arm in (peers[0] if peers else "", upper or ""))
     rows = []
     for arm, of_arm in runs.items():
         figures = [run.metrics for run in of_arm.values()]
@@ -94,7 +94,7 @@ def comparison(
             {
                 "arm": arm,
                 "runs": len(of_arm),
-                "macro10": means[arm],
+                "macro10": _mean([metrics["macro10"] for metrics in figures]),
                 "sd": float(np.std([m["macro10"] for m in figures], ddof=1)) if len(figures) > 1 else None,
                 "official": None if None in official else _mean(official),
                 "accuracy": _mean([metrics["accuracy"] for metrics in figures]),
@@ -104,7 +104,7 @@ def comparison(
                     for peer in peers
                     if peer != arm and peer in runs and runs[peer].keys() & of_arm.keys()
                 },
-                "gap_closed": (means[arm] - means[peers[0]]) / lost if lost else None,
+                "gap_closed": _gap_closed(of_arm, sft, gold_arm),
             }
         )
     return {"n": len(gold), "replicates": REPLICATES, "peers": [*peers], "arms": rows}
@@ -135,6 +135,12 @@ def _difference(
     drawn = np.random.default_rng(1).integers(len(pairs), size=differences.shape)
     low, high = np.quantile(np.take_along_axis(differences, drawn, axis=0).mean(axis=0), [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high), "seeds": len(pairs)}
+
+
+def _gap_closed(arm: Mapping[int, Trained], sft: Mapping[int, Trained], upper: Mapping[int, Trained]) -> float | None:
+    seeds = arm.keys() & sft.keys() & upper.keys()
+    reached, low, high = (sum(of_arm[seed].metrics["macro10"] for seed in seeds) for of_arm in (arm, sft, upper))
+    return float((reached - low) / (high - low)) if high != low else None
 
 
 def _mean(values: Sequence[float]) -> float:
