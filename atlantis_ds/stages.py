@@ -73,6 +73,7 @@ def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
     from atlantis_ds.weights.diagnostics import diagnosis_table
 
     weighted = _weigh(recipe, folder, ranks, force)
+    _refuse_bad_arms(recipe, folder, force)
     for arm in recipe.arms:
         train(recipe, folder, ranks, arm, force)
     evaluate(recipe, folder, ranks, list(recipe.arms))
@@ -93,6 +94,15 @@ def _weigh(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> bool
     return weighted
 
 
+def _refuse_bad_arms(recipe: Recipe, folder: RunFolder, force: bool) -> None:
+    """An arm that cannot train says so before the first one does, not after a night."""
+    from atlantis_ds.train.jobs import arm_job
+
+    examples = load_examples(folder)
+    for arm in recipe.arms:
+        arm_job(recipe, folder, examples, arm, force)
+
+
 def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int], force: bool) -> None:
     """Train and evaluate every arm with every seed on one set of scores; write ``compare/`` and print the table.
 
@@ -107,6 +117,7 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
 
     if part[1] == 1:
         _weigh(recipe, folder, ranks, force)
+    _refuse_bad_arms(recipe, folder, force)
     examples = load_examples(folder)
     # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
     trainings = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]

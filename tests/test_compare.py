@@ -181,6 +181,9 @@ def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Pat
     bad.write_text("nobody\n")
     with pytest.raises(InputError, match="id nobody is no training example"):
         arm_weights(recipe, folder, examples, "listed")
+    for command in ("compare", "run"):
+        refuse(launch("local", 1, command, path), "id nobody is no training example")
+    assert not list(folder.root.glob("model/*")), "the last arm is refused before the first one trains"
     bad.write_text("\n".join(example.id for example in examples.train))
     with pytest.raises(InputError, match="no example is left"):
         arm_weights(recipe, folder, examples, "listed")
