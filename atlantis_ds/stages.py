@@ -9,7 +9,7 @@ import yaml
 from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.data.prepare import load_examples
+from atlantis_ds.data.prepare import Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.progress import console
 from atlantis_ds.recipe import Recipe
@@ -73,7 +73,7 @@ def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
     from atlantis_ds.weights.diagnostics import diagnosis_table
 
     weighted = _weigh(recipe, folder, ranks, force)
-    _refuse_bad_arms(recipe, folder, force)
+    _refuse_bad_arms(recipe, folder, load_examples(folder), force)
     for arm in recipe.arms:
         train(recipe, folder, ranks, arm, force)
     evaluate(recipe, folder, ranks, list(recipe.arms))
@@ -94,11 +94,10 @@ def _weigh(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> bool
     return weighted
 
 
-def _refuse_bad_arms(recipe: Recipe, folder: RunFolder, force: bool) -> None:
+def _refuse_bad_arms(recipe: Recipe, folder: RunFolder, examples: Examples, force: bool) -> None:
     """An arm that cannot train says so before the first one does, not after a night."""
     from atlantis_ds.train.jobs import arm_job
 
-    examples = load_examples(folder)
     for arm in recipe.arms:
         arm_job(recipe, folder, examples, arm, force)
 
@@ -117,8 +116,8 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
 
     if part[1] == 1:
         _weigh(recipe, folder, ranks, force)
-    _refuse_bad_arms(recipe, folder, force)
     examples = load_examples(folder)
+    _refuse_bad_arms(recipe, folder, examples, force)
     # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
     trainings = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]
     trained: list[Trained] = []
