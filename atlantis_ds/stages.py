@@ -129,7 +129,8 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
             metrics = evaluate_arm(recipe, folder, job.name, ranks)
         if ranks.is_main and part[1] == 1:
             predicted = read_table(folder.evaluation(job.name) / "predictions.parquet")[0]["predicted"].to_pylist()
-            trained.append(Trained(arm, seed, predicted, metrics, training_summary(folder, job.name)["seconds"]))
+            summary = training_summary(folder, job.name)
+            trained.append(Trained(arm, seed, predicted, metrics, summary["seconds"], summary.get("hardware", "")))
             comparison = compare_arms(
                 recipe, folder, [example.gold or example.label for example in examples.test], trained
             )

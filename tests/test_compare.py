@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRecipe, launch, refuse, succeed
 
-from atlantis_ds.evaluate.compare import REPLICATES, Trained, comparison, macro_f1
+from atlantis_ds.evaluate.compare import REPLICATES, Trained, comparison, comparison_table, macro_f1
 from atlantis_ds.evaluate.metrics import macro10
 
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]
@@ -72,6 +73,14 @@ def test_gap_closed_is_of_the_seeds_that_all_share(gold: list[str]) -> None:
     half = Trained("half", 1, runs[1].predicted, {**runs[1].metrics, "macro10": (low + high) / 2}, 1.0)
     rows = by_name(comparison(gold, [*runs, half], ["sft"], "gold"))
     assert rows["half"]["gap_closed"] == pytest.approx(0.5)
+
+
+def test_the_table_says_where_arms_were_trained_on_different_hardware(gold: list[str]) -> None:
+    sft, better = trained(gold, "sft", 0.5), trained(gold, "better", 0.8)
+    one = [replace(run, hardware="NVIDIA A100") for run in [*sft, *better]]
+    assert comparison_table(comparison(gold, one, ["sft"], None)).caption is None
+    two = [*one, replace(sft[0], seed=9, hardware="NVIDIA H100"), replace(sft[0], seed=10, hardware="")]
+    assert "NVIDIA A100; NVIDIA H100" in str(comparison_table(comparison(gold, two, ["sft"], None)).caption)
 
 
 def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
@@ -136,6 +145,7 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
         rows = list(csv.DictReader(file))
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "07" for arm in ARMS]
     found = json.loads((run / "compare" / "comparison.json").read_text())
+    assert len(found["hardware"]) == 1
     assert found["peers"] == ["sft", "gce"] and all(row["runs"] == 2 for row in found["arms"])
     assert (run / "compare" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "gap" in out and all(arm in out for arm in ARMS)

@@ -42,6 +42,20 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def hardware(self) -> str:
+        """What computes here: the GPU's name, or the widest instructions of the CPU that matrix products can use.
+
+        The same recipe and seed train to the same bytes on one of them, not across.
+        """
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        can = torch.cpu.get_capabilities()
+        kinds = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+        return f"{can['architecture']} CPU, {next((kind for kind in kinds if can.get(kind)), 'no vector instructions')}"
+
     def barrier(self) -> None:
         import torch.distributed as dist
 

@@ -31,6 +31,8 @@ class Trained:
     metrics: Mapping[str, Any]
     seconds: float
     """Training time."""
+    hardware: str = ""
+    """What it was trained on; empty where that was not recorded."""
 
 
 def compare_arms(recipe: Recipe, folder: RunFolder, gold: Sequence[str], trained: Sequence[Trained]) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def comparison(
         ``sd`` (over seeds; None for one seed), ``official`` and ``accuracy`` (means), ``seconds`` (mean training
         time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and
         ``gap_closed`` (share of the way from SFT to ``upper``, over the seeds that the three share; None where there
-        is none).
+        is none). ``hardware``: all that the arms were trained on.
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
@@ -107,7 +109,8 @@ def comparison(
                 "gap_closed": _gap_closed(of_arm, sft, gold_arm),
             }
         )
-    return {"n": len(gold), "replicates": REPLICATES, "peers": [*peers], "arms": rows}
+    hardware = sorted({run.hardware for run in trained if run.hardware})
+    return {"n": len(gold), "replicates": REPLICATES, "peers": [*peers], "hardware": hardware, "arms": rows}
 
 
 def macro_f1(gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray) -> np.ndarray:
@@ -172,6 +175,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
             str(row["runs"]),
             f"{row['seconds'] / 60:.1f}",
+        )
+    if len(comparison["hardware"]) > 1:
+        table.caption = (
+            f"trained on different hardware, which is in the differences: {'; '.join(comparison['hardware'])}"
         )
     return table
 

@@ -109,6 +109,7 @@ def card_text(
         ("examples", f"{data['train']} train, {data['dev']} dev; {data['labels']} labels"),
         ("training", f"fingerprint `{facts['fingerprint']}`"),
         ("mode", f"{settings['mode']}, {settings['dtype']}, `{settings['deepspeed']}`, {facts['world_size']} ranks"),
+        ("hardware", facts.get("hardware", "not recorded")),
         ("batch", f"{settings['train_batch_size']} examples, loss divided by each {settings['reduction']}"),
         ("dev loss", "no dev split" if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(label) in nats)"),
     ]

@@ -151,6 +151,7 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
             "examples": len(pairs),
             "examples_per_s": round(_examples_seen(state["step"], len(pairs), settings) / state["seconds"], 2),
             "world_size": ranks.world_size,
+            "hardware": ranks.hardware,
         }
         write_cards(folder.model(job.name), summary)
         write_json(done, summary)

@@ -21,7 +21,7 @@ from atlantis_ds.evaluate.metrics import macro10
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic
 from atlantis_ds.train.jobs import training_summary
 
-FIELDS = ("arm", "seed", "seconds", "labels")
+FIELDS = ("arm", "seed", "seconds", "hardware", "labels")
 GOLD = "(gold labels)"
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         if not found:
             sys.exit(f"{source}: no training is finished there")
         key = (GOLD, "")
-        if key in lines and lines[key] != found[key]:
+        if key in lines and lines[key]["labels"] != found[key]["labels"]:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
         lines |= found
         write_atomic(path, lambda temporary: write(temporary, lines.values()))
@@ -46,7 +46,8 @@ def main() -> None:
         predicted = line["labels"].split()
         right = sum(a == b for a, b in zip(gold, predicted))
         metrics = {"macro10": macro10(gold, predicted), "accuracy": right / len(gold), "official": None}
-        trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, float(line["seconds"])))
+        seconds, hardware = float(line["seconds"]), line.get("hardware") or ""
+        trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
     Console(width=160).print(comparison_table(comparison(gold, trained, ["sft", "gce"], "gold")))
 
 
@@ -66,9 +67,15 @@ def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str
         arm, _, seed = name.rpartition("-seed")
         table = read_table(metrics.parent / "predictions.parquet")[0]
         gold, predicted = (" ".join(number[x] for x in table[column].to_pylist()) for column in ("gold", "predicted"))
-        found[GOLD, ""] = {"arm": GOLD, "seed": "", "seconds": "", "labels": gold}
-        seconds = f"{training_summary(folder, name)['seconds']:.0f}"
-        found[arm, seed] = {"arm": arm, "seed": seed, "seconds": seconds, "labels": predicted}
+        found[GOLD, ""] = {"arm": GOLD, "labels": gold}
+        summary = training_summary(folder, name)
+        found[arm, seed] = {
+            "arm": arm,
+            "seed": seed,
+            "seconds": f"{summary['seconds']:.0f}",
+            "hardware": summary.get("hardware", ""),
+            "labels": predicted,
+        }
     return found
 
 
