@@ -46,7 +46,7 @@ def main() -> None:
         predicted = line["labels"].split()
         right = sum(a == b for a, b in zip(gold, predicted))
         metrics = {"macro10": macro10(gold, predicted), "accuracy": right / len(gold), "official": None}
-        seconds, hardware = float(line["seconds"]), line.get("hardware") or ""
+        seconds, hardware = float(line["seconds"]), line.get("hardware", "")
         trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
     Console(width=160).print(comparison_table(comparison(gold, trained, ["sft", "gce"], "gold")))
 
