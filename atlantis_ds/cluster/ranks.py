@@ -46,8 +46,8 @@ class Ranks:
     def hardware(self) -> str:
         """What computes here: the GPU's name, or the widest instructions of the CPU that matrix products can use.
 
-        Other hardware rounds otherwise, and the same recipe and seed train to other weights there. All ranks are taken to
-        have the same.
+        Other hardware rounds otherwise, and the same recipe and seed train to other weights there. All ranks are taken
+        to have the same.
         """
         import torch
 
