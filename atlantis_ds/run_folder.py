@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunFolder:
     root: Path
+    round: int = 0
+    """An earlier round of the reference, from 1; 0 for the last. Each has scores and weights of its own."""
 
     @property
     def recipe(self) -> Path:
@@ -40,20 +42,24 @@ class RunFolder:
         return self.root / "examples" / "examples.json"
 
     @property
+    def of_round(self) -> Path:
+        return self.root / f"round-{self.round}" if self.round else self.root
+
+    @property
     def scores(self) -> Path:
-        return self.root / "scores"
+        return self.of_round / "scores"
 
     @property
     def weights(self) -> Path:
-        return self.root / "weights.parquet"
+        return self.of_round / "weights.parquet"
 
     @property
     def weights_info(self) -> Path:
-        return self.root / "weights.json"
+        return self.of_round / "weights.json"
 
     @property
     def weights_plot(self) -> Path:
-        return self.root / "weights.png"
+        return self.of_round / "weights.png"
 
     @property
     def stop(self) -> Path:

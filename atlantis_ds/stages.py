@@ -12,7 +12,7 @@ from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.prepare import Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.progress import console
-from atlantis_ds.recipe import Recipe
+from atlantis_ds.recipe import Recipe, Weights
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_text
 
 
@@ -39,6 +39,9 @@ def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool
     from atlantis_ds.train.fit import fit
     from atlantis_ds.train.jobs import arm_job, reference_jobs
 
+    if arm == "reference" and not folder.round:
+        for earlier in range(1, recipe.models.reference.rounds):
+            _reference_round(recipe, RunFolder(folder.root, earlier), ranks, force)
     examples = load_examples(folder)
     jobs = (
         reference_jobs(recipe, folder, examples)
@@ -48,6 +51,23 @@ def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool
     for job in jobs:
         with claimed(folder, f"train-{job.name}", ranks):
             fit(recipe, folder, examples, job, ranks)
+
+
+def _reference_round(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
+    """A round before the last: its folds, their scores and the weights for the next one.
+
+    The weights are the recommended ones (docs/results.md), whatever the recipe's own: those may change without new
+    training, and the base models have no part in them.
+    """
+    from atlantis_ds.lm.load import model_source
+
+    train(recipe, folder, ranks, "reference", force)
+    start = model_source(recipe, folder, "reference")
+    models = recipe.models.model_copy(update={"large": start, "small": start})
+    weights = Weights(formula="reference", scope="per_label", power=2, clip=[0, 1.6])
+    recipe = recipe.model_copy(update={"models": models, "weights": weights})
+    score(recipe, folder, ranks)
+    merge(recipe, folder, ranks)
 
 
 def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int] = (1, 1)) -> None:

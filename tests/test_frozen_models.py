@@ -150,8 +150,45 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
     assert all(example.label == example.gold for example in job.examples)
     for wrong, said in (
         ({"on": "dev", "folds": 2}, "`on: dev` needs `folds: 1`"),
+        ({"folds": 1, "rounds": 2}, "`rounds` needs kind: finetuned and `folds` of 2 or more"),
         ({"chat_template": True}, "`chat_template` is for kind: checkpoint"),
         ({"kind": "checkpoint", "model_name_or_path": "x", "on": "dev"}, "`on` is for kind: finetuned"),
     ):
         with pytest.raises(InputError, match=said):
             load_recipe(tiny_recipe(tmp_path / "wrong", {"models.reference": wrong}))
+
+
+def test_second_round_trains_on_the_weights_of_the_first(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.train.jobs import reference_jobs
+
+    reference = {"kind": "finetuned", "folds": 2, "num_train_epochs": 3, "learning_rate": 0.01}
+    weights = {"formula": "reference", "scope": "per_label", "power": 2, "clip": [0, 1.6]}
+    one = tiny_recipe(tmp_path / "one", {"models.reference": reference, "weights": weights})
+    two = tiny_recipe(tmp_path / "two", {"models.reference": reference | {"rounds": 2}})
+    for recipe in (one, two):
+        prepare(load_recipe(recipe), RunFolder(recipe.parent / "run"))
+    for stage in ("train", "score", "merge"):
+        succeed("torchrun", 2, stage, one, *(["--arm", "reference"] if stage == "train" else []))
+    out = succeed("torchrun", 2, "train", two, "--arm", "reference")
+    run, earlier = RunFolder(tmp_path / "two" / "run"), RunFolder(tmp_path / "two" / "run", round=1)
+    names = [f"reference-{fold}-of-2{which}" for fold in (0, 1) for which in ("", "-round-1")]
+    assert sorted(path.name for path in (run.root / "model").iterdir()) == names
+    assert not run.weights.exists() and not run.scores.exists()
+
+    table, alone = (pq.read_table(path) for path in (earlier.weights, RunFolder(tmp_path / "one" / "run").weights))
+    assert table.equals(alone), "the first round is a run of one round"
+    weight = dict(zip(*table.select(["id", "weight"]).to_pydict().values()))
+    settings, examples = load_recipe(two), load_examples(run)
+    for fold, job in enumerate(reference_jobs(settings, run, examples)):
+        seen = [example for example in examples.train if fold_of(example, 2, settings.seed) != fold]
+        expected = np.array([weight[example.id] for example in seen])
+        assert expected.std() > 0.1 and job.examples == seen
+        np.testing.assert_array_equal(job.weights, expected / expected.mean())
+        done = json.loads((run.model(job.name) / "training.json").read_text())
+        assert done["fingerprint"] == job.fingerprint(settings, examples), "trained on other weights"
+        assert done["weights"]["options"]["clip"] == [0, 1.6]
+
+    again = succeed("torchrun", 2, "train", two, "--arm", "reference")
+    assert again.count("already finished") == 4 and "already finished" not in out
+    succeed("torchrun", 2, "score", two)
+    assert not np.allclose(scores(run.root)["logp_reference"], scores(earlier.of_round)["logp_reference"], atol=0.01)

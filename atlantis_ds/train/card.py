@@ -18,6 +18,7 @@ from atlantis_ds.run_folder import RunFolder, read_json, write_text
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.merge import read_log_weights
+from atlantis_ds.weights.score import round_before
 
 CARD = "README.md"
 
@@ -28,7 +29,7 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
     Returns:
         ``arm``, ``recipe``, ``settings`` (of this job), ``base`` (the model trained from), ``encoder_decoder``,
         ``data`` (fingerprint, sizes), ``weights`` (options, ``ess``, ``ess_fraction``, ``pareto_k``,
-        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a job that is no arm) and ``versions``.
+        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a reference of the first round) and ``versions``.
     """
     packages = ["torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
     return {
@@ -43,14 +44,18 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
             "dev": len(examples.dev),
             "labels": len(examples.labels),
         },
-        "weights": _weights_facts(recipe, folder, examples, job) if job.arm else None,
+        "weights": _weights_facts(recipe, folder, examples, job),
         # Our own version needs no installed package: a checkout on PYTHONPATH trains as well.
         "versions": {"atlantis_ds": __version__} | {package: version(package) for package in packages},
     }
 
 
-def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any]:
-    options = recipe.arms[str(job.arm)].weights or recipe.weights
+def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any] | None:
+    keys = ("ess", "ess_fraction", "pareto_k", "pareto_k_final", "pareto_k_threshold", "max")
+    if job.arm is None:
+        before = round_before(recipe, folder)
+        return {key: read_json(before.weights_info)[key] for key in ("options", *keys)} if before else None
+    options = recipe.arms[job.arm].weights or recipe.weights
     facts: dict[str, Any] = {"options": options.model_dump(mode="json")}
     if options.formula == "uniform":
         return facts
@@ -60,7 +65,6 @@ def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
         train = load_train_labels(folder)
         log_weight, _ = read_log_weights(recipe, folder, train, options)
         diagnosis = diagnose(np.asarray(job.weights), log_weight, train.labels, None, train.names)
-    keys = ("ess", "ess_fraction", "pareto_k", "pareto_k_final", "pareto_k_threshold", "max")
     return facts | {key: diagnosis[key] for key in keys}
 
 

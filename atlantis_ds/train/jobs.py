@@ -15,11 +15,11 @@ from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.load import model_identity, model_source
 from atlantis_ds.recipe import Model, Recipe, Train
-from atlantis_ds.run_folder import RunFolder, fingerprint, read_json
+from atlantis_ds.run_folder import RunFolder, fingerprint, read_json, read_table
 from atlantis_ds.weights.diagnostics import ESS_REFUSE
 from atlantis_ds.weights.formulas import effective_sample_size
 from atlantis_ds.weights.merge import arm_weights
-from atlantis_ds.weights.score import reference_name
+from atlantis_ds.weights.score import reference_name, round_before
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def gold_labelled(examples: Sequence[Example]) -> list[Example]:
 def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> list[Job]:
     """The training jobs of a fine-tuned reference, one for each fold; none where the reference is a checkpoint.
 
-    The job of a fold trains on the other folds, so that no example is scored by a model that has seen it.
+    The job of a fold trains on the other folds, so that no example is scored by a model that has seen it; after the
+    first round on the weights of the round before. No weight depends on its own label's training; those of the other
+    folds come from models that have seen this one, so that its labels are felt in them, and nowhere else.
     """
     reference = recipe.models.reference
     if reference.kind == "checkpoint":
@@ -108,18 +110,23 @@ def reference_jobs(recipe: Recipe, folder: RunFolder, examples: Examples) -> lis
         source = [replace(example, label=example.gold or example.label) for example in examples.dev]
         if not source:
             raise InputError("models.reference.on: dev: there are no dev examples; set data.dev or data.dev_size")
+    before, weight = round_before(recipe, folder), {}
+    if before:
+        table = read_table(before.weights)[0]
+        weight = dict(zip(table["id"].to_pylist(), table["weight"].to_pylist()))
     jobs = []
     for fold in range(reference.folds):
         seen = [e for e in source if reference.folds == 1 or fold_of(e, reference.folds, recipe.seed) != fold]
         if not seen or (reference.folds > 1 and len(seen) == len(source)):
             raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
+        weights = np.array([weight[e.id] for e in seen]) if before else np.ones(len(seen))
         jobs.append(
             Job(
-                reference_name(fold, reference.folds),
+                reference_name(folder, fold, reference.folds),
                 None,
                 model_source(recipe, folder, "reference"),
                 seen,
-                np.ones(len(seen)),
+                weights / weights.mean(),
                 # A reference is to tell right labels from wrong ones by their likelihood: no other loss will do.
                 recipe.train.model_copy(update={**changes, "loss": "cross_entropy"}),
                 recipe.seed,

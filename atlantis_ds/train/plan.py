@@ -220,11 +220,15 @@ def work_hours(
     stages = []
     if reference.kind == "finetuned":
         share = reference.folds - 1 if reference.folds > 1 else 1
-        seen = lengths.train * share * (reference.num_train_epochs or epochs)
-        stages.append((f"train reference ({reference.folds} folds), {factor['train']}ND", passes * one[2] * seen))
+        seen = reference.rounds * lengths.train * share * (reference.num_train_epochs or epochs)
+        rounds = f", {reference.rounds} rounds" if reference.rounds > 1 else ""
+        name = f"train reference ({reference.folds} folds{rounds}), {factor['train']}ND"
+        stages.append((name, passes * one[2] * seen))
+    # An earlier round scores the reference and what it starts from, a model of the same shape.
     scored = ranked if recipe.score.label_set else one
+    earlier = 2 * (reference.rounds - 1) * scored[2]
     every = ", all labels" if recipe.score.label_set else ""
-    stages.append((f"score (large, small, reference{every}), 2ND", lengths.train * sum(scored)))
+    stages.append((f"score (large, small, reference{every}), 2ND", lengths.train * (sum(scored) + earlier)))
     stages.append((f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
     if recipe.evaluate.method == "rank":
         stages.append((f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))

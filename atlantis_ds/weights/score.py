@@ -62,9 +62,16 @@ class Pass:
         return self.column if self.fold is None else f"{self.column}-{self.fold}"
 
 
-def reference_name(fold: int, folds: int) -> str:
+def reference_name(folder: RunFolder, fold: int, folds: int) -> str:
     """Name of a fine-tuned reference among the trained models."""
-    return "reference" if folds == 1 else f"reference-{fold}-of-{folds}"
+    name = "reference" if folds == 1 else f"reference-{fold}-of-{folds}"
+    return f"{name}-round-{folder.round}" if folder.round else name
+
+
+def round_before(recipe: Recipe, folder: RunFolder) -> RunFolder | None:
+    """The round whose weights the folder's reference is trained on; None for the first."""
+    before = (folder.round or recipe.models.reference.rounds) - 1
+    return RunFolder(folder.root, before) if before else None
 
 
 def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
@@ -76,7 +83,7 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     if reference.kind == "checkpoint":
         return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
     for fold in range(reference.folds):
-        path = folder.model(reference_name(fold, reference.folds)) / "last"
+        path = folder.model(reference_name(folder, fold, reference.folds)) / "last"
         if not path.is_dir():
             raise InputError(f"{path}: no fine-tuned reference there; run `train --arm reference` first")
         trusted = model_source(recipe, folder, "reference").trust_remote_code

@@ -3,8 +3,8 @@
     python tools/studies/semeval_jsonl.py ../shared/data runs/semeval_data
 
 Writes train.jsonl (gold labels), dev.jsonl (every tenth of the 8,000 training rows, kept apart), test.jsonl, and
-weak.jsonl: the rows of train.jsonl that one of the hand-written patterns of semeval_weak covers, labelled by it. Rows of
-other relations, by gold or by weak label, are left out.
+weak.jsonl: the rows of train.jsonl that one of the hand-written patterns of semeval_weak covers, labelled by it. Rows
+of other relations, by gold or by weak label, are left out.
 """
 
 from __future__ import annotations
