@@ -152,7 +152,8 @@ def train(
     """Train one arm with DeepSpeed; resume where a checkpoint is.
 
     Reads examples/, weights.parquet and the large model. Writes checkpoints/ARM while it runs and model/ARM/last (and
-    model/ARM/best where there is a dev split) as safetensors. `--arm reference` trains the reference instead.
+    model/ARM/best where there is a dev split) as safetensors. `--arm reference` trains the reference instead, in all
+    its rounds, and scores and merges between them.
 
     Example: deepspeed --num_gpus 8 --module atlantis_ds train recipes/semeval_qwen2_7b_zero3.yaml --arm sft
     """
