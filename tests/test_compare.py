@@ -158,8 +158,12 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
     assert losses["sft-seed0", 1] != losses["gold-seed0", 1]
     kept = json.loads((run / "model" / "hard-seed0" / "training.json").read_text())
     assert kept["settings"]["loss"] == "cross_entropy" and kept["seconds"] > 0
-    predicted = pq.read_table(run / "eval" / "gold-seed7" / "predictions.parquet")
-    assert predicted.num_rows == 10
+    answers = run / "eval" / "gold-seed7" / "predictions.parquet"
+    assert pq.read_table(answers).num_rows == 10
+    # Other test examples: everything is evaluated again, nothing is trained again.
+    succeed("local", 1, "compare", recipe, "--set", "data.test_size=14")
+    assert sum('"event": "train"' in line for line in (run / "log.jsonl").open()) == steps
+    assert pq.read_table(answers).num_rows == 14
 
 
 def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

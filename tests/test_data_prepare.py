@@ -159,6 +159,27 @@ def test_prepare_refuses_a_folder_with_other_examples(tmp_path, change):
     assert folder.examples.read_bytes() == before
 
 
+def test_prepare_exchanges_the_test_split(tmp_path):
+    """Dev, then test: nothing that was scored or trained depends on it. Nor may it change what is trained on."""
+    rows = [(f"train-{i}", f"sentence {i}", "A" if i % 2 else "B") for i in range(20)]
+    data = {
+        "format": "jsonl",
+        "train": jsonl(tmp_path / "train.jsonl", rows),
+        "test": jsonl(tmp_path / "test.jsonl", [(f"test-{i}", f"question {i}", "A") for i in range(4)]),
+        "noise": {"rate": 0.2},
+    }
+    folder = RunFolder(tmp_path / "r")
+    first = prepare(recipe(data), folder)
+    other = jsonl(tmp_path / "other.jsonl", [(f"other-{i}", f"inquiry {i}", "B") for i in range(3)])
+    second = prepare(recipe({**data, "test": other}), folder)
+    assert [e.id for e in second.test] == ["other-0", "other-1", "other-2"] and second == load_examples(folder)
+    assert (second.train, second.train_fingerprint) == (first.train, first.train_fingerprint)
+    assert second.fingerprint != first.fingerprint, "the evaluation has to be done again"
+    with pytest.raises(InputError, match="training or dev examples of other data"):
+        prepare(recipe({**data, "test": jsonl(tmp_path / "known.jsonl", [("known", *rows[3][1:])])}), folder)
+    assert load_examples(folder) == second
+
+
 def test_load_refuses_what_does_not_belong_together(tmp_path):
     folder = RunFolder(tmp_path / "r")
     with pytest.raises(InputError, match="no such file"):
@@ -172,7 +193,7 @@ def test_load_refuses_what_does_not_belong_together(tmp_path):
     with pytest.raises(InputError, match="does not belong to"):
         load_examples(folder)
     write_json(folder.examples_info, {"labels": []})
-    with pytest.raises(InputError, match="not written by"):
+    with pytest.raises(InputError, match="not written by this version"):
         load_examples(folder)
 
 

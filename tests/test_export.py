@@ -201,7 +201,7 @@ def test_card_states_what_the_model_is(trained: tuple[Path, RunFolder, str]) -> 
         best, last = ((folder.model(arm) / name / "README.md").read_text() for name in ("best", "last"))
         for card in (best, last):
             assert f"library_name: {'peft' if mode == 'lora' else 'transformers'}" in card
-            assert load_examples(folder).fingerprint in card and training["fingerprint"] in card
+            assert load_examples(folder).train_fingerprint in card and training["fingerprint"] in card
             assert f"| formula | `{'product' if arm == 'atlantis' else 'ratio'}` |" in card
             assert f"`temper: {0.5 if arm == 'atlantis' else 0.6}`" in card
             assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["train"]["mode"] == mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections import Counter
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Examples:
     labels: list[str]
     fingerprint: str
     task: str
+    train_fingerprint: str
+    """Of what is scored and trained on: the seed, the label set, the training and dev examples; not of test."""
 
 
 def examples_fingerprint(recipe: Recipe) -> str:
@@ -79,18 +82,16 @@ def examples_fingerprint(recipe: Recipe) -> str:
 def prepare(recipe: Recipe, folder: RunFolder) -> Examples:
     """Read, split, subset and add noise, once: where the run folder holds these examples already, load them.
 
+    Examples that differ in the test split alone take the place of those in the run folder: what was scored and trained
+    stays valid, and only the evaluation has to be done again.
+
     Raises:
-        InputError: bad input (file and line), sizes that the data cannot fill, or a run folder with other examples.
+        InputError: bad input (file and line), sizes that the data cannot fill, or a run folder with other training or
+            dev examples.
     """
     expected = examples_fingerprint(recipe)
     if finished(folder.examples, expected) and finished(folder.examples_info, expected):
         return load_examples(folder)
-    for path in (folder.examples, folder.examples_info):
-        if _fingerprint_in(path) not in (None, expected):
-            raise InputError(
-                f"{folder.root}: holds examples of other data or another seed than this recipe; "
-                "choose another `name`, or remove the folder"
-            )
     labels, splits, dropped = _read_splits(recipe)
     data = recipe.data
     train = subset(splits["train"], data.train_size, recipe.seed, "train_size")
@@ -101,13 +102,21 @@ def prepare(recipe: Recipe, folder: RunFolder) -> Examples:
             raise InputError(f"data.{split}: no example is left in {split} (dropped as shared: {dropped})")
     noisy = add_noise(train, data.noise, labels, recipe.seed)
     changed = sum(old.label != new.label for old, new in zip(train, noisy))
-    examples = Examples(noisy, dev, test, labels, expected, data.format)
+    train_fingerprint = _train_fingerprint(recipe.seed, labels, noisy + dev)
+    for path in (folder.examples, folder.examples_info):
+        if _train_fingerprint_in(path) not in (None, train_fingerprint):
+            raise InputError(
+                f"{folder.root}: holds training or dev examples of other data or another seed than this recipe; "
+                "choose another `name`, or remove the folder"
+            )
+    examples = Examples(noisy, dev, test, labels, expected, data.format, train_fingerprint)
 
     versions = {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()}
     by_split = {"train": noisy, "dev": dev, "test": test}
-    write_table(folder.examples, to_table(noisy + dev + test), {"fingerprint": expected, "versions": versions})
+    marks = {"fingerprint": expected, "train_fingerprint": train_fingerprint}
+    write_table(folder.examples, to_table(noisy + dev + test), {**marks, "versions": versions})
     info = {
-        "fingerprint": expected,
+        **marks,
         "task": data.format,
         "labels": labels,
         "counts": {split: len(rows) for split, rows in by_split.items()},
@@ -130,7 +139,13 @@ def load_examples(folder: RunFolder) -> Examples:
     examples = from_table(table)
     by_split = {split: [e for e in examples if e.split == split] for split in FILES}
     _refuse_shared_ids(by_split)
-    return Examples(**by_split, labels=info["labels"], fingerprint=info["fingerprint"], task=info["task"])
+    return Examples(
+        **by_split,
+        labels=info["labels"],
+        fingerprint=info["fingerprint"],
+        task=info["task"],
+        train_fingerprint=info["train_fingerprint"],
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +161,8 @@ class TrainLabels:
     names: list[str]
     """The label set in its order; gold labels outside of it come after."""
     label_set: list[str]
-    fingerprint: str
+    train_fingerprint: str
+    """See ``Examples``."""
 
 
 def load_train_labels(folder: RunFolder) -> TrainLabels:
@@ -171,7 +187,7 @@ def load_train_labels(folder: RunFolder) -> TrainLabels:
         gold=numbers("gold"),
         names=names,
         label_set=info["labels"],
-        fingerprint=info["fingerprint"],
+        train_fingerprint=info["train_fingerprint"],
     )
 
 
@@ -181,8 +197,8 @@ def _read_written(
     """The table of examples, and ``examples.json``, which is written last."""
     info = read_json(folder.examples_info)
     table, table_meta = read_table(folder.examples, columns, dictionaries)
-    if not isinstance(info, dict) or not {"fingerprint", "labels", "task"} <= info.keys():
-        raise InputError(f"{folder.examples_info}: not written by atlantis_ds; remove it and run prepare again")
+    if not isinstance(info, dict) or not {"train_fingerprint", "labels", "task"} <= info.keys():
+        raise InputError(f"{folder.examples_info}: not written by this version; remove it and run prepare again")
     if table_meta.get("fingerprint") != info["fingerprint"]:
         raise InputError(
             f"{folder.examples}: does not belong to {folder.examples_info.name}; remove both and run prepare again"
@@ -259,13 +275,21 @@ def _refuse_shared_ids(by_split: dict[str, list[Example]]) -> None:
             split_of[example.id] = split
 
 
-def _fingerprint_in(path: Path) -> str | None:
-    """The fingerprint a file carries; None where it is missing or unreadable (it is then written anew)."""
+def _train_fingerprint(seed: int, labels: list[str], examples: list[Example]) -> str:
+    """Of the content, not of the recipe's section: which rows are left may hang on the test sentences."""
+    digest = hashlib.sha256(fingerprint([seed, labels]).encode())
+    for e in examples:
+        digest.update(fingerprint([e.id, e.sentence, e.e1, e.e2, e.label, e.gold, e.split]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _train_fingerprint_in(path: Path) -> str | None:
+    """What a file of ``prepare`` says; None where it is missing or unreadable (it is then written anew)."""
     try:
         info = read_json(path) if path.suffix == ".json" else table_info(path)
     except (InputError, OSError, pa.ArrowException):
         return None
-    return info.get("fingerprint")
+    return info.get("train_fingerprint")
 
 
 def _hash(key: str, path: Path) -> str:

@@ -39,7 +39,7 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
         "base": job.model.model_dump(mode="json", exclude_defaults=True),
         "encoder_decoder": bool(load_config(job.model).is_encoder_decoder),
         "data": {
-            "fingerprint": examples.fingerprint,
+            "fingerprint": examples.train_fingerprint,
             "train": len(job.examples),
             "dev": len(examples.dev),
             "labels": len(examples.labels),

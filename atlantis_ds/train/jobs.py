@@ -41,7 +41,7 @@ class Job:
         free |= {"per_device_train_batch_size"}
         return fingerprint(
             [
-                examples.fingerprint,
+                examples.train_fingerprint,
                 [[example.id, example.label] for example in self.examples],
                 hashlib.sha256(self.weights.tobytes()).hexdigest(),
                 model_identity(self.model),

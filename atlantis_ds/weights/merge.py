@@ -42,7 +42,7 @@ def read_shards(recipe: Recipe, folder: RunFolder, train: TrainLabels) -> Iterat
             doubled; a score is not finite. The file or example is named.
     """
     manifest = read_json(folder.scores / "scores.json")
-    for key, value in scoring_inputs(recipe, train.fingerprint, train.label_set).items():
+    for key, value in scoring_inputs(recipe, train.train_fingerprint, train.label_set).items():
         if manifest["inputs"].get(key) != value:
             raise InputError(f"{folder.scores}: made with another `{key}` than this recipe's; score again")
     of = manifest["shards"]

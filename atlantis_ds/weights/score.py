@@ -119,7 +119,7 @@ def scoring_inputs(recipe: Recipe, examples: str, labels: list[str]) -> dict[str
     """All that the scores depend on, less the models: what ``merge`` can check without them.
 
     Args:
-        examples: fingerprint of the examples.
+        examples: fingerprint of the training examples.
         labels: the label set.
     """
     return {
@@ -150,7 +150,7 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     examples = load_examples(folder)
     passes = scoring_passes(recipe, folder)
     shards = cut_shards(examples.train, recipe.score.shard_size)
-    inputs = scoring_inputs(recipe, examples.fingerprint, examples.labels)
+    inputs = scoring_inputs(recipe, examples.train_fingerprint, examples.labels)
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
     if models["small"] == models["large"]:
         passes[1] = replace(passes[1], same_as="large")
