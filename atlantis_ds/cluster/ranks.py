@@ -221,7 +221,7 @@ def start_ranks(timeout_minutes: float) -> Ranks:
         MASTER_ADDR=place.master_addr,
         MASTER_PORT=str(place.master_port),
     )
-    _hush()
+    hush_libraries()
     import torch
     import torch.distributed as dist
 
@@ -262,7 +262,7 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     return Ranks(place.rank, place.world_size, device)
 
 
-def _hush() -> None:
+def hush_libraries() -> None:
     """Keep the libraries' loading bars and deprecation notes out of the log."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atlantis_ds.cluster.ranks import hush_libraries
 from atlantis_ds.data.prepare import Examples, load_examples, prepare
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.errors import InputError
@@ -51,7 +51,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft calls
+    hush_libraries()
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: unknown; known: {', '.join(GPUS)}")
     model = model_source(recipe, folder, "large")
