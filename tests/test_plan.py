@@ -106,13 +106,17 @@ def test_memory_is_within_15_percent_of_a_real_run(
     assert planned == pytest.approx(measured, rel=0.15)
 
 
-def test_unknown_gpu_and_broken_config_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
-    recipe = str(ROOT / "recipes" / "conll04_qwen2_7b_lora.yaml")
-    for options, words in (
-        (["--gpu", "abacus"], "--gpu abacus: unknown"),
-        (["--set", f"models.large.model_name_or_path={tmp_path / 'config.json'}"], "not a transformers config"),
+    for recipe, option, words in (
+        ("conll04_qwen2_7b_lora", ["--gpu", "abacus"], "--gpu abacus: unknown"),
+        (
+            "conll04_qwen2_7b_lora",
+            ["--set", f"models.large.model_name_or_path={tmp_path / 'config.json'}"],
+            "not a transformers config",
+        ),
+        ("demo", ["--set", "name=not_prepared"], "models.large.scratch is not built yet; run `prepare` first"),
     ):
-        line = [sys.executable, "-m", "atlantis_ds", "plan", recipe, *options]
+        line = [sys.executable, "-m", "atlantis_ds", "plan", str(ROOT / "recipes" / f"{recipe}.yaml"), *option]
         done = subprocess.run(line, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

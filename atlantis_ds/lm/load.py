@@ -18,7 +18,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model_source(recipe: Recipe, folder: RunFolder, name: str) -> Model:
-    """The model called ``large`` or ``small``, or the one the ``reference`` is or starts from, as path or id."""
+    """The model called ``large`` or ``small``, or the one the ``reference`` is or starts from, as path or id.
+
+    Raises:
+        InputError: a model that ``prepare`` builds is not built yet.
+    """
     reference = recipe.models.reference
     if name == "reference" and reference.model_name_or_path is not None:
         return Model(
@@ -28,7 +32,12 @@ def model_source(recipe: Recipe, folder: RunFolder, name: str) -> Model:
         )
     name = "small" if name == "reference" else name
     model: Model = getattr(recipe.models, name)
-    return Model(model_name_or_path=str(folder.base_model(name))) if model.scratch else model
+    if not model.scratch:
+        return model
+    built = folder.base_model(name)
+    if not built.is_dir():
+        raise InputError(f"{built}: models.{name}.scratch is not built yet; run `prepare` first")
+    return Model(model_name_or_path=str(built))
 
 
 def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
