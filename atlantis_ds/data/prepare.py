@@ -198,7 +198,7 @@ def _read_written(
     info = read_json(folder.examples_info)
     table, table_meta = read_table(folder.examples, columns, dictionaries)
     if not isinstance(info, dict) or not {"train_fingerprint", "labels", "task"} <= info.keys():
-        raise InputError(f"{folder.examples_info}: not written by this version; remove it and run prepare again")
+        raise InputError(f"{folder.examples_info}: not written by this version; remove examples/ and run prepare again")
     if table_meta.get("fingerprint") != info["fingerprint"]:
         raise InputError(
             f"{folder.examples}: does not belong to {folder.examples_info.name}; remove both and run prepare again"
@@ -289,7 +289,7 @@ def _train_fingerprint_in(path: Path) -> str | None:
         info = read_json(path) if path.suffix == ".json" else table_info(path)
     except (InputError, OSError, pa.ArrowException):
         return None
-    return info.get("train_fingerprint")
+    return info.get("train_fingerprint", "")  # an older version's: other examples, for all that can be told
 
 
 def _hash(key: str, path: Path) -> str:
