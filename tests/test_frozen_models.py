@@ -142,8 +142,9 @@ def test_auto_shards_what_does_not_fit(base_model: Path, tmp_path: Path) -> None
 def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     from atlantis_ds.train.jobs import reference_jobs
 
-    changes = {"models.reference": {"kind": "finetuned", "on": "dev", "folds": 1}}
-    recipe, folder = load_recipe(tiny_recipe(tmp_path, changes)), RunFolder(tmp_path / "run")
+    # As people write it: on, yes and no are booleans to YAML 1.1.
+    on_dev = "models.reference={kind: finetuned, on: dev, folds: 1}"
+    recipe, folder = load_recipe(tiny_recipe(tmp_path), [on_dev]), RunFolder(tmp_path / "run")
     examples = prepare(recipe, folder)
     (job,) = reference_jobs(recipe, folder, examples)
     assert [example.id for example in job.examples] == [example.id for example in examples.dev]
