@@ -157,6 +157,17 @@ def test_equal_weights_find_no_wrong_labels():
     assert diagnosis["ess"] == 4000 and diagnosis["pareto_k"] is None and diagnosis["warnings"] == []
 
 
+def test_weights_that_do_not_see_wrong_labels_are_named():
+    _, _, labels, gold = noisy_examples()
+    log_weight = np.random.default_rng(2).normal(0, 0.1, 4000)
+    weights = formulas.stabilise(log_weight, labels, Weights())
+    (blind,) = diagnose(weights, log_weight, labels, gold)["warnings"]
+    (level,) = diagnose(weights, log_weight, labels, None)["warnings"]
+    assert "AUROC 0.49" in blind and "hardly differ" in level
+    assert all("models.reference.on: dev" in warning for warning in (blind, level))
+    assert diagnose(weights, log_weight, gold, gold)["warnings"] == []  # no wrong labels to be seen
+
+
 def test_gold_counts_only_where_it_is_known():
     weights, log_weight, labels, gold = noisy_examples()
     rows = np.arange(4000) % 3 == 0

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ESS_WARN = 0.5
 ESS_REFUSE = 0.1
+ESS_LEVEL = 0.95
+AUROC_WARN = 0.7
 CLASS_RATIO = (0.5, 2.0)
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
@@ -285,6 +287,22 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
         warnings.append(
             f"the weights change the class shares by more than {high:g} times: {named}{more}. Set weights.scope: "
             f"per_label to keep every class's share, or weights.calibrate: label_mean, or weights.length: mean."
+        )
+    gold, auroc = diagnosis["gold"], (diagnosis["gold"] or {}).get("auroc_correct")
+    rules = (
+        "Where rules or patterns made the labels, a reference trained on them learns their errors: train it on gold "
+        "labels (models.reference.on: dev)."
+    )
+    uneven = fraction < 1 - 1e-9
+    if uneven and auroc is not None and auroc < AUROC_WARN:
+        warnings.append(
+            f"the weights hardly tell right labels from wrong ones: AUROC {auroc:.2f} where gold labels are known, and "
+            f"0.50 is chance. Train the reference longer, in more folds, in two rounds (models.reference). {rules}"
+        )
+    elif uneven and gold is None and fraction > ESS_LEVEL:
+        warnings.append(
+            f"{spread}: the weights hardly differ. Either nearly all labels are right, or the reference finds the "
+            f"wrong ones likely too. {rules}"
         )
     return warnings
 
