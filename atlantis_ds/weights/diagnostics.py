@@ -288,16 +288,18 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
             f"the weights change the class shares by more than {high:g} times: {named}{more}. Set weights.scope: "
             f"per_label to keep every class's share, or weights.calibrate: label_mean, or weights.length: mean."
         )
-    gold, auroc = diagnosis["gold"], (diagnosis["gold"] or {}).get("auroc_correct")
+    gold = diagnosis["gold"]
+    aurocs = [gold[key] for key in ("auroc_correct", "auroc_correct_within_class") if gold and gold[key] is not None]
     rules = (
         "Where rules or patterns made the labels, a reference trained on them learns their errors: train it on gold "
         "labels (models.reference.on: dev)."
     )
     uneven = fraction < 1 - 1e-9
-    if uneven and auroc is not None and auroc < AUROC_WARN:
+    if uneven and aurocs and min(aurocs) < AUROC_WARN:
         warnings.append(
-            f"the weights hardly tell right labels from wrong ones: AUROC {auroc:.2f} where gold labels are known, and "
-            f"0.50 is chance. Train the reference longer, in more folds, in two rounds (models.reference). {rules}"
+            f"the weights hardly tell right labels from wrong ones: AUROC {min(aurocs):.2f} (overall or within class), "
+            f"where 0.50 is chance. Train the reference longer, in more folds, in two rounds (models.reference). "
+            f"{rules}"
         )
     elif uneven and gold is None and fraction > ESS_LEVEL:
         warnings.append(
