@@ -62,7 +62,9 @@ def test_equal_arms_differ_by_nothing_and_better_ones_by_their_gain(gold: list[s
     gain = rows["better"]["differences"]["sft"]
     assert 0 < gain["low"] < gain["mean"] < gain["high"]
     assert gain["mean"] == pytest.approx(rows["better"]["macro10"] - rows["sft"]["macro10"])
-    assert rows["sft"]["gap_closed"] == 0 and rows["gold"]["gap_closed"] == 1 and 0 < rows["better"]["gap_closed"] < 1
+    closed = {arm: [row["gap_closed"][key] for key in ("low", "mean", "high")] for arm, row in rows.items()}
+    assert closed["sft"] == closed["copy"] == [0, 0, 0] and closed["gold"] == [1, 1, 1]
+    assert closed["better"] == sorted(closed["better"]) and 0 < closed["better"][0] < closed["better"][2] < 1
     assert found == comparison(gold, runs, ["sft"], "gold"), "seeded"
     assert found["replicates"] == REPLICATES
 
@@ -72,7 +74,13 @@ def test_gap_closed_is_of_the_seeds_that_all_share(gold: list[str]) -> None:
     low, high = (run.metrics["macro10"] for run in (runs[1], runs[4]))
     half = Trained("half", 1, runs[1].predicted, {**runs[1].metrics, "macro10": (low + high) / 2}, 1.0)
     rows = by_name(comparison(gold, [*runs, half], ["sft"], "gold"))
-    assert rows["half"]["gap_closed"] == pytest.approx(0.5)
+    assert rows["half"]["gap_closed"]["mean"] == pytest.approx(0.5) and rows["half"]["gap_closed"]["seeds"] == 1
+
+
+def test_where_gold_labels_gain_nothing_there_is_no_gap_to_close(gold: list[str]) -> None:
+    runs = [*trained(gold, "sft", 0.7), *trained(gold, "gold", 0.7), *trained(gold, "better", 0.9)]
+    found = comparison(gold, runs, ["sft"], "gold")
+    assert [row["gap_closed"] for row in found["arms"]] == [None, None, None]
 
 
 def test_the_table_says_where_arms_were_trained_on_different_hardware(gold: list[str]) -> None:

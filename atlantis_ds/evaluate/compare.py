@@ -79,8 +79,8 @@ def comparison(
         ``n`` (test examples), ``replicates``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, ``macro10``,
         ``sd`` (over seeds; None for one seed), ``official`` and ``accuracy`` (means), ``seconds`` (mean training
         time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and
-        ``gap_closed`` (share of the way from SFT to ``upper``, over the seeds that the three share; None where there
-        is none). ``hardware``: all that the arms were trained on.
+        ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over the seeds that the three share;
+        None where the interval of the whole way does not leave out 0). ``hardware``: all that the arms were trained on.
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
@@ -106,7 +106,7 @@ def comparison(
                     for peer in peers
                     if peer != arm and peer in runs and runs[peer].keys() & of_arm.keys()
                 },
-                "gap_closed": _gap_closed(of_arm, sft, gold_arm),
+                "gap_closed": _gap_closed(of_arm, sft, gold_arm, replicates),
             }
         )
     hardware = sorted({run.hardware for run in trained if run.hardware})
@@ -132,18 +132,39 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray) 
 def _difference(
     arm: Mapping[int, Trained], peer: Mapping[int, Trained], replicates: Mapping[tuple[str, int], np.ndarray]
 ) -> dict[str, float]:
-    pairs = [(arm[seed], peer[seed]) for seed in sorted(arm.keys() & peer.keys())]
-    mean = _mean([one.metrics["macro10"] - other.metrics["macro10"] for one, other in pairs])
-    differences = np.array([replicates[one.arm, one.seed] - replicates[other.arm, other.seed] for one, other in pairs])
-    drawn = np.random.default_rng(1).integers(len(pairs), size=differences.shape)
-    low, high = np.quantile(np.take_along_axis(differences, drawn, axis=0).mean(axis=0), [0.025, 0.975])
-    return {"mean": mean, "low": float(low), "high": float(high), "seeds": len(pairs)}
+    seeds = sorted(arm.keys() & peer.keys())
+    reached, start = (_means(of_arm, seeds, replicates) for of_arm in (arm, peer))
+    return _with_interval(reached - start, len(seeds))
 
 
-def _gap_closed(arm: Mapping[int, Trained], sft: Mapping[int, Trained], upper: Mapping[int, Trained]) -> float | None:
-    seeds = arm.keys() & sft.keys() & upper.keys()
-    reached, low, high = (sum(of_arm[seed].metrics["macro10"] for seed in seeds) for of_arm in (arm, sft, upper))
-    return float((reached - low) / (high - low)) if high != low else None
+def _gap_closed(
+    arm: Mapping[int, Trained],
+    sft: Mapping[int, Trained],
+    upper: Mapping[int, Trained],
+    replicates: Mapping[tuple[str, int], np.ndarray],
+) -> dict[str, float] | None:
+    seeds = sorted(arm.keys() & sft.keys() & upper.keys())
+    if not seeds:
+        return None
+    reached, start, end = (_means(of_arm, seeds, replicates) for of_arm in (arm, sft, upper))
+    if _with_interval(end - start, len(seeds))["low"] <= 0:
+        return None
+    return _with_interval((reached - start) / (end - start), len(seeds))
+
+
+def _means(
+    of_arm: Mapping[int, Trained], seeds: Sequence[int], replicates: Mapping[tuple[str, int], np.ndarray]
+) -> np.ndarray:
+    """Mean macro-F1 over seeds, float64 [1 + R]: as measured, then of each replicate; the same draws for every arm."""
+    resampled = np.array([replicates[of_arm[seed].arm, seed] for seed in seeds])
+    drawn = np.random.default_rng(1).integers(len(seeds), size=resampled.shape)
+    measured = _mean([of_arm[seed].metrics["macro10"] for seed in seeds])
+    return np.array([measured, *np.take_along_axis(resampled, drawn, axis=0).mean(axis=0)])
+
+
+def _with_interval(values: np.ndarray, seeds: int) -> dict[str, float]:
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return {"mean": float(values[0]), "low": float(low), "high": float(high), "seeds": seeds}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -161,7 +182,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         "macro10",
         "sd",
         *(f"minus {peer}, 95% interval" for peer in peers),
-        "gap closed",
+        "gap closed, 95% interval",
         "runs",
         "minutes",
     ):
@@ -171,8 +192,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             row["arm"],
             f"{row['macro10']:.3f}",
             "-" if row["sd"] is None else f"{row['sd']:.3f}",
-            *(_interval(row["differences"].get(peer)) for peer in peers),
-            "-" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}",
+            *(_interval(row["differences"].get(peer), "+.3f") for peer in peers),
+            _interval(row["gap_closed"], ".0%"),
             str(row["runs"]),
             f"{row['seconds'] / 60:.1f}",
         )
@@ -183,10 +204,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
-def _interval(difference: Mapping[str, float] | None) -> str:
-    if difference is None:
+def _interval(figure: Mapping[str, float] | None, form: str) -> str:
+    if figure is None:
         return "-"
-    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    return f"{figure['mean']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
 def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
@@ -198,10 +219,10 @@ def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Traine
     ]
     flat = []
     for row in comparison["arms"]:
-        line = {key: value for key, value in row.items() if key != "differences"}
-        for peer in comparison["peers"]:
-            for key in ("mean", "low", "high"):
-                line[f"minus_{peer}_{key}"] = row["differences"].get(peer, {}).get(key)
+        line = {key: value for key, value in row.items() if key not in ("differences", "gap_closed")}
+        figures = {f"minus_{peer}": row["differences"].get(peer) for peer in comparison["peers"]}
+        for name, figure in (figures | {"gap_closed": row["gap_closed"]}).items():
+            line |= {f"{name}_{key}": figure and figure[key] for key in ("mean", "low", "high")}
         flat.append(line)
     write_json(folder / "comparison.json", comparison)
     for name, lines in (("runs.csv", runs), ("comparison.csv", flat)):
