@@ -2,9 +2,10 @@
 
     python tools/studies/gather.py runs/conll04_uniform_noise docs/studies/conll04_uniform_noise.csv
 
-Adds the finished trainings of the run folder to the CSV and prints the table of all its lines: one an arm and seed,
-with predictions as the number of each label in the label set, and one with the gold labels. With `-` for a folder that
-is gone it prints the table alone. All arms of one seed should come from one set of scores.
+Adds the finished trainings of the run folder to the CSV: one line an arm and seed, with predictions as the number of
+each label in the label set, and one with the gold labels. Prints the comparison of all its lines as a Markdown table,
+which is what docs/results.md shows. With `-` for a folder that is gone it prints the table alone. All arms of one seed
+should come from one set of scores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 
 from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table
@@ -23,6 +25,8 @@ from atlantis_ds.train.jobs import training_summary
 
 FIELDS = ("arm", "seed", "seconds", "hardware", "labels")
 GOLD = "(gold labels)"
+PEERS = ("sft", "gce", "cleanlab", "sft_mixed")
+"""Arms that the others are compared with, where a study has them."""
 
 
 def main() -> None:
@@ -48,7 +52,10 @@ def main() -> None:
         metrics = {"macro10": macro10(gold, predicted), "accuracy": right / len(gold), "official": None}
         seconds, hardware = float(line["seconds"]), line.get("hardware", "")
         trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
-    Console(width=160).print(comparison_table(comparison(gold, trained, ["sft", "gce"], "gold")))
+    arms = {run.arm for run in trained}
+    table = comparison_table(comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold"))
+    table.box = box.MARKDOWN
+    Console(width=240).print(table)
 
 
 def write(path: Path, lines: Iterable[dict[str, str]]) -> None:
