@@ -3,7 +3,7 @@
     python tools/studies/weak_and_gold.py runs/semeval_weak_dev200 runs/semeval_data
 
 Writes dev200.jsonl, the dev sentences of that run with their gold labels, and mixed.jsonl, its 900 training sentences
-with their weak labels and the dev sentences in one file.
+with their weak labels and the dev sentences (`gold-` before their ids) in one file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ split = {
     (row["split"], row["id"])
     for row in pq.read_table(run / "examples" / "examples.parquet", columns=["id", "split"]).to_pylist()
 }
-lines: dict[str, list[str]] = {}
+lines: dict[str, list[dict[str, str]]] = {}
 for name, file in (("train", "weak.jsonl"), ("dev", "dev.jsonl")):
-    with (data / file).open(encoding="utf-8") as rows:
-        lines[name] = [line for line in rows if (name, json.loads(line)["id"]) in split]
-(data / "dev200.jsonl").write_text("".join(lines["dev"]), encoding="utf-8")
-(data / "mixed.jsonl").write_text("".join(lines["train"] + lines["dev"]), encoding="utf-8")
+    with (data / file).open(encoding="utf-8") as text:
+        lines[name] = [line for line in map(json.loads, text) if (name, line["id"]) in split]
+gold = [line | {"id": f"gold-{line['id']}"} for line in lines["dev"]]
+for file, rows in (("dev200.jsonl", lines["dev"]), ("mixed.jsonl", lines["train"] + gold)):
+    (data / file).write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
