@@ -127,8 +127,10 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 def move_folder(source: Path, target: Path) -> None:
     """Flush every file below ``source`` and rename it to ``target``, replacing an older folder there."""
+    readers = source.stat().st_mode & 0o666
     for file in source.rglob("*"):
         if file.is_file():
+            file.chmod(readers)  # safetensors writes for the owner alone, whatever the umask (its issue 782)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if target.exists():

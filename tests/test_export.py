@@ -164,6 +164,7 @@ def test_export_predicts_what_evaluation_did(trained: tuple[Path, RunFolder, str
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
         file.name for file in out.iterdir()
     }
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read a model may read all of it"
     card = (out / "README.md").read_text()
     assert ("merged into its base model" in card) == (mode == "lora")
     assert "library_name: transformers" in card and "| macro10 (macro-F1) |" in card
