@@ -147,9 +147,11 @@ def _gap_closed(
     if not seeds:
         return None
     reached, start, end = (_means(of_arm, seeds, replicates) for of_arm in (arm, sft, upper))
-    if _with_interval(end - start, len(seeds))["low"] <= 0:
+    gap = end - start
+    if gap[0] <= 0 or _with_interval(gap, len(seeds))["low"] <= 0:
         return None
-    return _with_interval((reached - start) / (end - start), len(seeds))
+    some = gap > 0  # in the few replicates without a gap there is no share of it
+    return _with_interval((reached - start)[some] / gap[some], len(seeds))
 
 
 def _means(
