@@ -126,7 +126,10 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Flush every file below ``source`` and rename it to ``target``, replacing an older folder there."""
+    """Flush every file below ``source`` and rename it to ``target``, replacing an older folder there.
+
+    Who may read the folder may read its files.
+    """
     readers = source.stat().st_mode & 0o666
     for file in source.rglob("*"):
         if file.is_file():
