@@ -26,6 +26,10 @@ def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
             f"prepare: {len(examples.train)} train, {len(examples.dev)} dev, {len(examples.test)} test examples, "
             f"{len(examples.labels)} labels"
         )
+        for reason, count in examples.dropped.items():
+            split, other = reason.split("_in_")
+            if count:
+                console.print(f"prepare: left out {count} rows of {split} whose sentence stands in {other}, too")
         for name in ("large", "small"):
             if getattr(recipe.models, name).scratch:
                 from atlantis_ds.lm.scratch import build_scratch_model

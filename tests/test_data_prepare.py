@@ -223,11 +223,10 @@ def test_prepare_jsonl_with_own_dev_and_label_set(tmp_path):
     made = prepare(recipe(jsonl_data(tmp_path, dev=dev, dev_size=2)), RunFolder(tmp_path / "r"))
     assert made.labels == ["x", "y"] and len(made.dev) == 2 and len(made.test) == 4
     assert "t3" not in {e.id for e in made.train} and len(made.train) == 9
-    assert read_json(RunFolder(tmp_path / "r").examples_info)["dropped"] == {
-        "train_in_test": 0,
-        "dev_in_test": 1,
-        "train_in_dev": 1,
-    }
+    assert made.dropped == {"train_in_test": 0, "dev_in_test": 1, "train_in_dev": 1}
+    assert load_examples(RunFolder(tmp_path / "r")) == made
+    with pytest.raises(InputError, match=r"train_size: 10 .* there are 9 \(1 more have a sentence .* another split"):
+        prepare(recipe({**jsonl_data(tmp_path, dev=dev), "train_size": 10}), RunFolder(tmp_path / "r2"))
     assert all(e.gold is None for e in made.train)
 
 

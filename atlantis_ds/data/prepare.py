@@ -56,6 +56,8 @@ class Examples:
     task: str
     train_fingerprint: str
     """Of what is scored and trained on: the seed, the label set, the training and dev examples; not of test."""
+    dropped: dict[str, int]
+    """Rows left out because their sentence stands in another split, too: ``train_in_test`` and so on."""
 
 
 def examples_fingerprint(recipe: Recipe) -> str:
@@ -94,7 +96,8 @@ def prepare(recipe: Recipe, folder: RunFolder) -> Examples:
         return load_examples(folder)
     labels, splits, dropped = _read_splits(recipe)
     data = recipe.data
-    train = subset(splits["train"], data.train_size, recipe.seed, "train_size")
+    left_out = dropped["train_in_test"] + dropped["train_in_dev"]
+    train = subset(splits["train"], data.train_size, recipe.seed, "train_size", left_out)
     dev = splits["dev"]
     test = subset(splits["test"], data.test_size, recipe.seed, "test_size")
     for split, rows in (("train", train), ("test", test)):
@@ -109,7 +112,7 @@ def prepare(recipe: Recipe, folder: RunFolder) -> Examples:
                 f"{folder.root}: holds training or dev examples of other data or another seed than this recipe; "
                 "choose another `name`, or remove the folder"
             )
-    examples = Examples(noisy, dev, test, labels, expected, data.format, train_fingerprint)
+    examples = Examples(noisy, dev, test, labels, expected, data.format, train_fingerprint, dropped)
 
     versions = {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()}
     by_split = {"train": noisy, "dev": dev, "test": test}
@@ -145,6 +148,7 @@ def load_examples(folder: RunFolder) -> Examples:
         fingerprint=info["fingerprint"],
         task=info["task"],
         train_fingerprint=info["train_fingerprint"],
+        dropped=info["dropped"],
     )
 
 
@@ -229,7 +233,7 @@ def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], d
     _refuse_shared_ids({"train": train, "dev": dev or [], "test": test})
     kept_train, kept_dev, dropped = assign_splits(train, dev, test, data.dev_size, seed)
     if dev is not None:  # a dev split of its own, not one cut to size from train
-        kept_dev = subset(kept_dev, data.dev_size or None, seed, "dev_size")
+        kept_dev = subset(kept_dev, data.dev_size or None, seed, "dev_size", dropped["dev_in_test"])
     return labels, {"train": kept_train, "dev": kept_dev, "test": test}, dropped
 
 

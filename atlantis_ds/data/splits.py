@@ -52,16 +52,18 @@ def assign_splits(
     return kept_train, kept_dev, dropped
 
 
-def subset(examples: list[Example], size: int | None, seed: int, key: str) -> list[Example]:
+def subset(examples: list[Example], size: int | None, seed: int, key: str, left_out: int = 0) -> list[Example]:
     """A seeded draw of ``size`` examples in their old order; all of them with None.
 
     Raises:
-        InputError: there are fewer than ``size``; ``key`` is the recipe's name for the size.
+        InputError: there are fewer than ``size``; ``key`` is the recipe's name for the size, ``left_out`` the number of
+            rows that ``assign_splits`` dropped.
     """
     if size is None:
         return list(examples)
     if size > len(examples):
-        raise InputError(f"data.{key}: {size} examples asked for, but there are {len(examples)}")
+        more = f" ({left_out} more have a sentence that stands in another split, too)" if left_out else ""
+        raise InputError(f"data.{key}: {size} examples asked for, but there are {len(examples)}{more}")
     drawn = {e.id for e in sorted(examples, key=lambda e: draw_order(seed, key, e.id))[:size]}
     return [e for e in examples if e.id in drawn]
 

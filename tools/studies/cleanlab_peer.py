@@ -45,6 +45,9 @@ def main() -> None:
         (run / name).write_text("".join(f"{id}\n" for id, is_listed in zip(ids, listed) if is_listed))
 
     print(f"{len(ids)} examples, {1 - right.mean():.1%} of the labels wrong")
+    if right.all():
+        print(f"nothing to rank; cleanlab's filter names {issues.sum()} examples: {run / 'cleanlab_issues.txt'}")
+        return
     print("| ranking | AUROC | within class | precision of the lowest tenth |\n|---|---|---|---|")
     tenth = max(1, round(0.1 * len(ids)))
     for name, score in rankings.items():
