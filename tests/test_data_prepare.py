@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import succeed
 
 from atlantis_ds.data.formats import SEMEVAL_LABELS, parse_marked
 from atlantis_ds.data.grammar import grammar_corpus, unlabelled_text
@@ -228,6 +229,15 @@ def test_prepare_jsonl_with_own_dev_and_label_set(tmp_path):
     with pytest.raises(InputError, match=r"train_size: 10 .* there are 9 \(1 more have a sentence .* another split"):
         prepare(recipe({**jsonl_data(tmp_path, dev=dev), "train_size": 10}), RunFolder(tmp_path / "r2"))
     assert all(e.gold is None for e in made.train)
+
+
+def test_prepare_says_what_it_left_out(tmp_path):
+    data = jsonl_data(tmp_path, test=[("e0", "S3", "x"), ("e1", "s5", "x"), ("e2", "u", "y")])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**recipe(data).model_dump(exclude_unset=True), "runs_dir": str(tmp_path)}))
+    said = succeed("local", 1, "prepare", path)
+    assert "8 train, 0 dev, 3 test" in said
+    assert "left out 2 rows of train whose sentence stands in test, too" in said and said.count("left out") == 1
 
 
 @pytest.mark.parametrize(
