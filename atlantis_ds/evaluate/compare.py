@@ -229,7 +229,7 @@ def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Traine
     write_json(folder / "comparison.json", comparison)
     for name, lines in (("runs.csv", runs), ("comparison.csv", flat)):
         _write_csv(folder / name, lines)
-    _plot(folder / "comparison.png", comparison, trained)
+    plot_comparison(folder / "comparison.png", comparison, trained)
 
 
 def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -242,7 +242,8 @@ def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, write)
 
 
-def _plot(path: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
+def plot_comparison(path: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
+    """Every run and the means, and the intervals of the differences to the first peer, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = comparison["arms"]

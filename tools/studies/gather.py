@@ -4,8 +4,8 @@
 
 Adds the finished trainings of the run folder to the CSV: one line an arm and seed, with predictions as the number of
 each label in the label set, and one with the gold labels. Prints the comparison of all its lines as a Markdown table,
-which is what docs/results.md shows. With `-` for a folder that is gone it prints the table alone. All arms of one seed
-should come from one set of scores.
+and draws it into a PNG beside the CSV: what docs/results.md shows. With `-` for a folder that is gone it reads the CSV
+alone. All arms of one seed should come from one set of scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 
-from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table
+from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table, plot_comparison
 from atlantis_ds.evaluate.metrics import macro10
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic
 from atlantis_ds.train.jobs import training_summary
@@ -36,13 +36,13 @@ def main() -> None:
         with path.open(encoding="utf-8", newline="") as file:
             lines = {(line["arm"], line["seed"]): line for line in csv.DictReader(file)}
     if source != "-":
-        found = finished_trainings(RunFolder(Path(source)))
-        if not found:
+        new = finished_trainings(RunFolder(Path(source)))
+        if not new:
             sys.exit(f"{source}: no training is finished there")
         key = (GOLD, "")
-        if key in lines and lines[key]["labels"] != found[key]["labels"]:
+        if key in lines and lines[key]["labels"] != new[key]["labels"]:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
-        lines |= found
+        lines |= new
         write_atomic(path, lambda temporary: write(temporary, lines.values()))
     gold = lines.pop((GOLD, ""))["labels"].split()
     trained = []
@@ -53,7 +53,10 @@ def main() -> None:
         seconds, hardware = float(line["seconds"]), line.get("hardware", "")
         trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
     arms = {run.arm for run in trained}
-    table = comparison_table(comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold"))
+    found = comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold")
+    found["arms"].sort(key=lambda row: row["macro10"], reverse=True)
+    plot_comparison(path.with_suffix(".png"), found, trained)
+    table = comparison_table(found)
     table.box = box.MARKDOWN
     Console(width=240).print(table)
 
