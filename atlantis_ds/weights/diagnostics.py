@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ESS_WARN = 0.5
 ESS_REFUSE = 0.1
 ESS_LEVEL = 0.9  # on gold labels, and on labels whose errors the reference had learned, it was 0.94 to 0.96
+TAIL_WARN = 3.0  # no tail at all below this multiple of the mean: classes that peak side by side make a k-hat of 2, too
 AUROC_WARN = 0.7
 CLASS_RATIO = (0.5, 2.0)
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -46,8 +47,8 @@ def diagnose(
     Returns:
         ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the
         final weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None where none can be fitted, see
-        ``formulas.pareto_k``; the final one decides about the warning); ``max``; ``quantiles``;
-        ``top_percent_share``: share of the weight on the heaviest 1% of examples; ``classes``: ``label``,
+        ``formulas.pareto_k``; the final one decides about the warning, unless no weight is large); ``max``;
+        ``quantiles``; ``top_percent_share``: share of the weight on the heaviest 1% of examples; ``classes``: ``label``,
         ``data_share``, ``weight_share`` and their ``ratio``, most frequent first; ``label_lengths``: the same for the
         labels of equal length, shortest first, None without ``label_tokens``; ``gold``: None, or over the
         examples with a gold label ``known`` (their number), ``auroc_correct`` (of the weight for "the label is
@@ -260,7 +261,9 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
             f"{spread}: training will follow a minority of them. Set weights.temper (0.5 asks for half of n), or "
             f"weights.length: mean."
         )
-    if k == math.inf:
+    if diagnosis["max"] < TAIL_WARN:
+        pass
+    elif k == math.inf:
         warnings.append(
             "Pareto k-hat is beyond measure: nearly all weights are zero beside the largest few. "
             "Set weights.temper, or weights.length: mean."
