@@ -45,17 +45,16 @@ def diagnose(
         label_tokens: int [n], tokens of each label under the large model.
 
     Returns:
-        ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the
-        final weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None where none can be fitted, see
+        ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the final
+        weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None where none can be fitted, see
         ``formulas.pareto_k``; the final one decides about the warning, unless no weight is large); ``max``;
-        ``quantiles``; ``top_percent_share``: share of the weight on the heaviest 1% of examples; ``classes``: ``label``,
-        ``data_share``, ``weight_share`` and their ``ratio``, most frequent first; ``label_lengths``: the same for the
-        labels of equal length, shortest first, None without ``label_tokens``; ``gold``: None, or over the
-        examples with a gold label ``known`` (their number), ``auroc_correct`` (of the weight for "the label is
-        right"), ``auroc_correct_within_class`` (mean over the
-        labels that have right and wrong examples, weighted by their number), ``share_wrong``, ``weight_share_wrong``
-        and ``lowest_tenth_wrong`` (share of wrong labels in the tenth with the lowest weights; equal weights at its
-        border count by their mean); ``warnings``: plain sentences.
+        ``quantiles``; ``top_percent_share``: share of the weight on the heaviest 1% of examples; ``classes``:
+        ``label``, ``data_share``, ``weight_share`` and their ``ratio``, most frequent first; ``label_lengths``: the
+        same for the labels of equal length, shortest first, None without ``label_tokens``; ``gold``: None, or over the
+        examples with a gold label ``known`` (their number), ``auroc_correct`` (of the weight for "the label is right"),
+        ``auroc_correct_within_class`` (mean over the labels that have right and wrong examples, weighted by their
+        number), ``share_wrong``, ``weight_share_wrong`` and ``lowest_tenth_wrong`` (share of wrong labels in the tenth
+        with the lowest weights; equal weights at its border count by their mean); ``warnings``: plain sentences.
     """
     weights = np.asarray(weights, dtype=np.float64)
     n, total = len(weights), weights.sum()
