@@ -122,6 +122,29 @@ def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
     assert width([0.5, 0.9]) > 2 * width([0.7, 0.7])
 
 
+def test_the_interval_holds_the_true_difference() -> None:
+    """In 100 studies of two equally good arms, with 5 seeds each and 400 test examples; 93 when this was written.
+
+    An interval over the test examples alone holds it in 68 of them, one over the seeds alone in 80.
+    """
+    rng = np.random.default_rng(1)
+    holds = 0
+    for _ in range(100):
+        truth = rng.choice(LABELS, 400)
+        hard = rng.normal(3.5, 2.5, len(truth))
+        runs = []
+        for arm in ("sft", "other"):
+            hard_for_arm = hard + rng.normal(0, 1, len(truth))
+            for seed in range(5):
+                right = rng.random(len(truth)) < 1 / (1 + np.exp(-hard_for_arm - rng.normal(0, 0.6)))
+                predicted = np.where(right, truth, rng.choice(LABELS, len(truth))).tolist()
+                figures = {"macro10": macro10(truth.tolist(), predicted), "official": None, "accuracy": 0.5}
+                runs.append(Trained(arm, seed, predicted, figures, 60.0))
+        interval = comparison(truth.tolist(), runs, ["sft"], None)["arms"][1]["differences"]["sft"]
+        holds += interval["low"] <= 0 <= interval["high"]
+    assert 85 <= holds <= 99
+
+
 def test_only_common_seeds_are_paired(gold: list[str]) -> None:
     rows = by_name(
         comparison(gold, [*trained(gold, "sft", 0.5, 1), *trained(gold, "arm", 0.7, 3)], ["sft", "gce"], "gold")
