@@ -68,7 +68,7 @@ def comparison(
     The interval of a difference is that of a paired bootstrap in two levels (Efron and Tibshirani 1993, chapter 8): a
     replicate draws seeds and test examples with replacement, the same for both arms, and takes the mean difference of
     macro-F1 over its seeds. It covers the spread of training as well as that of the test set; of 100 simulated studies
-    with five seeds, 93 had the true difference in it (test_compare.py), and with two seeds it is rather too narrow.
+    with five seeds, 93 had the true difference in it (test_compare.py).
 
     Args:
         gold: gold labels of the n test examples.

@@ -261,8 +261,8 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
             f"weights.length: mean."
         )
     if diagnosis["max"] < TAIL_WARN:
-        pass
-    elif k == math.inf:
+        k = -math.inf
+    if k == math.inf:
         warnings.append(
             "Pareto k-hat is beyond measure: nearly all weights are zero beside the largest few. "
             "Set weights.temper, or weights.length: mean."
