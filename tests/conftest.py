@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import psutil
 import pytest
@@ -52,7 +52,9 @@ class Done:
 
 
 class Job:
-    """A running job of one or more ranks."""
+    """A running job of one or more ranks; where its test fails before it ends, it ends with the test."""
+
+    of_this_test: ClassVar[list[Job]] = []
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
         self.command = command
@@ -67,6 +69,7 @@ class Job:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self.of_this_test.append(self)
 
     def text(self) -> str:
         self.output.seek(0)
@@ -103,6 +106,15 @@ class Job:
                 pytest.fail(f"ended, or hung, before it could be killed:\n{self.text()[-3000:]}")
             time.sleep(0.005)
         self.kill()
+
+
+@pytest.fixture(autouse=True)
+def end_jobs() -> Iterator[None]:
+    yield
+    for job in Job.of_this_test:
+        if job.process.poll() is None:
+            job.kill()
+    Job.of_this_test.clear()
 
 
 def events(run: Path, kind: str, arm: str | None = None) -> list[dict[str, Any]]:

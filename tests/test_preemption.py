@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,30 @@ def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: 
         assert "0 of 3 shards are done, 3 to do" in out or "0 of 2 shards are done, 2 to do" in out
     assert names == [3, 5, 8]
     succeed("local", 1, "merge", recipe)
+
+
+def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, "train.save_steps": 20})
+    run = tmp_path / "run"
+    succeed("local", 1, "prepare", recipe)
+    first = start("local", 1, "train", recipe, "--arm", "sft")
+    end = time.monotonic() + TIMEOUT
+    while len(events(run, "train")) < 30:
+        assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
+        time.sleep(0.05)
+    first.process.send_signal(signal.SIGSTOP)
+    second = start("local", 1, "train", recipe, "--arm", "sft")
+    before = len(events(run, "train"))
+    while len(events(run, "train")) < before + 5:
+        assert second.process.poll() is None and time.monotonic() < end, second.text()[-3000:]
+        time.sleep(0.05)
+    first.process.send_signal(signal.SIGCONT)
+    done = first.wait()
+    assert done.code == 1 and f"another took its work over (host {socket.gethostname()}, process " in done.out
+    assert "Traceback" not in done.out, done.out[-3000:]
+    assert str(second.process.pid) in (run / "claims" / "train-sft.json").read_text()
+    stop_when(second, run, "train", len(events(run, "train")) + 5, "STOP")
+    assert not list((run / "claims").iterdir())
 
 
 def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

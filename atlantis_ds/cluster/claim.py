@@ -1,7 +1,9 @@
 """One job at a time does one piece of work in a run folder.
 
 The claim is a small file that its owner rewrites every few seconds. Nothing is locked (NFS and Lustre break locks), no
-clocks are compared: another job looks whether the file changes, and takes over the claim of a dead one.
+clocks are compared: another job looks whether the file changes, and takes over the claim of a dead one. A job that only
+stood still (suspended by the queue, or on a file server that did not answer) finds the other's claim when it wakes, and
+ends.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.cluster.ranks import Ranks, end_rank
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
 
@@ -44,6 +47,7 @@ def claimed(folder: RunFolder, work: str, ranks: Ranks) -> Iterator[None]:
         stop.set()
         if ranks.is_main:
             beat.join()
+            _end_if_lost(path)
             path.unlink(missing_ok=True)
 
 
@@ -118,8 +122,22 @@ def _owner(beat: int) -> str:
 def _beat(path: Path, stop: threading.Event) -> None:
     beat = 0
     while not stop.wait(BEAT_SECONDS):
+        _end_if_lost(path)
         beat += 1
         temporary = path.with_name(f".{path.name}.beat")
         with contextlib.suppress(OSError):  # a full disk must not look like a second job
             temporary.write_text(_owner(beat), encoding="utf-8")
             os.replace(temporary, path)
+
+
+def _end_if_lost(path: Path) -> None:
+    """End this process at once where another job has taken the claim over: the run folder is the other's to write."""
+    try:
+        owner = json.loads(_read(path))
+        lost = (owner["machine"], owner["pid"]) != (_machine(), os.getpid())
+    except (ValueError, KeyError, TypeError):
+        return  # gone, or being written
+    if lost:
+        other = f"host {owner['host']}, process {owner['pid']}"
+        print(f"fault: {path}: while this job stood still, another took its work over ({other})", file=sys.stderr)
+        end_rank(1)
