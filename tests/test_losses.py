@@ -13,7 +13,7 @@ from atlantis_ds.data.grammar import grammar_corpus
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
-from atlantis_ds.recipe import Model, Prompt, Train
+from atlantis_ds.recipe import Loss, Model, Prompt, Train
 from atlantis_ds.train.step import loss_of_step, weighted_loss
 
 WEIGHTS = [0.3, 2.0, 0.0, 1.7]
@@ -73,8 +73,8 @@ def test_dft_scales_each_token_by_its_probability(setting: tuple[Any, list[Encod
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_gce_begins_with_the_cross_entropy() -> None:
-    settings = Train(loss="gce", gce_warmup_ratio=0.5)
-    assert [loss_of_step(settings, step, 4) for step in range(4)] == ["cross_entropy"] * 2 + ["gce"] * 2
-    assert loss_of_step(Train(loss="gce", gce_warmup_ratio=0), 0, 4) == "gce"
-    assert loss_of_step(Train(loss="dft"), 0, 4) == "dft"
+@pytest.mark.parametrize("loss", ["gce", "dft"])
+def test_robust_losses_begin_with_the_cross_entropy(loss: Loss) -> None:
+    settings = Train(loss=loss)
+    assert [loss_of_step(settings, step, 4) for step in range(4)] == ["cross_entropy"] * 2 + [loss] * 2
+    assert loss_of_step(Train(loss=loss, loss_warmup_ratio=0), 0, 4) == loss

@@ -64,12 +64,11 @@ def weighted_loss(
 
 
 def loss_of_step(settings: Train, step: int, total: int) -> Loss:
-    """The loss of optimizer step ``step`` (from 0): cross-entropy during the warm-up of ``gce``, else ``train.loss``.
+    """The loss of optimizer step ``step`` (from 0): cross-entropy during the warm-up, then ``train.loss``.
 
-    Where the label's probability is still near 0, the gradient of ``gce`` is too.
+    Where the probability of a label is still near 0, so is its gradient under ``gce`` and ``dft``, and it stays there.
     """
-    warming = settings.loss == "gce" and step < settings.gce_warmup_ratio * total
-    return "cross_entropy" if warming else settings.loss
+    return "cross_entropy" if step < settings.loss_warmup_ratio * total else settings.loss
 
 
 def optimizer_step(
