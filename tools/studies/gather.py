@@ -2,10 +2,10 @@
 
     python tools/studies/gather.py runs/conll04_uniform_noise docs/studies/conll04_uniform_noise.csv
 
-Adds the finished trainings of the run folder to the CSV: one line an arm and seed, with predictions as the number of
-each label in the label set, and one with the gold labels. Prints the comparison of all its lines as a Markdown table,
-and draws it into a PNG beside the CSV: what docs/results.md shows. With `-` for a folder that is gone it reads the CSV
-alone. All arms of one seed should come from one set of scores.
+Adds the finished trainings of the run folder to the CSV: one line an arm and seed, with predictions as numbers of the
+relations in the label set (-1 for none of them), and one with the gold labels. Prints the comparison of all its lines
+as a Markdown table, and draws it into a PNG beside the CSV: what docs/results.md shows. With `-` for a folder that is
+gone it reads the CSV alone. All arms of one seed should come from one set of scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 
 from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table, plot_comparison
-from atlantis_ds.evaluate.metrics import macro10
+from atlantis_ds.evaluate.metrics import macro10, relation_of
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic
 from atlantis_ds.train.jobs import training_summary
 
@@ -30,12 +30,16 @@ PEERS = ("sft", "gce", "cleanlab", "sft_mixed")
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: python tools/studies/gather.py RUN|- FILE.csv")
     source, path = sys.argv[1], Path(sys.argv[2])
     lines: dict[tuple[str, str], dict[str, str]] = {}
     if path.exists():
         with path.open(encoding="utf-8", newline="") as file:
             lines = {(line["arm"], line["seed"]): line for line in csv.DictReader(file)}
     if source != "-":
+        if not Path(source).is_dir():
+            sys.exit(f"{source}: no such run folder")
         new = finished_trainings(RunFolder(Path(source)))
         if not new:
             sys.exit(f"{source}: no training is finished there")
@@ -44,6 +48,8 @@ def main() -> None:
             sys.exit(f"{path}: holds predictions of another test set than {source}")
         lines |= new
         write_atomic(path, lambda temporary: write(temporary, lines.values()))
+    if not lines:
+        sys.exit(f"{path}: no such file, or nothing in it")
     gold = lines.pop((GOLD, ""))["labels"].split()
     trained = []
     for line in lines.values():
@@ -53,7 +59,7 @@ def main() -> None:
         seconds, hardware = float(line["seconds"]), line.get("hardware", "")
         trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
     arms = {run.arm for run in trained}
-    found = comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold")
+    found = comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold" if "sft" in arms else None)
     found["arms"].sort(key=lambda row: row["macro10"], reverse=True)
     plot_comparison(path.with_suffix(".png"), found, trained)
     table = comparison_table(found)
@@ -69,14 +75,17 @@ def write(path: Path, lines: Iterable[dict[str, str]]) -> None:
 
 
 def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str]]:
-    labels = read_json(folder.examples_info)["labels"]
-    number = {label: str(index) for index, label in enumerate(labels)}
+    relations = list(dict.fromkeys(relation_of(label) for label in read_json(folder.examples_info)["labels"]))
+    number = {relation: str(index) for index, relation in enumerate(relations)}
     found: dict[tuple[str, str], dict[str, str]] = {}
     for metrics in sorted(folder.root.glob("eval/*-seed*/metrics.json")):
         name = metrics.parent.name
         arm, _, seed = name.rpartition("-seed")
         table = read_table(metrics.parent / "predictions.parquet")[0]
-        gold, predicted = (" ".join(number[x] for x in table[column].to_pylist()) for column in ("gold", "predicted"))
+        gold, predicted = (
+            " ".join(number.get(relation_of(label), "-1") for label in table[column].to_pylist())
+            for column in ("gold", "predicted")
+        )
         found[GOLD, ""] = {"arm": GOLD, "labels": gold}
         summary = training_summary(folder, name)
         found[arm, seed] = {
