@@ -135,6 +135,8 @@ def diagnose(run: RunPath) -> None:
     from atlantis_ds.weights.page import write_diagnosis
 
     folder = RunFolder(run)
+    if not folder.recipe.is_file():
+        raise InputError(f"{run}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
     console.print(diagnosis_table(write_diagnosis(load_recipe(folder.recipe), folder)))
     print(
         f"page: {run / 'diagnosis' / 'diagnosis.html'}\nlikely label errors: {run / 'diagnosis' / 'label_errors.csv'}"

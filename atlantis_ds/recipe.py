@@ -20,12 +20,13 @@ from atlantis_ds.errors import InputError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DType = Literal["float32", "bfloat16"]
 Loss = Literal["cross_entropy", "gce", "dft"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Noise(Section):
@@ -229,8 +230,8 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _clip_bounds(self) -> Weights:
-        if self.clip is not None and not 0 <= self.clip[0] < self.clip[1]:
-            raise ValueError("`clip` must be [lo, hi] with 0 <= lo < hi")
+        if self.clip is not None and not (0 <= self.clip[0] <= 1 <= self.clip[1] and self.clip[0] < self.clip[1]):
+            raise ValueError("`clip` must be [lo, hi] with 0 <= lo <= 1 <= hi and lo < hi: the mean weight is 1")
         return self
 
 
@@ -306,6 +307,9 @@ class Arm(Section):
     """Loss of this arm; without it `train.loss`."""
 
 
+DEFAULT_ARMS = {"sft": Arm(weights=Weights(formula="uniform")), "atlantis": Arm()}
+
+
 class Evaluate(Section):
     method: Literal["rank", "generate"] = "rank"
     """Rank all labels by log-likelihood, or generate greedily and map the text to a label."""
@@ -322,7 +326,7 @@ class Recipe(Section):
     name: str
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of data, noise, folds and scores; and of training, but for `compare`."""
     data: Data
     prompt: Prompt = Prompt()
@@ -330,9 +334,9 @@ class Recipe(Section):
     score: Score = Score()
     weights: Weights = Weights()
     train: Train = Train()
-    arms: dict[str, Arm] = {"sft": Arm(weights=Weights(formula="uniform")), "atlantis": Arm()}
+    arms: dict[str, Arm] = DEFAULT_ARMS
     """What to train and compare. Every arm shares data order, schedule and reduction."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2, 3, 4]
     """`compare` trains every arm once with each: order of the data, adapters, dropout."""
     evaluate: Evaluate = Evaluate()
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
@@ -345,9 +349,21 @@ class Recipe(Section):
                 raise ValueError(f"`{kind}`: {name!r} names a folder: use letters, digits, `-`, `_` and `.`")
         if not self.arms:
             raise ValueError("`arms` is empty")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds`: one stands twice in {self.seeds}")
         for arm, options in self.arms.items():
-            if options.drop_lowest and (options.weights or self.weights).formula == "uniform":
+            weights = options.weights or self.weights
+            if options.drop_lowest and weights.formula == "uniform":
                 raise ValueError(f"`arms.{arm}.drop_lowest`: uniform weights have no lowest ones; give it `weights`")
+            if options.gold and weights.formula != "uniform":
+                raise ValueError(
+                    f"`arms.{arm}.gold`: these weights are of the labels that the run trains on, not of the gold ones; "
+                    "give it `weights: {formula: uniform}`"
+                )
+        every = {"weights": self.weights} | {f"arms.{a}.weights": o.weights for a, o in self.arms.items() if o.weights}
+        of_label_set = [key for key, weights in every.items() if weights.calibrate == "label_set"]
+        if of_label_set and not self.score.label_set:
+            raise ValueError(f"`{of_label_set[0]}.calibrate: label_set` needs `score.label_set: true`")
         if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
             raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
         return self
@@ -371,6 +387,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         InputError: one line that names the file and the key, with a suggestion for a misspelt key.
     """
     tree = _read_yaml(Path(path))
+    if "arms" not in tree and any(override.startswith("arms.") for override in overrides or []):
+        # One arm more is set beside the others, also where those are the ones that a recipe has without saying so.
+        tree["arms"] = {name: arm.model_dump(exclude_unset=True) for name, arm in DEFAULT_ARMS.items()}
     for override in overrides or []:
         _set(tree, override)
     try:
@@ -388,6 +407,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                what = "a key must be text: put it in quotes, or the value in front of it that begins with { or ["
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
             seen.add(key)
@@ -410,10 +432,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise InputError(f"{where}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values")
     return tree
@@ -431,8 +453,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
         tree = child
     try:
         tree[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"--set {override}: not valid YAML: {_yaml_problem(error)}") from None
+
+
+def _yaml_problem(error: Exception) -> str:
+    return " ".join(str(getattr(error, "problem", error)).split())
 
 
 def _explain(error: Any) -> str:

@@ -9,8 +9,9 @@ import yaml
 from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.data.prepare import Examples, load_examples
+from atlantis_ds.data.prepare import Examples, load_examples, refuse_other_data
 from atlantis_ds.data.prepare import prepare as prepare_examples
+from atlantis_ds.errors import InputError
 from atlantis_ds.progress import console
 from atlantis_ds.recipe import Recipe, Weights
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_text
@@ -20,8 +21,7 @@ def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
     """Write ``examples/``, and the base models that the recipe builds itself; rank 0 does it."""
     if ranks.is_main:
         examples = prepare_examples(recipe, folder)
-        text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-        write_text(folder.recipe, text)
+        _keep_recipe(recipe, folder)
         console.print(
             f"prepare: {len(examples.train)} train, {len(examples.dev)} dev, {len(examples.test)} test examples, "
             f"{len(examples.labels)} labels"
@@ -38,11 +38,18 @@ def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
     ranks.barrier()
 
 
+def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+    write_text(folder.recipe, text)
+
+
 def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool) -> None:
     """Train one arm, or all folds of the ``reference``, into ``model/``."""
     from atlantis_ds.train.fit import fit
     from atlantis_ds.train.jobs import arm_job, reference_jobs
 
+    if ranks.is_main:
+        refuse_other_data(recipe, folder)
     if arm == "reference" and not folder.round:
         for earlier in range(1, recipe.models.reference.rounds):
             _reference_round(recipe, RunFolder(folder.root, earlier), ranks, force)
@@ -78,6 +85,10 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     """Write ``scores/``: the I-th of N parts of the shards, counted from 1."""
     from atlantis_ds.weights.score import score as score_shards
 
+    if ranks.is_main:
+        refuse_other_data(recipe, folder)
+        if not folder.round:
+            _keep_recipe(recipe, folder)  # `diagnose` reads there what was scored
     with claimed(folder, f"score-{part[0]}-of-{part[1]}", ranks):
         score_shards(recipe, folder, ranks, part)
 
@@ -119,9 +130,13 @@ def _weigh(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> bool
 
 
 def _refuse_bad_arms(recipe: Recipe, folder: RunFolder, examples: Examples, force: bool) -> None:
-    """An arm that cannot train says so before the first one does, not after a night."""
+    """An arm that cannot be trained or evaluated says so before the first one is, not after a night."""
     from atlantis_ds.train.jobs import arm_job
 
+    if recipe.evaluate.checkpoint == "best" and not examples.dev:
+        raise InputError(
+            "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
+        )
     for arm in recipe.arms:
         arm_job(recipe, folder, examples, arm, force)
 
@@ -140,6 +155,8 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
 
     if part[1] == 1:
         _weigh(recipe, folder, ranks, force)
+    elif ranks.is_main:
+        refuse_other_data(recipe, folder)
     examples = load_examples(folder)
     _refuse_bad_arms(recipe, folder, examples, force)
     # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
@@ -163,7 +180,9 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
             console.print(comparison_table(comparison))
             console.print(f"comparison: {folder.root / 'compare'}")
         else:
-            console.print(f"compare: part {part[0]} of {part[1]} is done; `compare` without --part writes the table")
+            console.print(
+                f"compare: part {part[0]} of {part[1]} is done; when all are, `compare` without --part writes the table"
+            )
     ranks.barrier()
 
 
@@ -174,6 +193,10 @@ def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -
     from atlantis_ds.train.card import write_cards
     from atlantis_ds.train.jobs import training_summary
 
+    if unknown := [arm for arm in arms if arm not in recipe.arms]:
+        raise InputError(f"--arm {unknown[0]}: no such arm; the recipe has {', '.join(recipe.arms)}")
+    if ranks.is_main:
+        refuse_other_data(recipe, folder)
     rows: list[dict[str, Any]] = []
     for arm in arms:
         leave_if_asked(folder, ranks, f"before the evaluation of {arm}")

@@ -203,6 +203,9 @@ def test_jsonl_line_separators_inside_a_sentence_do_not_break_it(tmp_path):
     [
         ('{"id": 2, "sentence": "a <e1>cat', "not valid JSON"),
         ("[1]", "expected a JSON object"),
+        ("[" * 100_000, "nested too deep"),
+        ({**GOOD, "id": "\ud83d"}, "half of a surrogate pair (\\ud83d)"),
+        ({**GOOD, "id": 2, "sentence": "\ud83d <e1>cat</e1> <e2>box</e2>"}, "half of a surrogate pair"),
         ({**GOOD, "id": None}, "`id` is missing"),
         ({**GOOD, "id": 1}, "'1' stands twice"),
         ({**GOOD, "id": 2, "label": None}, "empty label"),

@@ -266,8 +266,12 @@ def test_prepare_refuses_bad_data_and_writes_nothing(tmp_path, change, words):
 def test_prepare_names_missing_and_empty_files(tmp_path):
     data = jsonl_data(tmp_path)
     (tmp_path / "test.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"data\.test: holds no example"):
+    with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: holds no example"):
         prepare(recipe(data), RunFolder(tmp_path / "r"))
+    (tmp_path / "none.jsonl").write_text("\n")
+    empty = recipe({**data, "labels": None, "train": str(tmp_path / "none.jsonl")})
+    with pytest.raises(InputError, match=r"data\.train: .*none\.jsonl: holds no example"):
+        prepare(empty, RunFolder(tmp_path / "r"))
     (tmp_path / "test.jsonl").unlink()
     with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: no such file"):
         prepare(recipe(data), RunFolder(tmp_path / "r"))

@@ -83,7 +83,7 @@ def test_list_of_likely_label_errors(run: Path) -> None:
 
 
 def test_what_it_refuses(run: Path, tmp_path: Path) -> None:
-    refuse(launch("local", 1, "diagnose", tmp_path / "nothing"), "nothing/recipe.yaml", "no such recipe file")
+    refuse(launch("local", 1, "diagnose", tmp_path / "nothing"), "nothing: no run here", "no recipe.yaml")
     (run / "weights.json").rename(tmp_path / "weights.json")
     try:
         refuse(launch("local", 1, "diagnose", run), "weights.json", "run the stage that writes it")

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.recipe import load_recipe
 
 # --- scoring
 
@@ -161,6 +165,41 @@ def test_bad_recipes_and_flags(tiny_recipe: WriteRecipe, tmp_path: Path) -> None
         refuse(done, "recipe.yaml", "train.learning_rat", "did you mean `learning_rate`?")
         assert done.out.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("weights.clip=[0,.inf]", "finite"),
+        ("weights.power=.nan", "finite"),
+        ("weights.clip=[2,3]", "lo <= 1 <= hi"),
+        ("train.num_train_epochs=.inf", "finite"),
+        ("seed=99999999999999999999999", "less than"),
+        ("seeds=[0,1,0]", "one stands twice"),
+        ("arms.gold={gold: true}", "weights: {formula: uniform}"),
+        ("weights={calibrate: label_set}", "score.label_set: true"),
+        ("arms.a={weights: {calibrate: label_set}}", "arms.a.weights.calibrate"),
+        ("prompt.template={{sentence}}", "quotes"),
+        ("name=2024-13-45", "not valid YAML"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(
+    tiny_recipe: WriteRecipe, tmp_path: Path, override: str, words: str
+) -> None:
+    path = tiny_recipe(tmp_path, {"score": {"label_set": False}})
+    with pytest.raises(InputError) as error:
+        load_recipe(path, [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_arm_set_beside_the_default_ones(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    path = tiny_recipe(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    tree.pop("arms", None)
+    path.write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(path, ["arms.gce={weights: {formula: uniform}, loss: gce}"])
+    assert list(recipe.arms) == ["sft", "atlantis", "gce"]
+    assert {name: recipe.arms[name] for name in ("sft", "atlantis")} == load_recipe(path).arms
 
 
 def test_missing_data_on_two_ranks_leaves_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.prepare import load_examples, load_train_labels, prepare
@@ -421,9 +422,49 @@ def test_other_weights_need_no_scoring(run, models, ranks):
     assert not np.array_equal(own, arm_weights(recipe, folder, examples, "sft"))
 
 
+def test_weights_of_older_scores_are_refused(run):
+    recipe, folder = run
+    merge(recipe, folder)
+    manifest = folder.scores / "scores.json"
+    manifest.write_text(manifest.read_text().replace(read_json(manifest)["fingerprint"], "of newer scores"))
+    with pytest.raises(InputError, match=r"weights.parquet: merged from other scores.*run `merge` again"):
+        arm_weights(recipe, folder, load_examples(folder), "atlantis")
+
+
+def test_other_data_without_prepare_is_refused(run, models, ranks):
+    recipe, folder = run
+    changed = tiny_recipe(models, data={**recipe.model_dump(exclude_unset=True)["data"], "noise": {"rate": 0.5}})
+    for stage in (merge, lambda r, f: stages.score(r, f, ranks), lambda r, f: stages.train(r, f, ranks, "sft", False)):
+        with pytest.raises(InputError, match=r"examples.json: made from other data files.*run `prepare`"):
+            stage(changed, folder)
+    with pytest.raises(InputError, match=r"examples.json: made from other data files.*run `prepare`"):
+        stages.evaluate(changed, folder, ranks, ["sft"])
+    assert not folder.weights.exists() and not (folder.root / "model").exists()
+
+
+def test_hard_selection_decides_between_equal_weights_by_what_they_were(run, models):
+    _, folder = run
+    bound = {"formula": "product", "clip": [0.9, 1.1]}
+    arms = {
+        "hard": {"drop_lowest": 0.25},
+        "level": {"drop_lowest": 0.25, "weights": {"formula": "ratio", "power": 1e-300}},
+    }
+    recipe = tiny_recipe(models, weights=bound, arms=arms)
+    merge(recipe, folder)
+    table, _ = read_table(folder.weights)
+    weight, log_weight = (table[name].to_numpy() for name in ("weight", "log_weight"))
+    assert (weight == weight.min()).sum() > 11, "more than a quarter lie at the lower bound"
+    dropped = np.flatnonzero(arm_weights(recipe, folder, load_examples(folder), "hard") == 0)
+    assert sorted(dropped) == sorted(np.argsort(log_weight)[:11])
+    with pytest.raises(InputError, match="arm level: all its weights are equal"):
+        arm_weights(recipe, folder, load_examples(folder), "level")
+
+
 def test_merge_writes_once(run):
     recipe, folder = run
     first = merge(recipe, folder)
     before = folder.weights.stat().st_mtime_ns
     assert merge(recipe, folder) == first
     assert folder.weights.stat().st_mtime_ns == before
+    folder.weights_plot.unlink()
+    assert merge(recipe, folder) == first and folder.weights_plot.exists()

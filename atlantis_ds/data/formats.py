@@ -125,6 +125,8 @@ def read_jsonl(path: str | Path, split: str, labels: list[str] | None = None) ->
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from None
+            except RecursionError:
+                raise ValueError("not valid JSON: nested too deep") from None
             example = jsonl_example(row, split, labels)
             _unique(example.id, seen)
         except ValueError as error:
@@ -233,8 +235,15 @@ def _read_text(path: str | Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file") from None
 
 
+def _whole(text: str) -> str:
+    """JSON may cut an emoji in two, as tweets do; such a text can be written nowhere."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"half of a surrogate pair ({ascii(half[0])[1:-1]}) in {text[:40]!a}; mend the text")
+    return text
+
+
 def _unique(id: str, seen: set[str]) -> str:
-    if id in seen:
+    if _whole(id) in seen:
         raise ValueError(f"the id {id!r} stands twice in this file")
     seen.add(id)
     return id
@@ -247,14 +256,14 @@ def _known(label: Any, labels: list[str] | None, kind: str = "label") -> str:
         raise ValueError(f"the {kind} is not a text: {label!r}")
     if labels is not None and label.strip() not in labels:
         raise ValueError(f"unknown {kind} {label!r}; the label set is {', '.join(labels)}")
-    return label.strip()
+    return _whole(label.strip())
 
 
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"`{key}` is missing or not a text")
-    return value
+    return _whole(value)
 
 
 def _objects(document: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -278,6 +287,7 @@ def _join(tokens: Any) -> tuple[str, list[tuple[int, int]]]:
     for index, token in enumerate(tokens):
         if not isinstance(token, str) or not token.strip():
             raise ValueError(f"token {index} is empty or not a text")
+        _whole(token)
         offsets.append((start, start + len(token)))
         start += len(token) + 1
     return " ".join(tokens), offsets

@@ -152,6 +152,26 @@ def load_examples(folder: RunFolder) -> Examples:
     )
 
 
+def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
+    """Whoever changes the data of a recipe gets new examples, or is told: no stage goes on with the old ones.
+
+    Nothing is checked where the data files are not at hand: the stages behind ``prepare`` do not read them.
+
+    Raises:
+        InputError: the examples of the run folder are of other files, another ``data`` section or another seed.
+    """
+    made = read_json(folder.examples_info)["fingerprint"]
+    try:
+        expected = examples_fingerprint(recipe)
+    except InputError:
+        return
+    if made != expected:
+        raise InputError(
+            f"{folder.examples_info}: made from other data files, another `data` section or another `seed` than this "
+            "recipe's; run `prepare` with it, or choose another `name`"
+        )
+
+
 @dataclass(frozen=True)
 class TrainLabels:
     """What merging needs to know of the n training examples: no sentence, and no Python object an example."""
@@ -227,8 +247,9 @@ def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], d
     else:
         train, test = _read(data, "train", labels, seed), _read(data, "test", labels, seed)
         dev = _read(data, "dev", labels, seed)
-        if not train or not test:
-            raise InputError(f"data.{'test' if train else 'train'}: holds no example")
+        for split, rows in (("train", train), ("test", test)):
+            if not rows:
+                raise InputError(f"data.{split}: {getattr(data, split) or data.hub_id}: holds no example")
     assert train is not None and test is not None
     _refuse_shared_ids({"train": train, "dev": dev or [], "test": test})
     kept_train, kept_dev, dropped = assign_splits(train, dev, test, data.dev_size, seed)
@@ -262,7 +283,10 @@ def _label_set(data: Data, seed: int) -> list[str]:
     if data.format == "conll04":
         return CONLL04_LABELS + ([NO_RELATION] if data.negatives else [])
     # Read a second time with this set, so that a foreign label is refused with its line.
-    return sorted({example.label for example in _read(data, "train", None, seed) or []})
+    labels = sorted({example.label for example in _read(data, "train", None, seed) or []})
+    if not labels:
+        raise InputError(f"data.train: {data.train or data.hub_id}: holds no example")
+    return labels
 
 
 def _label_counts(examples: list[Example], labels: list[str]) -> dict[str, int]:

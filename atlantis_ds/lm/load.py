@@ -53,6 +53,8 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
+        if not Path(path).expanduser().is_dir():
+            path += " (no folder of this name here, so taken for a Hugging Face id)"
         raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None
 
 

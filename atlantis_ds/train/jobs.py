@@ -68,7 +68,7 @@ def arm_job(
         raise InputError(f"--arm {arm}: no such arm; the recipe has {', '.join(recipe.arms)} (and `reference`)")
     weights = arm_weights(recipe, folder, examples, arm)
     share = effective_sample_size(weights) / len(weights)
-    if share < ESS_REFUSE and not force:
+    if not (share >= ESS_REFUSE or force):
         raise InputError(
             f"arm {arm}: the effective sample size of its weights is {share:.1%} of the examples, below "
             f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train all the same with --force"

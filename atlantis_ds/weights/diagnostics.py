@@ -296,14 +296,15 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
         "Where rules or patterns made the labels, a reference trained on them learns their errors: train it on gold "
         "labels (models.reference.on: dev)."
     )
-    uneven = fraction < 1 - 1e-9
-    if uneven and aurocs and min(aurocs) < AUROC_WARN:
+    if np.isclose(fraction, 1, atol=1e-9, rtol=0):
+        warnings.append("all weights are equal: training on them is plain SFT, and their order says nothing.")
+    elif aurocs and min(aurocs) < AUROC_WARN:
         warnings.append(
             f"the weights hardly tell right labels from wrong ones: AUROC {min(aurocs):.2f} (overall or within class), "
             f"where 0.50 is chance. Train the reference longer, in more folds, in two rounds (models.reference). "
             f"{rules}"
         )
-    elif uneven and gold is None and fraction > ESS_LEVEL:
+    elif gold is None and fraction > ESS_LEVEL:
         warnings.append(
             f"{spread}: the weights hardly differ. Either nearly all labels are right, and training without weights "
             f"(weights.formula: uniform) is the better choice, or the reference finds the wrong ones likely, too. "

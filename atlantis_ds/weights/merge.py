@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
-from atlantis_ds.data.prepare import Examples, TrainLabels, load_train_labels
+from atlantis_ds.data.prepare import Examples, TrainLabels, load_train_labels, refuse_other_data
 from atlantis_ds.errors import InputError
 from atlantis_ds.progress import Steps
 from atlantis_ds.recipe import Recipe, Weights
@@ -22,6 +22,8 @@ from atlantis_ds.weights.diagnostics import diagnose, plot_weights
 from atlantis_ds.weights.formulas import Scores, combine, evidence, stabilise
 from atlantis_ds.weights.score import COLUMNS, LABEL_SET, scoring_inputs, shard_path
 
+WEIGHTS_VERSION = 2
+"""Goes up where the same scores and options give other weights or other diagnostics than before."""
 _TYPES = {"logp": pa.float64(), "eos": pa.float64(), "tokens": pa.int64()}
 
 
@@ -156,10 +158,11 @@ def merge(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     Returns:
         what stands in ``weights.json``: diagnostics, options and fingerprints.
     """
+    refuse_other_data(recipe, folder)
     train = load_train_labels(folder)
     scores_fingerprint = _scores_fingerprint(folder)
     mark = _weights_fingerprint(recipe, recipe.weights, scores_fingerprint)
-    if finished(folder.weights_info, mark) and finished(folder.weights, mark):
+    if finished(folder.weights_info, mark) and finished(folder.weights, mark) and folder.weights_plot.exists():
         return read_json(folder.weights_info)
     log_weight, tokens = read_log_weights(recipe, folder, train, recipe.weights)
     weight = stabilise(log_weight, train.labels, recipe.weights)
@@ -193,10 +196,12 @@ def arm_weights(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str)
             leave out is missing or names an unknown id, or nothing is left.
     """
     options = recipe.arms[arm]
-    weights = _merged_weights(recipe, folder, examples, options.weights or recipe.weights)
+    weights, log_weight = _merged_weights(recipe, folder, examples, options.weights or recipe.weights)
     kept = np.ones(len(weights))
     if options.drop_lowest:
-        kept[np.argsort(weights, kind="stable")[: round(options.drop_lowest * len(weights))]] = 0
+        if np.ptp(weights) == 0:
+            raise InputError(f"arm {arm}: all its weights are equal, so `drop_lowest` has nothing to go by")
+        kept[lowest_first(weights, log_weight)[: round(options.drop_lowest * len(weights))]] = 0
         weights = np.ones(len(weights))
     if options.drop_ids:
         kept[_rows_of_ids(Path(options.drop_ids), examples)] = 0
@@ -209,7 +214,7 @@ def arm_weights(recipe: Recipe, folder: RunFolder, examples: Examples, arm: str)
 
 def _rows_of_ids(path: Path, examples: Examples) -> list[int]:
     try:
-        ids = path.read_text(encoding="utf-8").split()
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
     rows = {example.id: row for row, example in enumerate(examples.train)}
@@ -218,18 +223,29 @@ def _rows_of_ids(path: Path, examples: Examples) -> list[int]:
     return [rows[id] for id in ids]
 
 
-def _merged_weights(recipe: Recipe, folder: RunFolder, examples: Examples, options: Weights) -> np.ndarray:
+def lowest_first(weights: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
+    """Row numbers, int64 [n], lowest weight first; weights that a bound made equal by what they were before."""
+    return np.lexsort((log_weight, weights))
+
+
+def _merged_weights(
+    recipe: Recipe, folder: RunFolder, examples: Examples, options: Weights
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and log weights before stabilising, float64 [n] each."""
     if options.formula == "uniform":
-        return np.ones(len(examples.train))
+        return np.ones(len(examples.train)), np.zeros(len(examples.train))
     if options != recipe.weights:
         train = load_train_labels(folder)
-        return stabilise(read_log_weights(recipe, folder, train, options)[0], train.labels, options)
+        log_weight = read_log_weights(recipe, folder, train, options)[0]
+        return stabilise(log_weight, train.labels, options), log_weight
     table, info = read_table(folder.weights)
+    if (folder.scores / "scores.json").exists() and info["scores"] != _scores_fingerprint(folder):
+        raise InputError(f"{folder.weights}: merged from other scores than those in scores/; run `merge` again")
     if info["fingerprint"] != _weights_fingerprint(recipe, options, info["scores"]):
         raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
     if table["id"].to_pylist() != [example.id for example in examples.train]:
         raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
-    return table["weight"].to_numpy()
+    return table["weight"].to_numpy(), table["log_weight"].to_numpy()
 
 
 def _scores_fingerprint(folder: RunFolder) -> str:
@@ -237,4 +253,4 @@ def _scores_fingerprint(folder: RunFolder) -> str:
 
 
 def _weights_fingerprint(recipe: Recipe, options: Weights, scores: str) -> str:
-    return fingerprint([scores, options.model_dump(), recipe.seed])
+    return fingerprint([WEIGHTS_VERSION, scores, options.model_dump(), recipe.seed])

@@ -17,7 +17,7 @@ from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic, write_json, write_text
 from atlantis_ds.weights.diagnostics import plot_weights
 from atlantis_ds.weights.formulas import Scores
-from atlantis_ds.weights.merge import load_scores
+from atlantis_ds.weights.merge import load_scores, lowest_first
 
 COLUMNS = ("id", "sentence", "label", "suggested_label", "p_label", "p_suggested", "weight", "gold")
 SHOWN = 50
@@ -43,7 +43,7 @@ def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     if info["fingerprint"] != diagnosis["fingerprint"] or info["scores"] != made_from:
         raise InputError(f"{folder.weights}: not made from the scores of this run; run `merge` again")
     weights = table["weight"].to_numpy()
-    rows = likely_errors(examples, weights, scores)
+    rows = likely_errors(examples, weights, table["log_weight"].to_numpy(), scores)
     target = folder.root / "diagnosis"
     _write_csv(target / "label_errors.csv", rows)
     plot_weights(target / "weights.png", weights, diagnosis)
@@ -52,12 +52,15 @@ def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     return diagnosis
 
 
-def likely_errors(examples: Examples, weights: np.ndarray, scores: Scores) -> list[dict[str, Any]]:
+def likely_errors(
+    examples: Examples, weights: np.ndarray, log_weight: np.ndarray, scores: Scores
+) -> list[dict[str, Any]]:
     """All examples, lowest weight first, with the label that the reference model would give.
 
     Args:
         examples: of the run, n of them to train on.
         weights: float64 [n].
+        log_weight: float64 [n], before stabilising: decides between equal weights.
         scores: of the training examples.
 
     Returns:
@@ -72,7 +75,7 @@ def likely_errors(examples: Examples, weights: np.ndarray, scores: Scores) -> li
         chances = np.exp(log_likelihood - np.logaddexp.reduce(log_likelihood, axis=1, keepdims=True))
         best = chances.argmax(axis=1)
     rows = []
-    for row in np.argsort(weights, kind="stable").tolist():
+    for row in lowest_first(weights, log_weight).tolist():
         example = examples.train[row]
         entry = {"id": example.id, "sentence": marked_sentence(example), "label": example.label, "gold": example.gold}
         entry |= {"weight": float(weights[row]), "suggested_label": None, "p_label": None, "p_suggested": None}
