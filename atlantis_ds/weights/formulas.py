@@ -108,15 +108,13 @@ def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weight
         options: the recipe's ``weights``.
 
     Raises:
-        InputError: no examples, a log weight that is not finite, or ``clip`` bounds that exclude the mean weight 1.
+        InputError: no examples, or a log weight that is not finite.
     """
     log_weight = np.asarray(log_weight, dtype=np.float64)
     if not len(log_weight):
         raise InputError("weights: there are no examples to weight")
     if len(bad := np.flatnonzero(~np.isfinite(log_weight))):
         raise InputError(f"weights: the log weight of row {bad[0]} is {log_weight[bad[0]]}; score that example again")
-    if options.clip is not None and not options.clip[0] <= 1 <= options.clip[1]:
-        raise InputError(f"weights.clip: {options.clip} must hold 1, the mean weight; use lo <= 1 <= hi")
 
     groups = _groups(labels, options.scope)
     stable = np.empty_like(log_weight)
