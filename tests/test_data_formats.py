@@ -83,6 +83,9 @@ def test_semeval_bad_input_names_the_line(tmp_path, text, line, words):
 
 @pytest.mark.parametrize("read", [read_semeval, read_conll04, read_jsonl])
 def test_missing_file_and_bad_encoding(tmp_path, read):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1\x15\x94")
+    with pytest.raises(InputError, match=r"train\.parquet: a Parquet file; .* data\.hub_id"):
+        read(tmp_path / "train.parquet", "train")
     with pytest.raises(InputError, match=r"gone\.txt: no such file"):
         read(tmp_path / "gone.txt", "train")
     path = tmp_path / "latin1.txt"

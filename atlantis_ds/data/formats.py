@@ -231,6 +231,8 @@ def _read_text(path: str | Path) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        if data.startswith(b"PAR1"):
+            raise InputError(f"{path}: a Parquet file; give the folder that holds it as data.hub_id") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert the file") from None
 
