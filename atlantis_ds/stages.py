@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from atlantis_ds.cluster.claim import claimed
@@ -187,8 +185,9 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -> None:
-    """Write ``eval/ARM/`` for each arm, ``eval/comparison.*``, and print the table."""
+    """Write ``eval/ARM/`` for each arm, and the table of these and all that were evaluated before; print it."""
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
+    from atlantis_ds.evaluate.predict import finished_evaluation
     from atlantis_ds.evaluate.report import comparison_table, write_comparison
     from atlantis_ds.train.card import write_cards
     from atlantis_ds.train.jobs import training_summary
@@ -197,15 +196,17 @@ def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -
         raise InputError(f"--arm {unknown[0]}: no such arm; the recipe has {', '.join(recipe.arms)}")
     if ranks.is_main:
         refuse_other_data(recipe, folder)
-    rows: list[dict[str, Any]] = []
     for arm in arms:
         leave_if_asked(folder, ranks, f"before the evaluation of {arm}")
         metrics = evaluate_arm(recipe, folder, arm, ranks)
         if ranks.is_main:
-            summary = training_summary(folder, arm)
-            write_cards(folder.model(arm), summary, metrics, recipe.evaluate.checkpoint)
-            rows.append({**metrics, "arm": arm, "train_examples_per_s": summary["examples_per_s"]})
+            write_cards(folder.model(arm), training_summary(folder, arm), metrics, recipe.evaluate.checkpoint)
     if ranks.is_main:
+        rows = [
+            {**found, "arm": arm, "train_examples_per_s": training_summary(folder, arm)["examples_per_s"]}
+            for arm in recipe.arms
+            if (found := finished_evaluation(recipe, folder, arm))
+        ]
         write_comparison(folder.root, rows)
         console.print(comparison_table(rows))
     ranks.barrier()

@@ -144,6 +144,15 @@ def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
         metrics = json.loads((run / "eval" / arm / "metrics.json").read_text())
         assert metrics["n"] == 10 and metrics["settings"]["method"] == "generate"
 
+    # One arm alone: the other stays in the table as long as it was evaluated in the same way.
+    table, generate = run / "eval" / "comparison.csv", ["--set", "evaluate.method=generate"]
+    joint = table.read_text()
+    succeed("local", 1, "evaluate", recipe, "--arm", "sft", *generate)
+    assert table.read_text() == joint and joint.count("\n") == 3
+    succeed("local", 1, "evaluate", recipe, "--arm", "sft")
+    assert table.read_text().count("\n") == 2
+    refuse(launch("local", 1, "evaluate", recipe, "--arm", "sfd"), "--arm sfd: no such arm", "sft, atlantis")
+
 
 def tail(out: str) -> str:
     """What is printed after the last evaluation: the table of arms, and what the weights are like."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.data.prepare import load_examples
+from atlantis_ds.data.prepare import Examples, load_examples
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.metrics import UNMAPPED
@@ -38,8 +38,7 @@ def evaluate(recipe: Recipe, folder: RunFolder, arm: str, ranks: Ranks) -> dict[
     if not (folder.model(arm) / "training.json").exists() or not path.is_dir():
         raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
     model = Model(model_name_or_path=str(path))
-    info = {"model": model_identity(model), "settings": recipe.evaluate.model_dump()} if ranks.is_main else None
-    mark = ranks.broadcast(fingerprint([info, recipe.prompt.model_dump(), examples.fingerprint]))
+    info, mark = ranks.broadcast(_inputs(recipe, model, examples) if ranks.is_main else None)
     results = folder.evaluation(arm)
     if ranks.broadcast(finished(results / "metrics.json", mark)):
         if ranks.is_main:
@@ -68,11 +67,26 @@ def evaluate(recipe: Recipe, folder: RunFolder, arm: str, ranks: Ranks) -> dict[
                 "fingerprint": mark,
                 "arm": arm,
                 "examples_per_s": speed,
-                **(info or {}),
+                **info,
             },
         )
     shared: dict[str, Any] = ranks.broadcast(metrics)
     return shared
+
+
+def finished_evaluation(recipe: Recipe, folder: RunFolder, arm: str) -> dict[str, Any] | None:
+    """What stands in ``metrics.json`` of the arm, where its model was evaluated as this recipe says; else None."""
+    path, results = folder.model(arm) / recipe.evaluate.checkpoint, folder.evaluation(arm) / "metrics.json"
+    if not (results.exists() and path.is_dir() and (folder.model(arm) / "training.json").exists()):
+        return None
+    mark = _inputs(recipe, Model(model_name_or_path=str(path)), load_examples(folder))[1]
+    return read_json(results) if finished(results, mark) else None
+
+
+def _inputs(recipe: Recipe, model: Model, examples: Examples) -> tuple[dict[str, Any], str]:
+    """What an evaluation is made from, and the fingerprint of it all."""
+    info = {"model": model_identity(model), "settings": recipe.evaluate.model_dump()}
+    return info, fingerprint([info, recipe.prompt.model_dump(), examples.fingerprint])
 
 
 def rank_labels(
