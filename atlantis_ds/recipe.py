@@ -260,7 +260,7 @@ class Train(Section):
     gce_q: Annotated[float, Field(gt=0, le=1)] = 0.7
     """`gce`: near 0 it is the cross-entropy, at 1 the mean absolute error."""
     loss_warmup_ratio: Fraction = 0.5
-    """`gce` and `dft`: share of the steps that train on the cross-entropy first; their papers have none."""
+    """`gce` and `dft`: share of the steps that train on the cross-entropy first (the papers have none)."""
     reduction: Literal["example", "token"] = "example"
     """Divide the weighted sum by the number of examples, or of label tokens, of the global batch."""
     lora_r: Positive = 16

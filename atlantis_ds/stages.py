@@ -85,10 +85,10 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
 
     if ranks.is_main:
         refuse_other_data(recipe, folder)
-        if not folder.round:
-            _keep_recipe(recipe, folder)  # `diagnose` reads there what was scored
     with claimed(folder, f"score-{part[0]}-of-{part[1]}", ranks):
         score_shards(recipe, folder, ranks, part)
+    if ranks.is_main and not folder.round:
+        _keep_recipe(recipe, folder)  # `diagnose` reads there how the scores were made
 
 
 def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:

@@ -67,11 +67,11 @@ def comparison(
 ) -> dict[str, Any]:
     """The figures of a comparison over the seeds and test examples that arms share.
 
-    The interval of a difference is that of a paired bootstrap (Efron and Tibshirani 1993, chapter 8): a replicate draws
-    test examples with replacement, the same for both arms and all seeds, and takes the mean difference of macro-F1;
-    added to it is by how much the mean of a draw of seeds lies off, widened because a handful of seeds shows less than
-    their spread (``_widening``). In simulated studies of 2 to 10 seeds such an interval held the true difference in 94%
-    to 98% (test_compare.py has two of them). With one seed it speaks of the test examples alone.
+    The interval of a difference is that of a paired bootstrap (Efron and Tibshirani 1993, chapter 8). A replicate draws
+    test examples with replacement, the same for both arms and all seeds, and takes the mean difference of macro-F1. It
+    draws seeds as well, and adds by how much their mean lies off the mean of all, widened because a handful of seeds
+    shows less than the whole spread (``_widening``). In simulated studies of 2 to 10 seeds such an interval held the
+    true difference in 94% to 98% (test_compare.py has two of them). With one seed it is of the test examples alone.
 
     Args:
         gold: gold labels of the n test examples.
