@@ -281,7 +281,9 @@ def plot_comparison(path: Path, comparison: Mapping[str, Any], trained: Sequence
     left.set_xlabel(f"macro-F1 on {comparison['n']} test examples (dots: seeds, bar: mean)")
     right.axvline(0, color="0.35", lw=0.8, ls=":")
     right.locator_params(axis="x", nbins=6)
-    right.set_xlabel(f"difference to {peer} (95% interval over seeds and test examples; dotted: one seed)")
+    right.set_xlabel(
+        f"difference to {peer} (95% interval over seeds and test examples;\ndotted: one seed, over test examples alone)"
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="0.92")
