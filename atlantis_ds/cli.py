@@ -16,7 +16,7 @@ from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
 from atlantis_ds.cluster.ranks import end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.run_folder import RunFolder, no_run
 
 if TYPE_CHECKING:
     from atlantis_ds.cluster.ranks import Ranks
@@ -136,7 +136,7 @@ def diagnose(run: RunPath) -> None:
 
     folder = RunFolder(run)
     if not folder.recipe.is_file():
-        raise InputError(f"{run}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
+        raise no_run(run)
     console.print(diagnosis_table(write_diagnosis(load_recipe(folder.recipe), folder)))
     print(
         f"page: {run / 'diagnosis' / 'diagnosis.html'}\nlikely label errors: {run / 'diagnosis' / 'label_errors.csv'}"

@@ -84,6 +84,11 @@ class RunFolder:
         return self.root / "eval" / arm
 
 
+def no_run(root: Path) -> InputError:
+    """The error of a command that is to look into a run, and finds none."""
+    return InputError(f"{root}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
+
+
 def fingerprint(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of a JSON-serialisable value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

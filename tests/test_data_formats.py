@@ -156,6 +156,12 @@ def test_conll04_bad_document_is_named(tmp_path, changes, words):
     assert str(error.value).startswith(where) and words in str(error.value)
 
 
+def test_conll04_json_nested_too_deep(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="nested too deep"):
+        read_conll04(tmp_path / "deep.json", "train")
+
+
 def test_conll04_truncated_json_names_the_line(tmp_path):
     path = tmp_path / "train.json"
     whole = json.dumps([conll04_document(), conll04_document(orig_id=78)], indent=1)

@@ -16,7 +16,7 @@ import yaml
 
 from atlantis_ds.errors import InputError
 from atlantis_ds.recipe import Recipe, load_recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_json, write_text
+from atlantis_ds.run_folder import RunFolder, no_run, read_json, write_json, write_text
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 
@@ -123,7 +123,7 @@ def status(root: Path) -> list[tuple[str, str]]:
     folder = RunFolder(root)
     source = folder.recipe if folder.recipe.is_file() else root / "slurm" / "recipe.yaml"
     if not source.is_file():
-        raise InputError(f"{root}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
+        raise no_run(root)
     recipe = load_recipe(source)
     events = _events(folder)
     lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]

@@ -88,6 +88,8 @@ def read_conll04(
         documents = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{path}:1: not valid JSON: nested too deep") from None
     if not isinstance(documents, list):
         raise InputError(f"{path}:1: expected a JSON list of documents")
     examples: list[Example] = []

@@ -247,9 +247,6 @@ def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], d
     else:
         train, test = _read(data, "train", labels, seed), _read(data, "test", labels, seed)
         dev = _read(data, "dev", labels, seed)
-        for split, rows in (("train", train), ("test", test)):
-            if not rows:
-                raise InputError(f"data.{split}: {getattr(data, split) or data.hub_id}: holds no example")
     assert train is not None and test is not None
     _refuse_shared_ids({"train": train, "dev": dev or [], "test": test})
     kept_train, kept_dev, dropped = assign_splits(train, dev, test, data.dev_size, seed)
@@ -259,17 +256,21 @@ def _read_splits(recipe: Recipe) -> tuple[list[str], dict[str, list[Example]], d
 
 
 def _read(data: Data, split: str, labels: list[str] | None, seed: int) -> list[Example] | None:
-    """One whole split; None where there is no such file or (dev only) hub split."""
-    if data.hub_id:
-        return read_hub(data.hub_id, data.format, split, data.negatives, seed, labels)
+    """One whole split, not empty but for dev; None where there is no such file or (dev only) hub split."""
     path = getattr(data, split)
-    if path is None:
+    if data.hub_id:
+        rows = read_hub(data.hub_id, data.format, split, data.negatives, seed, labels)
+    elif path is None:
         return None
-    if data.format == "semeval2010_task8":
-        return read_semeval(path, split, labels)
-    if data.format == "conll04":
-        return read_conll04(path, split, data.negatives, seed, labels)
-    return read_jsonl(path, split, labels)
+    elif data.format == "semeval2010_task8":
+        rows = read_semeval(path, split, labels)
+    elif data.format == "conll04":
+        rows = read_conll04(path, split, data.negatives, seed, labels)
+    else:
+        rows = read_jsonl(path, split, labels)
+    if not rows and split != "dev":
+        raise InputError(f"data.{split}: {data.hub_id or path}: holds no example")
+    return rows
 
 
 def _label_set(data: Data, seed: int) -> list[str]:
@@ -283,10 +284,7 @@ def _label_set(data: Data, seed: int) -> list[str]:
     if data.format == "conll04":
         return CONLL04_LABELS + ([NO_RELATION] if data.negatives else [])
     # Read a second time with this set, so that a foreign label is refused with its line.
-    labels = sorted({example.label for example in _read(data, "train", None, seed) or []})
-    if not labels:
-        raise InputError(f"data.train: {data.train or data.hub_id}: holds no example")
-    return labels
+    return sorted({example.label for example in _read(data, "train", None, seed) or []})
 
 
 def _label_counts(examples: list[Example], labels: list[str]) -> dict[str, int]:

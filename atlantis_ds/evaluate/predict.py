@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.data.prepare import Examples, load_examples
+from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.metrics import UNMAPPED
@@ -38,7 +38,7 @@ def evaluate(recipe: Recipe, folder: RunFolder, arm: str, ranks: Ranks) -> dict[
     if not (folder.model(arm) / "training.json").exists() or not path.is_dir():
         raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
     model = Model(model_name_or_path=str(path))
-    info, mark = ranks.broadcast(_inputs(recipe, model, examples) if ranks.is_main else None)
+    info, mark = ranks.broadcast(_inputs(recipe, model, examples.fingerprint) if ranks.is_main else None)
     results = folder.evaluation(arm)
     if ranks.broadcast(finished(results / "metrics.json", mark)):
         if ranks.is_main:
@@ -79,14 +79,15 @@ def finished_evaluation(recipe: Recipe, folder: RunFolder, arm: str) -> dict[str
     path, results = folder.model(arm) / recipe.evaluate.checkpoint, folder.evaluation(arm) / "metrics.json"
     if not (results.exists() and path.is_dir() and (folder.model(arm) / "training.json").exists()):
         return None
-    mark = _inputs(recipe, Model(model_name_or_path=str(path)), load_examples(folder))[1]
+    examples = read_json(folder.examples_info)["fingerprint"]
+    mark = _inputs(recipe, Model(model_name_or_path=str(path)), examples)[1]
     return read_json(results) if finished(results, mark) else None
 
 
-def _inputs(recipe: Recipe, model: Model, examples: Examples) -> tuple[dict[str, Any], str]:
-    """What an evaluation is made from, and the fingerprint of it all."""
+def _inputs(recipe: Recipe, model: Model, examples: str) -> tuple[dict[str, Any], str]:
+    """What an evaluation is made from, and the fingerprint of it all, with ``examples``, the fingerprint of those."""
     info = {"model": model_identity(model), "settings": recipe.evaluate.model_dump()}
-    return info, fingerprint([info, recipe.prompt.model_dump(), examples.fingerprint])
+    return info, fingerprint([info, recipe.prompt.model_dump(), examples])
 
 
 def rank_labels(

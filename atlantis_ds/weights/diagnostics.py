@@ -296,7 +296,7 @@ def _warnings(diagnosis: dict[str, Any], k: float) -> list[str]:
         "Where rules or patterns made the labels, a reference trained on them learns their errors: train it on gold "
         "labels (models.reference.on: dev)."
     )
-    if np.isclose(fraction, 1, atol=1e-9, rtol=0):
+    if fraction > 1 - 1e-9:
         warnings.append("all weights are equal: training on them is plain SFT, and their order says nothing.")
     elif aurocs and min(aurocs) < AUROC_WARN:
         warnings.append(

@@ -228,6 +228,18 @@ def lowest_first(weights: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
     return np.lexsort((log_weight, weights))
 
 
+def read_weights(folder: RunFolder) -> tuple[pa.Table, dict[str, Any]]:
+    """``weights.parquet`` (``id``, ``log_weight``, ``weight``) and what it was made from.
+
+    Raises:
+        InputError: it is missing or broken, or was merged from other scores than lie beside it now.
+    """
+    table, info = read_table(folder.weights)
+    if (folder.scores / "scores.json").exists() and info["scores"] != _scores_fingerprint(folder):
+        raise InputError(f"{folder.weights}: merged from other scores than those in scores/; run `merge` again")
+    return table, info
+
+
 def _merged_weights(
     recipe: Recipe, folder: RunFolder, examples: Examples, options: Weights
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -238,9 +250,7 @@ def _merged_weights(
         train = load_train_labels(folder)
         log_weight = read_log_weights(recipe, folder, train, options)[0]
         return stabilise(log_weight, train.labels, options), log_weight
-    table, info = read_table(folder.weights)
-    if (folder.scores / "scores.json").exists() and info["scores"] != _scores_fingerprint(folder):
-        raise InputError(f"{folder.weights}: merged from other scores than those in scores/; run `merge` again")
+    table, info = read_weights(folder)
     if info["fingerprint"] != _weights_fingerprint(recipe, options, info["scores"]):
         raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
     if table["id"].to_pylist() != [example.id for example in examples.train]:

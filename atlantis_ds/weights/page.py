@@ -14,10 +14,10 @@ from atlantis_ds.data.prepare import Examples, load_examples, load_train_labels
 from atlantis_ds.data.prompts import marked_sentence
 from atlantis_ds.errors import InputError
 from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_atomic, write_json, write_text
+from atlantis_ds.run_folder import RunFolder, read_json, write_atomic, write_json, write_text
 from atlantis_ds.weights.diagnostics import plot_weights
 from atlantis_ds.weights.formulas import Scores
-from atlantis_ds.weights.merge import load_scores, lowest_first
+from atlantis_ds.weights.merge import load_scores, lowest_first, read_weights
 
 COLUMNS = ("id", "sentence", "label", "suggested_label", "p_label", "p_suggested", "weight", "gold")
 SHOWN = 50
@@ -38,10 +38,9 @@ def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     diagnosis = read_json(folder.weights_info)
     train = load_train_labels(folder)
     scores = load_scores(recipe, folder, train)
-    table, info = read_table(folder.weights)
-    made_from = read_json(folder.scores / "scores.json")["fingerprint"]
-    if info["fingerprint"] != diagnosis["fingerprint"] or info["scores"] != made_from:
-        raise InputError(f"{folder.weights}: not made from the scores of this run; run `merge` again")
+    table, info = read_weights(folder)
+    if info["fingerprint"] != diagnosis["fingerprint"]:
+        raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
     weights = table["weight"].to_numpy()
     rows = likely_errors(examples, weights, table["log_weight"].to_numpy(), scores)
     target = folder.root / "diagnosis"
