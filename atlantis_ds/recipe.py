@@ -349,6 +349,12 @@ class Recipe(Section):
                 raise ValueError(f"`{kind}`: {name!r} names a folder: use letters, digits, `-`, `_` and `.`")
         if not self.arms:
             raise ValueError("`arms` is empty")
+        if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
+            raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
+        return self
+
+    @model_validator(mode="after")
+    def _arms_can_work(self) -> Recipe:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds`: one stands twice in {self.seeds}")
         for arm, options in self.arms.items():
@@ -364,8 +370,6 @@ class Recipe(Section):
         of_label_set = [key for key, weights in every.items() if weights.calibrate == "label_set"]
         if of_label_set and not self.score.label_set:
             raise ValueError(f"`{of_label_set[0]}.calibrate: label_set` needs `score.label_set: true`")
-        if reserved := [arm for arm in self.arms if arm.startswith("reference")]:
-            raise ValueError(f"`arms.{reserved[0]}`: names that start with `reference` are kept for the reference")
         return self
 
     @model_validator(mode="after")
