@@ -20,7 +20,7 @@ from atlantis_ds.run_folder import RunFolder, no_run
 
 if TYPE_CHECKING:
     from atlantis_ds.cluster.ranks import Ranks
-    from atlantis_ds.recipe import Recipe
+    from atlantis_ds.config.schema import Recipe
 
 app = typer.Typer(
     name="atlantis-ds",
@@ -129,8 +129,8 @@ def diagnose(run: RunPath) -> None:
 
     Example: atlantis-ds diagnose runs/demo
     """
+    from atlantis_ds.config.loading import load_recipe
     from atlantis_ds.progress import console
-    from atlantis_ds.recipe import load_recipe
     from atlantis_ds.weights.diagnostics import diagnosis_table
     from atlantis_ds.weights.page import write_diagnosis
 
@@ -314,7 +314,7 @@ def plan(
 
     Example: atlantis-ds plan recipes/semeval_qwen2_7b_zero3.yaml --gpus 8 --gpu A100
     """
-    from atlantis_ds.train.plan import plan
+    from atlantis_ds.plan.plan import plan
 
     plan(*_load(recipe, overrides), gpus, gpu, json_file)
 
@@ -368,7 +368,7 @@ def _end(line: str, code: int) -> NoReturn:
 
 
 def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
-    from atlantis_ds.recipe import load_recipe
+    from atlantis_ds.config.loading import load_recipe
 
     settings = load_recipe(recipe, overrides)
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)

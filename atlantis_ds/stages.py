@@ -7,12 +7,13 @@ import yaml
 from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Recipe, Weights
 from atlantis_ds.data.prepare import Examples, load_examples, refuse_other_data
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import read_json, read_table, write_text
 from atlantis_ds.progress import console
-from atlantis_ds.recipe import Recipe, Weights
-from atlantis_ds.run_folder import RunFolder, read_json, read_table, write_text
+from atlantis_ds.run_folder import RunFolder
 
 
 def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
@@ -30,7 +31,7 @@ def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
                 console.print(f"prepare: left out {count} rows of {split} whose sentence stands in {other}, too")
         for name in ("large", "small"):
             if getattr(recipe.models, name).scratch:
-                from atlantis_ds.lm.scratch import build_scratch_model
+                from atlantis_ds.demo.scratch import build_scratch_model
 
                 build_scratch_model(recipe, folder, name, examples.labels, show=True)
     ranks.barrier()
@@ -43,8 +44,8 @@ def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool) -> None:
     """Train one arm, or all folds of the ``reference``, into ``model/``."""
-    from atlantis_ds.train.fit import fit
     from atlantis_ds.train.jobs import arm_job, reference_jobs
+    from atlantis_ds.train.trainer import fit
 
     if ranks.is_main:
         refuse_other_data(recipe, folder)
@@ -148,8 +149,8 @@ def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, in
     """
     from atlantis_ds.evaluate.compare import Trained, compare_arms, comparison_table
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
-    from atlantis_ds.train.fit import fit
     from atlantis_ds.train.jobs import arm_job, training_summary
+    from atlantis_ds.train.trainer import fit
 
     if part[1] == 1:
         _weigh(recipe, folder, ranks, force)

@@ -174,9 +174,9 @@ def succeed(kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT)
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 of 2 layers with its tokenizer, from the project's own builder, not pretrained."""
+    from atlantis_ds.config.schema import Recipe
     from atlantis_ds.data.formats import SEMEVAL_LABELS
-    from atlantis_ds.lm.scratch import build_scratch_model
-    from atlantis_ds.recipe import Recipe
+    from atlantis_ds.demo.scratch import build_scratch_model
     from atlantis_ds.run_folder import RunFolder
 
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512}

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model
 from atlantis_ds.lm.load import load_model, sharded_at_load, start_deepspeed
-from atlantis_ds.recipe import Model
 
 
 def resident() -> tuple[float, float]:

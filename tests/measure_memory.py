@@ -9,9 +9,9 @@ import peft  # noqa: F401
 import transformers  # noqa: F401
 
 from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded
-from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import optimizer_step
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Prompt, Train
 from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.grammar import grammar_corpus
+from atlantis_ds.demo.grammar import grammar_corpus
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_tokenizer
-from atlantis_ds.recipe import Model, Prompt, Train
 from atlantis_ds.train.checkpoint import save_model
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step, step_rows

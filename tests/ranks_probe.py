@@ -17,16 +17,16 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Prompt, Train
 from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.grammar import grammar_corpus
+from atlantis_ds.demo.grammar import grammar_corpus
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
-from atlantis_ds.recipe import Model, Prompt, Train
 from atlantis_ds.train.engine import add_lora, start_engine
-from atlantis_ds.train.fit import _micro_batches
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import optimizer_step, weighted_loss
+from atlantis_ds.train.trainer import _micro_batches
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 BATCH = 24

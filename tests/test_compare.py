@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRecipe, launch, refuse, succeed
 
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.evaluate.compare import REPLICATES, Trained, compare_arms, comparison, comparison_table, macro_f1
 from atlantis_ds.evaluate.metrics import macro10
-from atlantis_ds.recipe import Recipe
 from atlantis_ds.run_folder import RunFolder
 
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]
@@ -228,9 +228,9 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
 
 
 def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.config.loading import load_recipe
     from atlantis_ds.data.prepare import load_examples
     from atlantis_ds.errors import InputError
-    from atlantis_ds.recipe import load_recipe
     from atlantis_ds.weights.merge import arm_weights
 
     bad = tmp_path / "bad.txt"

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 from conftest import succeed
 
+from atlantis_ds.config.schema import Prompt, Recipe
 from atlantis_ds.data.formats import SEMEVAL_LABELS, parse_marked
-from atlantis_ds.data.grammar import grammar_corpus, unlabelled_text
 from atlantis_ds.data.prepare import examples_fingerprint, load_examples, prepare
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.data.table import Example, sentence_key, to_table
+from atlantis_ds.demo.grammar import grammar_corpus, unlabelled_text
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Prompt, Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_json, write_table
+from atlantis_ds.files import read_json, write_json, write_table
+from atlantis_ds.run_folder import RunFolder
 
 
 def example(sentence: str) -> Example:

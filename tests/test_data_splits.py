@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atlantis_ds.config.schema import Noise
 from atlantis_ds.data.formats import parse_marked, read_semeval
 from atlantis_ds.data.noise import add_noise
 from atlantis_ds.data.splits import assign_splits, fold_of, subset
 from atlantis_ds.data.table import Example, from_table, sentence_key, to_table
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Noise
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEMEVAL = SHARED / "semeval2010_task8"
@@ -190,7 +190,7 @@ def test_confusion_table_with_unknown_label_is_refused(table, key):
 def test_draws_are_the_same_in_another_process():
     code = (
         "from tests.test_data_splits import *\n"
-        "from atlantis_ds.data.grammar import grammar_corpus\n"
+        "from atlantis_ds.demo.grammar import grammar_corpus\n"
         "n = add_noise(labelled(50), Noise(rate=0.4), LABELS, 3)\n"
         "t, d, _ = assign_splits([example(str(i), f'<e1>{i}</e1> <e2>b</e2>') for i in range(30)], None, [], 9, 3)\n"
         "print(json.dumps([[e.label for e in n], [e.id for e in d], [e.sentence for e in grammar_corpus(5, 0, 5, 3)]]))"

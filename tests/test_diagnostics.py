@@ -10,7 +10,7 @@ from arviz_stats.base import array_stats
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from atlantis_ds.recipe import Weights
+from atlantis_ds.config.schema import Weights
 from atlantis_ds.weights import diagnostics, formulas
 
 RELATIONS = ["Cause-Effect", "Component-Whole", "Content-Container", "Entity-Destination", "Entity-Origin"]

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from atlantis_ds.config.schema import Prompt
 from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.prompts import render_prompt
-from atlantis_ds.recipe import Prompt
 from atlantis_ds.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

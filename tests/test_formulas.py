@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
-from atlantis_ds import recipe
+from atlantis_ds.config import schema as recipe
 from atlantis_ds.errors import InputError
 from atlantis_ds.weights import formulas
 

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WriteRecipe, events, succeed
 
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.config.schema import Model
 from atlantis_ds.data.prepare import load_examples, prepare
 from atlantis_ds.data.splits import fold_of
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Model, load_recipe
 from atlantis_ds.run_folder import RunFolder
 
 SCORES = ["logp_large", "logp_small", "logp_reference"]
@@ -115,7 +116,7 @@ CHOOSE = """
 import sys
 from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
 from atlantis_ds.lm.frozen import Frozen
-from atlantis_ds.recipe import Model, Score
+from atlantis_ds.config.schema import Model, Score
 ranks = start_ranks(1)
 frozen = Frozen(Score(), ranks)
 small, huge = (Model(model_name_or_path=path) for path in sys.argv[1:])

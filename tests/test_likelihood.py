@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from atlantis_ds.cluster.ranks import free_port
+from atlantis_ds.config.schema import Model, Prompt
 from atlantis_ds.data.formats import SEMEVAL_LABELS, read_semeval
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
-from atlantis_ds.recipe import Model, Prompt
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 FAMILIES = ["qwen2-tied", "qwen2-untied", "t5-tied", "t5-untied"]
@@ -229,7 +229,7 @@ ZERO3 = """
 import sys, torch, deepspeed
 from transformers.integrations import HfDeepSpeedConfig
 from atlantis_ds.lm.load import load_model
-from atlantis_ds.recipe import Model
+from atlantis_ds.config.schema import Model
 
 source = Model(model_name_or_path=sys.argv[1])
 whole = load_model(source, "float32")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from atlantis_ds.config.schema import Loss, Model, Prompt, Train
 from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.grammar import grammar_corpus
+from atlantis_ds.demo.grammar import grammar_corpus
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
-from atlantis_ds.recipe import Loss, Model, Prompt, Train
 from atlantis_ds.train.step import loss_of_step, weighted_loss
 
 WEIGHTS = [0.3, 2.0, 0.0, 1.7]

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from conftest import ENV, ROOT, TIMEOUT, launch
 
+from atlantis_ds.config.schema import Recipe, Train
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Recipe, Train
 from atlantis_ds.train.deepspeed_config import deepspeed_config
 
 DATA = ROOT.parent / "shared" / "data"
@@ -215,11 +215,11 @@ print(json.dumps(scores))
 def test_untied_t5_saved_under_zero3_loads_with_plain_transformers(
     families: dict[str, Path], outcomes: Launch, tmp_path: Path
 ) -> None:
+    from atlantis_ds.config.schema import Model, Prompt
     from atlantis_ds.data.formats import SEMEVAL_LABELS
-    from atlantis_ds.data.grammar import grammar_corpus
+    from atlantis_ds.demo.grammar import grammar_corpus
     from atlantis_ds.lm.encode import Encoder
     from atlantis_ds.lm.load import load_config, load_tokenizer
-    from atlantis_ds.recipe import Model, Prompt
 
     trained = outcomes("flan-t5 untied", 2, QUICK)["full", "zero3"]["scores"]
     path = families["flan-t5 untied"].with_name("flan-t5 untied, trained")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from atlantis_ds.recipe import Model, Train
-from atlantis_ds.train.memory import training_memory
-from atlantis_ds.train.trace import activations, build_model, model_shape, read_config
+from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.plan.memory import training_memory
+from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from atlantis_ds import run_folder
+from atlantis_ds import files
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate import report
@@ -39,10 +39,10 @@ def test_an_evaluation_on_the_real_test_set(tmp_path, semeval):
 
     expected = metrics("semeval2010_task8", ids, gold, predicted)
     assert written == {**expected, **INFO} == json.loads((folder / "metrics.json").read_text())
-    assert run_folder.finished(folder / "metrics.json", INFO["fingerprint"])
+    assert files.finished(folder / "metrics.json", INFO["fingerprint"])
     assert written["unmapped"] == predicted.count(UNMAPPED) > 0
 
-    table, info = run_folder.read_table(folder / "predictions.parquet")
+    table, info = files.read_table(folder / "predictions.parquet")
     assert info == INFO
     assert table.to_pydict() == {"id": ids, "gold": gold, "predicted": predicted}
     answers = read_answers(folder / "answers.txt")

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, start, succeed
 
+from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import load_recipe
 
 # --- scoring
 
@@ -257,7 +257,7 @@ def test_check_is_light_and_writes_nothing(tiny_recipe: WriteRecipe, tmp_path: P
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
 def test_committed_recipes_are_valid(name: str) -> None:
-    from atlantis_ds.recipe import load_recipe
+    from atlantis_ds.config.loading import load_recipe
     from atlantis_ds.train.deepspeed_config import deepspeed_config
 
     recipe = load_recipe(ROOT / "recipes" / name)

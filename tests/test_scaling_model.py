@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, succeed
 
-from atlantis_ds.recipe import Model, Train
-from atlantis_ds.train.trace import read_config
+from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.plan.trace import read_config
 
 sys.path.insert(0, str(ROOT / "tools" / "bench"))
 from scaling_model import Collective, nccl_latency, read_model, traffic

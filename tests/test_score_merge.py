@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.prepare import load_examples, load_train_labels, prepare
 from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.demo.scratch import build_scratch_model
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import read_json, read_table, table_info, write_table
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
-from atlantis_ds.lm.scratch import build_scratch_model
-from atlantis_ds.recipe import Model, Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, read_table, table_info, write_table
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights import score as score_module
 from atlantis_ds.weights.merge import arm_weights, load_scores, merge
 from atlantis_ds.weights.score import assign_shards, score

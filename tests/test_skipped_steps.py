@@ -13,7 +13,7 @@ from conftest import ROOT, WriteRecipe, launch, succeed
 from safetensors.torch import load_file
 from test_preemption import events
 
-from atlantis_ds.run_folder import read_table, write_table
+from atlantis_ds.files import read_table, write_table
 
 pytestmark = pytest.mark.slow
 

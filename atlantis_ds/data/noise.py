@@ -6,10 +6,10 @@ import math
 import random
 from dataclasses import replace
 
+from atlantis_ds.config.schema import Noise
 from atlantis_ds.data.splits import draw_order
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Noise
 
 
 def add_noise(examples: list[Example], noise: Noise, labels: list[str], seed: int) -> list[Example]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
+from atlantis_ds.config.schema import Data, Recipe
 from atlantis_ds.data.formats import (
     CONLL04_LABELS,
     NO_RELATION,
@@ -22,15 +23,13 @@ from atlantis_ds.data.formats import (
     read_jsonl,
     read_semeval,
 )
-from atlantis_ds.data.grammar import DEV_SIZE, GRAMMAR_VERSION, TEST_SIZE, TRAIN_SIZE, grammar_corpus
 from atlantis_ds.data.hub import read_hub
 from atlantis_ds.data.noise import add_noise
 from atlantis_ds.data.splits import assign_splits, subset
 from atlantis_ds.data.table import Example, from_table, to_table
+from atlantis_ds.demo.grammar import DEV_SIZE, GRAMMAR_VERSION, TEST_SIZE, TRAIN_SIZE, grammar_corpus
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Data, Recipe
-from atlantis_ds.run_folder import (
-    RunFolder,
+from atlantis_ds.files import (
     file_hash,
     fingerprint,
     finished,
@@ -40,6 +39,7 @@ from atlantis_ds.run_folder import (
     write_json,
     write_table,
 )
+from atlantis_ds.run_folder import RunFolder
 
 FILES = ("train", "dev", "test")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from atlantis_ds.config.schema import Prompt
 from atlantis_ds.data.table import Example
-from atlantis_ds.recipe import Prompt
 
 
 def render_prompt(example: Example, prompt: Prompt, labels: list[str]) -> str:

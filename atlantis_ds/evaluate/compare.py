@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.evaluate.metrics import relation_of
-from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, write_atomic, write_json
+from atlantis_ds.files import write_atomic, write_json
+from atlantis_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,7 @@ from typing import Any
 
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
-from atlantis_ds.run_folder import write_atomic
+from atlantis_ds.files import write_atomic
 
 UNMAPPED = ""
 """The prediction of a generated text that maps to no label. It counts as wrong, never as ``Other``."""

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Evaluate, Model, Recipe
 from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.metrics import UNMAPPED
 from atlantis_ds.evaluate.report import write_evaluation
+from atlantis_ds.files import fingerprint, finished, read_json
 from atlantis_ds.lm.batch import token_budget_batches
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.likelihood import score_choices
 from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.progress import Steps, console
-from atlantis_ds.recipe import Evaluate, Model, Recipe
-from atlantis_ds.run_folder import RunFolder, fingerprint, finished, read_json
+from atlantis_ds.run_folder import RunFolder
 
 Advance = Callable[[int], None]
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.metrics import UNMAPPED, metrics, write_answers
-from atlantis_ds.run_folder import write_atomic, write_json, write_table
+from atlantis_ds.files import write_atomic, write_json, write_table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from atlantis_ds.config.schema import Prompt
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Model, Score
 from atlantis_ds.lm.load import (
     DTYPES,
     adapter_base,
@@ -20,7 +21,6 @@ from atlantis_ds.lm.load import (
     start_deepspeed,
 )
 from atlantis_ds.progress import console
-from atlantis_ds.recipe import Model, Score
 
 ROOM = 1.25
 """A replica takes this many times its weights: activations and the logits of label positions come on top."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Model, Recipe
-from atlantis_ds.run_folder import RunFolder, file_hash, fingerprint
+from atlantis_ds.files import file_hash, fingerprint
+from atlantis_ds.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

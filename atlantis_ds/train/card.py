@@ -11,10 +11,11 @@ import numpy as np
 import yaml
 
 from atlantis_ds import __version__
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.prepare import Examples, load_train_labels
+from atlantis_ds.files import read_json, write_text
 from atlantis_ds.lm.load import load_config
-from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_text
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.merge import read_log_weights

@@ -12,7 +12,7 @@ from typing import Any
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.errors import InputError, RunError
-from atlantis_ds.run_folder import move_folder, read_json, write_folder, write_json
+from atlantis_ds.files import move_folder, read_json, write_folder, write_json
 
 COMPLETED = "COMPLETED"
 """Written into a checkpoint last: one without it is never picked up."""

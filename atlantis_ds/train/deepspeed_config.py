@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from atlantis_ds.config.schema import Train
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Train
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.load import DTYPES, load_model, sharded_at_load, start_deepspeed
-from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device
 
 

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import read_json, write_folder
 from atlantis_ds.lm.load import load_model, load_tokenizer, model_identity, model_source
-from atlantis_ds.recipe import Model, Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_folder
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.card import CARD, card_text
 from atlantis_ds.train.checkpoint import complete_checkpoints
 from atlantis_ds.train.engine import add_lora

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from atlantis_ds.config.schema import Model, Recipe, Train
 from atlantis_ds.data.prepare import Examples
 from atlantis_ds.data.splits import fold_of
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import fingerprint, read_json, read_table
 from atlantis_ds.lm.load import model_identity, model_source
-from atlantis_ds.recipe import Model, Recipe, Train
-from atlantis_ds.run_folder import RunFolder, fingerprint, read_json, read_table
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import ESS_REFUSE
 from atlantis_ds.weights.formulas import effective_sample_size
 from atlantis_ds.weights.merge import arm_weights

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Loss, Train
 from atlantis_ds.lm.batch import Batch
 from atlantis_ds.lm.likelihood import sum_over_labels, token_log_likelihoods
-from atlantis_ds.recipe import Loss, Train
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 
 

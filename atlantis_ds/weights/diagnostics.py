@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlantis_ds.run_folder import write_atomic
+from atlantis_ds.files import write_atomic
 from atlantis_ds.weights.formulas import effective_sample_size, pareto_k, pareto_k_threshold
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atlantis_ds import recipe
+from atlantis_ds.config import schema as recipe
 from atlantis_ds.errors import InputError
 
 MIN_PSIS = 25

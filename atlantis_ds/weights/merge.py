@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
+from atlantis_ds.config.schema import Recipe, Weights
 from atlantis_ds.data.prepare import Examples, TrainLabels, load_train_labels, refuse_other_data
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import fingerprint, finished, read_json, read_table, write_json, write_table
 from atlantis_ds.progress import Steps
-from atlantis_ds.recipe import Recipe, Weights
-from atlantis_ds.run_folder import RunFolder, fingerprint, finished, read_json, read_table, write_json, write_table
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import diagnose, plot_weights
 from atlantis_ds.weights.formulas import Scores, combine, evidence, stabilise
 from atlantis_ds.weights.score import COLUMNS, LABEL_SET, scoring_inputs, shard_path

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.prepare import Examples, load_examples, load_train_labels
 from atlantis_ds.data.prompts import marked_sentence
 from atlantis_ds.errors import InputError
-from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, read_json, write_atomic, write_json, write_text
+from atlantis_ds.files import read_json, write_atomic, write_json, write_text
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import plot_weights
 from atlantis_ds.weights.formulas import Scores
 from atlantis_ds.weights.merge import load_scores, lowest_first, read_weights

@@ -19,22 +19,15 @@ import pyarrow.compute as pc
 from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import leave_if_asked, stop_asked
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Model, Recipe, Score
 from atlantis_ds.data.prepare import Examples, load_examples
 from atlantis_ds.data.splits import fold_of
 from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
+from atlantis_ds.events import append_log
+from atlantis_ds.files import fingerprint, finished, read_json, read_table, write_json, write_table
 from atlantis_ds.progress import Steps, console
-from atlantis_ds.recipe import Model, Recipe, Score
-from atlantis_ds.run_folder import (
-    RunFolder,
-    append_log,
-    fingerprint,
-    finished,
-    read_json,
-    read_table,
-    write_json,
-    write_table,
-)
+from atlantis_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from atlantis_ds.lm.encode import Encoded, Encoder

@@ -31,14 +31,14 @@ import torch
 from gpu_train import EXTRAS, LeftOut, prompt_lengths, some_pairs, train_ours, train_trainer
 
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.frozen import free_bytes, replica_bytes
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import load_scorer
-from atlantis_ds.recipe import Model, Train
-from atlantis_ds.train.memory import GIB
-from atlantis_ds.train.plan import forward_flops
-from atlantis_ds.train.trace import Shape, build_model, model_shape
+from atlantis_ds.plan.memory import GIB
+from atlantis_ds.plan.plan import forward_flops
+from atlantis_ds.plan.trace import Shape, build_model, model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = 19
@@ -258,7 +258,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def read_shape(configs: Path, name: str) -> Any:
-    from atlantis_ds.train.trace import read_config
+    from atlantis_ds.plan.trace import read_config
 
     return read_config(Model(model_name_or_path=str(configs / f"{name}.config.json")))
 

@@ -18,15 +18,15 @@ import torch
 from torch.nn import functional as F
 
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.lm.batch import collate_to_train
 from atlantis_ds.lm.encode import Encoded
-from atlantis_ds.recipe import Model, Train
+from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
+from atlantis_ds.plan.plan import forward_flops
+from atlantis_ds.plan.trace import activations, build_model, model_shape
 from atlantis_ds.train import engine as engine_module
 from atlantis_ds.train.engine import start_engine
-from atlantis_ds.train.memory import GIB, largest_micro_batch, training_memory, usable
-from atlantis_ds.train.plan import forward_flops
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
-from atlantis_ds.train.trace import activations, build_model, model_shape
 
 ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

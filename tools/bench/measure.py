@@ -21,12 +21,12 @@ import torch
 from peers import peak_gib, rank_lm_eval, score_lm_eval, train_trainer, train_trl
 from torch.nn import functional as F
 
+from atlantis_ds.config.schema import Prompt
 from atlantis_ds.data.formats import read_conll04, read_semeval
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, common_prefix
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
-from atlantis_ds.recipe import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TEMPLATE = "Which relation holds from [E1] to [E2]: {options}?\n{marked_sentence}"
@@ -154,7 +154,7 @@ def train_ours(setting: Setting) -> dict[str, Any]:
     import tempfile
 
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
-    from atlantis_ds.recipe import Model, Train
+    from atlantis_ds.config.schema import Model, Train
     from atlantis_ds.train import step as weighted_step
     from atlantis_ds.train.engine import start_engine
 

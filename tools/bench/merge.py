@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
+from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.data.formats import SEMEVAL_LABELS
 from atlantis_ds.data.table import SCHEMA
-from atlantis_ds.recipe import load_recipe
-from atlantis_ds.run_folder import RunFolder, write_json, write_table
+from atlantis_ds.files import write_json, write_table
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.merge import shard_schema
 from atlantis_ds.weights.score import scoring_inputs, shard_path
 

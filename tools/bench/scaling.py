@@ -23,9 +23,9 @@ from typing import Any
 
 from scaling_model import Collective, Link, Step, bytes_sent, read_model, traffic
 
-from atlantis_ds.recipe import Model, Train
-from atlantis_ds.train.memory import training_memory
-from atlantis_ds.train.trace import activations, read_config
+from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.plan.memory import training_memory
+from atlantis_ds.plan.trace import activations, read_config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atlantis_ds.recipe import Train
-from atlantis_ds.train.trace import Shape, _fake, build_model, model_shape
+from atlantis_ds.config.schema import Train
+from atlantis_ds.plan.trace import Shape, _fake, build_model, model_shape
 
 PASSED = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 """How often a ring passes the whole tensor on: an all-reduce is a reduce-scatter and an all-gather."""

@@ -19,16 +19,17 @@ import pyarrow as pa
 from merge import RECIPE
 from scaling_model import Link, Step, bytes_sent, nccl_latency, read_model, traffic
 
+from atlantis_ds.config.schema import Model, Recipe, Train
 from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.grammar import grammar_corpus
 from atlantis_ds.data.prepare import load_examples
 from atlantis_ds.data.table import SCHEMA, to_table
+from atlantis_ds.demo.grammar import grammar_corpus
+from atlantis_ds.files import write_json, write_table
 from atlantis_ds.lm.frozen import replica_bytes
-from atlantis_ds.recipe import Model, Recipe, Train
-from atlantis_ds.run_folder import RunFolder, write_json, write_table
-from atlantis_ds.train.memory import GIB, training_memory, usable
-from atlantis_ds.train.plan import GPUS, SIZES, UTILISATION, forward_flops
-from atlantis_ds.train.trace import activations, build_model, model_shape, read_config
+from atlantis_ds.plan.memory import GIB, training_memory, usable
+from atlantis_ds.plan.plan import GPUS, SIZES, UTILISATION, forward_flops
+from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.merge import shard_schema
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_scorer
-from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 from atlantis_ds.weights.score import assign_shards

@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.config.schema import Weights
 from atlantis_ds.data.prepare import load_train_labels
-from atlantis_ds.recipe import Weights, load_recipe
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.formulas import log_weights, stabilise

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from atlantis_ds.data.grammar_words import (
+from atlantis_ds.data.table import Example, sentence_key
+from atlantis_ds.demo.grammar_words import (
     ADJECTIVES,
     CLOSINGS,
     DETERMINERS,
@@ -19,7 +20,6 @@ from atlantis_ds.data.grammar_words import (
     TAILS,
     TEMPLATES,
 )
-from atlantis_ds.data.table import Example, sentence_key
 
 GRAMMAR_VERSION = 1
 """Raise it with any change to the words or to the sampling: it is part of the examples' fingerprint."""

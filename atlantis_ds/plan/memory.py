@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from atlantis_ds.recipe import Train
-from atlantis_ds.train.trace import Activations, Shape
+from atlantis_ds.config.schema import Train
+from atlantis_ds.plan.trace import Activations, Shape
 
 GIB = 2**30
 HOST_OF_A_RANK = 3 * GIB

@@ -13,15 +13,17 @@ import torch
 
 from atlantis_ds.cluster.preemption import stop_asked
 from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.prepare import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
+from atlantis_ds.events import append_log
+from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import hash_files, load_config, load_tokenizer
 from atlantis_ds.progress import Steps, console, since_process_start
-from atlantis_ds.recipe import Recipe
-from atlantis_ds.run_folder import RunFolder, append_log, finished, write_json
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.deepspeed_config import accumulation_steps

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from atlantis_ds.cluster.ranks import hush_libraries
+from atlantis_ds.config.schema import Model, Recipe, Train
 from atlantis_ds.data.prepare import Examples, load_examples, prepare
 from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import write_json
 from atlantis_ds.lm.load import load_tokenizer, model_source
+from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
+from atlantis_ds.plan.trace import Activations, Shape, activations, build_model, model_shape, read_config
 from atlantis_ds.progress import console
-from atlantis_ds.recipe import Model, Recipe, Train
-from atlantis_ds.run_folder import RunFolder, write_json
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.deepspeed_config import accumulation_steps, refusal
-from atlantis_ds.train.memory import GIB, largest_micro_batch, training_memory, usable
-from atlantis_ds.train.trace import Activations, Shape, activations, build_model, model_shape, read_config
 
 GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "L4": (24, 121), "4090": (24, 165)}
 """Memory in GB as sold, and dense bf16 peak in TFLOP/s (the makers' data sheets)."""

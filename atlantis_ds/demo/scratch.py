@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from atlantis_ds.data.grammar import GRAMMAR_VERSION, unlabelled_text
+from atlantis_ds.config.schema import Recipe, Scratch
+from atlantis_ds.demo.grammar import GRAMMAR_VERSION, unlabelled_text
+from atlantis_ds.events import append_log
+from atlantis_ds.files import fingerprint, finished, write_folder, write_json
 from atlantis_ds.progress import Steps
-from atlantis_ds.recipe import Recipe, Scratch
-from atlantis_ds.run_folder import RunFolder, append_log, fingerprint, finished, write_folder, write_json
+from atlantis_ds.run_folder import RunFolder
 
 SCRATCH_VERSION = 1
 """Raise it with any change to the tokenizer, the architecture or the pretraining."""

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.load import DTYPES, load_config
-from atlantis_ds.recipe import Model, Train
 from atlantis_ds.train.step import weighted_loss
 
 LAYERS = (1, 2)

@@ -1,0 +1,1 @@
+"""The typed recipe, and how a recipe file becomes one."""

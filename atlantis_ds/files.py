@@ -1,0 +1,175 @@
+"""How a file of the run folder is written, so that it is whole or absent, and read, so that a broken one is named.
+
+Every file is written under a temporary name in its own folder, flushed to disk, then renamed. Every output carries
+a fingerprint of all that it was made from; a stage whose output has the right fingerprint is finished.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atlantis_ds.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def fingerprint(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as hex. A file that has not changed is read once: a base model has gigabytes."""
+    state = path.stat()
+    return _file_hash(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, *state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary_path)``, flush the file to disk, and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary_folder)``, flush what it wrote, and rename the folder to ``path``, replacing it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    move_folder(temporary, path)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Flush every file below ``source`` and rename it to ``target``, replacing an older folder there.
+
+    Who may read the folder may read its files.
+    """
+    readers = source.stat().st_mode & 0o666
+    for file in source.rglob("*"):
+        if file.is_file():
+            file.chmod(readers)  # safetensors writes for the owner alone, whatever the umask (its issue 782)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+        os.replace(source, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(source, target)
+    _flush_folder(target.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the run folder.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON ({error}); remove it and run the stage again") from None
+
+
+def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
+    """Write a Parquet file with page checksums and ``info`` (with its ``fingerprint``) in the metadata."""
+    import pyarrow.parquet as pq
+
+    table = table.replace_schema_metadata({"atlantis_ds": json.dumps(info, sort_keys=True)})
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def read_table(
+    path: Path, columns: list[str] | None = None, dictionaries: list[str] | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Read a Parquet file of the run folder, checking its page checksums.
+
+    Args:
+        columns: read these only.
+        dictionaries: of them, read these as Arrow dictionaries: a column of few different strings is then small.
+
+    Returns:
+        the table, and the ``info`` it was written with.
+
+    Raises:
+        InputError: the file is missing, truncated, altered, or not written by atlantis_ds.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=columns, read_dictionary=dictionaries, page_checksum_verification=True)
+        return table.replace_schema_metadata(None), table_info(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: broken Parquet file ({reason}); remove it and run the stage again") from None
+
+
+def table_info(path: Path) -> dict[str, Any]:
+    """The ``info`` that a Parquet file was written with, without reading its rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        return json.loads(metadata[b"atlantis_ds"])
+    except (KeyError, ValueError, pa.ArrowException):
+        raise InputError(f"{path}: not written by atlantis_ds (no fingerprint in it)") from None
+
+
+def finished(path: Path, expected: str) -> bool:
+    """Whether a JSON or Parquet output stands there with the expected fingerprint."""
+    try:
+        info = read_json(path) if path.suffix == ".json" else table_info(path)
+    except (InputError, OSError):
+        return False
+    return info.get("fingerprint") == expected
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

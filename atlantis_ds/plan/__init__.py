@@ -1,0 +1,1 @@
+"""Memory and hours of a run, before it is started."""
