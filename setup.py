@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 version = next(
     line.split('"')[1] for line in Path("atlantis_ds/__init__.py").read_text().splitlines() if "__version__" in line
 )
+# Folders of the top level that the wheel carries inside the package; atlantis_ds/bundled.py finds them in both places.
+BUNDLED = {"ds_configs": ["*.json"], "slurm": ["*.sh", "*.sbatch"], "recipes": ["*.yaml", "studies/*.yaml"]}
 
 setup(
     name="atlantis_ds",
@@ -16,7 +18,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["atlantis_ds", "atlantis_ds.*"]),
+    packages=[*find_packages(include=["atlantis_ds", "atlantis_ds.*"]), *(f"atlantis_ds.{name}" for name in BUNDLED)],
+    package_dir={f"atlantis_ds.{name}": name for name in BUNDLED},
+    package_data={f"atlantis_ds.{name}": patterns for name, patterns in BUNDLED.items()},
     install_requires=[
         "accelerate",
         "arviz-stats",

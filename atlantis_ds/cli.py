@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from atlantis_ds import __version__
+from atlantis_ds.bundled import find
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
 from atlantis_ds.cluster.ranks import end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
@@ -293,9 +294,9 @@ def status(run: RunPath) -> None:
 
     Example: atlantis-ds status runs/demo
     """
-    from atlantis_ds.cluster import slurm
+    from atlantis_ds.status import status
 
-    for what, state in slurm.status(run):
+    for what, state in status(run):
         print(f"{what:20} {state}")
 
 
@@ -370,7 +371,7 @@ def _end(line: str, code: int) -> NoReturn:
 def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     from atlantis_ds.config.loading import load_recipe
 
-    settings = load_recipe(recipe, overrides)
+    settings = load_recipe(find("recipes", recipe, "RECIPE"), overrides)
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 
 

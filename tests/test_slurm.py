@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from test_preemption import events, losses
 from test_services import job, need, run, wait_for
 from test_services import start as start_service
 from test_services import stop as stop_service
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.status import status
 
 SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1")
 """The files ask for GPU nodes; what stands on sbatch's command line wins."""
@@ -75,6 +79,42 @@ def test_dry_run_shows_the_files_and_writes_nothing(tiny_recipe: WriteRecipe, tm
         assert done.returncode == 2 and "--time" in done.stderr, done.stderr
 
 
+def test_status_of_a_run(tmp_path: Path) -> None:
+    """Each line from the files that a run leaves; of responses, which have no labels, no macro-F1."""
+    model = {"model_name_or_path": "m"}
+    recipe = {"name": "r", "data": {"format": "grammar"}, "models": {"large": model, "small": model}}
+    events = [
+        {"event": "start", "arm": "sft", "steps": 9, "time": 0.0},
+        *({"event": "train", "arm": "sft", "step": n, "loss": 1.5, "time": 10.0 * n} for n in (1, 2, 3)),
+    ]
+    responses = {"macro_f1": None, "exact_match": 0.25, "perplexity": 3.5}
+    files = {
+        "recipe.yaml": recipe,
+        "model/atlantis/training.json": {"step": 9, "skipped": 1},
+        "eval/sft/metrics.json": responses,
+        "eval/atlantis/metrics.json": {"macro_f1": 0.5, "accuracy": 0.75},
+        "weights.json": {"ess_fraction": 0.5},
+        "scores/scores.json": {"shards": 8, "inputs": {"model large": 1, "model small": 2, "model reference": 3}},
+        "scores/shard-00000-of-00008.parquet": {},
+        "scores/parts/shard-00001-of-00008.large.parquet": {},
+    }
+    for name, tree in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(tree))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
+    assert status(tmp_path) == [
+        ("examples", "not yet"),
+        ("score", "1 of 8 shards done, of the others 1 of 21 parts"),
+        ("merge", "effective sample size 50.0%"),
+        ("train sft", "step 3 of 9, loss 1.5, 0:01:00 left"),
+        ("evaluate sft", "exact_match 0.2500, perplexity 3.5000"),
+        ("train atlantis", "finished, 9 steps, 1 skipped"),
+        ("evaluate atlantis", "macro_f1 0.5000"),
+    ]
+    with pytest.raises(InputError, match="no run here"):
+        status(tmp_path / "elsewhere")
+
+
 def test_chain_from_examples_to_the_table(
     slurm: dict[str, str], tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path
 ) -> None:
@@ -94,9 +134,9 @@ def test_chain_from_examples_to_the_table(
     wait_for(lambda: state(slurm, jobs["evaluate"]) not in ("PENDING", "RUNNING", "COMPLETING"), 400, logs)
     assert {state(slurm, number) for number in jobs.values()} == {"COMPLETED"}, logs()
     table = (where / "slurm" / f"run-evaluate-{jobs['evaluate']}.log").read_text()
-    assert "macro10" in table and "│ sft " in table and "│ atlantis " in table
+    assert "macro_f1" in table and "│ sft " in table and "│ atlantis " in table
     said = cli(slurm, "status", where).stdout
-    for line in ("8 of 8 shards done", "finished, 10 steps", "effective sample size 50.0%", "macro10 0."):
+    for line in ("8 of 8 shards done", "finished, 10 steps", "effective sample size 50.0%", "macro_f1 0."):
         assert line in said, said
     assert said.count("COMPLETED") == len(jobs) + 1  # the array has two elements
 
@@ -156,7 +196,7 @@ def test_array_trains_every_arm_with_every_seed(
     said = cli(slurm, "status", where).stdout
     assert all(f"train {name}" in said for name in names) and said.count("finished, 5 steps") == 4, said
     done = cli(slurm, "compare", recipe)
-    assert done.returncode == 0 and "macro10" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "macro_f1" in done.stdout, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     rows = (where / "compare" / "runs.csv").read_text().splitlines()[1:]
     assert sorted(row.split(",")[:2] for row in rows) == [[arm, seed] for arm in ("atlantis", "sft") for seed in "12"]

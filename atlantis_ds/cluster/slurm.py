@@ -1,26 +1,21 @@
-"""Submit a recipe to Slurm as a chain of jobs, and show where a run stands. No torch: this runs on a login node."""
+"""Submit a recipe to Slurm as a chain of jobs, and ask how they are. No torch: this runs on a login node."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.bundled import bundled
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_json, write_text
-from atlantis_ds.run_folder import RunFolder, no_run
-
-SCRIPTS = Path(__file__).parents[2] / "slurm"
+from atlantis_ds.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -37,18 +32,16 @@ class Resources:
 
 
 def job_files(recipe: Recipe, folder: RunFolder, resources: Resources) -> dict[str, str]:
-    """The files of ``slurm/`` filled in for one recipe: name → text. ``prepare`` and ``merge`` take no GPU.
+    """The bundled files of ``slurm/`` filled in for one recipe: name → text. ``prepare`` and ``merge`` take no GPU.
 
     Raises:
-        InputError: the sbatch files are not there, or the time limit is not in one of Slurm's forms.
+        InputError: the time limit is not in one of Slurm's forms.
     """
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", resources.time):
         raise InputError(f"--time {resources.time}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
-    if not (SCRIPTS / "pipeline.sh").is_file():
-        raise InputError(f"{SCRIPTS}: the sbatch files are not there; submit from a checkout (pip install -e .)")
     logs = folder.root.absolute() / "slurm"
     settings = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-    files = {"recipe.yaml": settings, "pipeline.sh": (SCRIPTS / "pipeline.sh").read_text(encoding="utf-8")}
+    files = {"recipe.yaml": settings, "pipeline.sh": bundled("slurm", "pipeline.sh").read_text(encoding="utf-8")}
     for stage in ("prepare", "score", "merge", "train", "evaluate"):
         options: dict[str, Any] = {
             "job-name": f"{recipe.name}-{stage}",
@@ -67,7 +60,7 @@ def job_files(recipe: Recipe, folder: RunFolder, resources: Resources) -> dict[s
             }
         if stage == "score":
             options["array"] = f"1-{resources.nodes}"
-        text = _fill((SCRIPTS / f"{stage}.sbatch").read_text(encoding="utf-8"), options)
+        text = _fill(bundled("slurm", f"{stage}.sbatch").read_text(encoding="utf-8"), options)
         files[f"{stage}.sbatch"] = re.sub(r"(?m)^parts=\d+", f"parts={resources.nodes}", text)
     return files
 
@@ -116,76 +109,8 @@ def submit(recipe: Recipe, folder: RunFolder, files: dict[str, str]) -> dict[str
     return jobs
 
 
-def status(root: Path) -> list[tuple[str, str]]:
-    """Where a run stands: (what, how far) lines, from the files of its folder and from Slurm.
-
-    Raises:
-        InputError: there is no run in this folder.
-    """
-    folder = RunFolder(root)
-    source = folder.recipe if folder.recipe.is_file() else root / "slurm" / "recipe.yaml"
-    if not source.is_file():
-        raise no_run(root)
-    recipe = load_recipe(source)
-    events = _events(folder)
-    lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]
-    begun = {event["arm"] for event in events if event["event"] == "start"}
-    references = sorted(name for name in begun if name.startswith("reference"))
-    seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # of `compare`: arm and seed
-    lines += [(f"train {name}", _training(folder, name, events)) for name in references]
-    if (folder.scores / "scores.json").exists():
-        lines.append(("score", _scoring(folder)))
-    if folder.weights_info.exists():
-        lines.append(("merge", f"effective sample size {read_json(folder.weights_info)['ess_fraction']:.1%}"))
-    for arm in [*(arm for arm in recipe.arms if arm in begun or not seeds), *seeds]:
-        lines.append((f"train {arm}", _training(folder, arm, events)))
-        metrics = folder.evaluation(arm) / "metrics.json"
-        if metrics.exists():
-            lines.append((f"evaluate {arm}", f"macro10 {read_json(metrics)['macro10']:.4f}"))
-    return lines + _job_states(root / "slurm" / "jobs.json")
-
-
-def _events(folder: RunFolder) -> list[dict[str, Any]]:
-    """The log's events; a line that is only half there yet is left out."""
-    events = []
-    for line in folder.log.read_text(encoding="utf-8").splitlines() if folder.log.exists() else []:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
-    return events
-
-
-def _scoring(folder: RunFolder) -> str:
-    manifest = read_json(folder.scores / "scores.json")
-    whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
-    # The models score one after another, and a shard is whole when the last has: until then the parts tell.
-    inputs = manifest["inputs"]
-    models = sum(name.startswith("model ") for name in inputs) - (inputs["model small"] == inputs["model large"])
-    rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
-    return f"{whole} of {manifest['shards']} shards done{rest}"
-
-
-def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:
-    if (folder.model(name) / "training.json").exists():
-        summary = read_json(folder.model(name) / "training.json")
-        return f"finished, {summary['step']} steps" + (f", {n} skipped" if (n := summary.get("skipped")) else "")
-    total, last = 0, None
-    recent: list[dict[str, Any]] = []
-    for event in (event for event in events if event.get("arm") == name):
-        if event["event"] == "start":
-            total, recent = event["steps"], []  # the wait before a job that goes on tells nothing of its speed
-        elif event["event"] == "train":
-            last, recent = event, [*recent[-19:], event]
-    if last is None:
-        return "not yet"
-    text = f"step {last['step']} of {total}, loss {last['loss']}"
-    if len(recent) > 1:
-        left = (total - last["step"]) * (last["time"] - recent[0]["time"]) / (len(recent) - 1)
-        text += f", {timedelta(seconds=round(left))} left"
-    return text
-
-
-def _job_states(jobs_file: Path) -> list[tuple[str, str]]:
-    """What squeue says of the submitted jobs, or, once it has forgotten them, sacct."""
+def job_states(jobs_file: Path) -> list[tuple[str, str]]:
+    """(job, state) lines: what squeue says of the submitted jobs, or, once it has forgotten them, sacct."""
     if not jobs_file.exists():
         return []
     lines = []

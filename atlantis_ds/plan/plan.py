@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atlantis_ds.bundled import bundled_files
 from atlantis_ds.cluster.ranks import hush_libraries
 from atlantis_ds.config.schema import Model, Recipe, Train
 from atlantis_ds.data.prepare import Examples, load_examples, prepare
@@ -58,7 +59,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     model = model_source(recipe, folder, "large")
     config = read_config(model)
     lengths = measure_lengths(recipe, folder, model)
-    files = sorted(Path("ds_configs").glob("*.json"), key=_speed) or [Path(recipe.train.deepspeed)]
+    files = sorted(bundled_files("ds_configs").values(), key=_speed)
     rows, shapes = [], {}
     for mode in ("full", "lora", "qlora"):
         # QLoRA computes as LoRA does; its weights are unpacked one layer at a time.
@@ -117,7 +118,7 @@ def mode_row(
     taken = passes[train.gradient_checkpointing].bytes(micro)
     return {
         "mode": mode,
-        "deepspeed": str(file),
+        "deepspeed": file.name,
         "parameters": round(memory.parameters / GIB, 2),
         "gradients": round(memory.gradients / GIB, 2),
         "optimizer": round(memory.optimizer / GIB, 2),

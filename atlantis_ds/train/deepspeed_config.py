@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from atlantis_ds.bundled import find
 from atlantis_ds.config.schema import Train
 from atlantis_ds.errors import InputError
 
@@ -21,15 +22,19 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
 def deepspeed_config(train: Train, world_size: int) -> dict[str, Any]:
     """The DeepSpeed config file of a recipe with its ``auto`` values filled in.
 
+    `train.deepspeed` is the name of a bundled file, or a path, which is relative to the working directory.
+
     Raises:
         InputError: the file is missing or broken, contradicts the recipe, asks for what cannot work together, or holds
             an ``auto`` that the recipe has no value for.
     """
-    path = Path(train.deepspeed)
+    path = find("ds_configs", train.deepspeed, "train.deepspeed")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"train.deepspeed: {path}: no such file") from None
+        raise InputError(
+            f"train.deepspeed: {path}: no such file; name a bundled one without a folder: zero3.json"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"train.deepspeed: {path}: not readable as JSON: {error}") from None
     micro = train.per_device_train_batch_size
@@ -68,20 +73,20 @@ def refusal(train: Train, config: dict[str, Any]) -> str | None:
     if stage not in (0, 1, 2, 3):
         return f"ZeRO stage {stage!r} does not exist; take 0, 1, 2 or 3"
     if param != "none" and stage != 3:
-        return f"parameters are offloaded under ZeRO-3 only, not under ZeRO-{stage}; take ds_configs/zero3_offload.json"
+        return f"parameters are offloaded under ZeRO-3 only, not under ZeRO-{stage}; take zero3_offload.json"
     if optimizer != "none" and stage == 0:
-        return "ZeRO-0 does not offload the optimizer; take ds_configs/zero2_offload.json"
+        return "ZeRO-0 does not offload the optimizer; take zero2_offload.json"
     if optimizer == "nvme" and stage != 3:
-        return f"ZeRO-{stage} offloads to the CPU only; take ds_configs/zero2_offload.json (or zero3_nvme.json)"
+        return f"ZeRO-{stage} offloads to the CPU only; take zero2_offload.json (or zero3_nvme.json)"
     if train.mode == "qlora" and param != "none":
         return (
-            "4-bit weights cannot be offloaded; take ds_configs/zero2_offload.json (optimizer on the CPU), "
+            "4-bit weights cannot be offloaded; take zero2_offload.json (optimizer on the CPU), "
             "or train.mode: lora with this file"
         )
     if train.mode == "qlora" and stage == 3 and train.bnb_4bit_quant_storage is None:
         return (
             "4-bit weights under ZeRO-3 are loaded whole on every GPU before they are sharded; take "
-            "ds_configs/zero2.json, train.mode: lora, or ask for it with train.bnb_4bit_quant_storage: " + train.dtype
+            "zero2.json, train.mode: lora, or ask for it with train.bnb_4bit_quant_storage: " + train.dtype
         )
     return None
 

@@ -64,18 +64,18 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
             # Seen with DeepSpeed 0.19.8 on 2 CPU ranks: after the first update the losses are others than ZeRO-0's.
             raise InputError(
                 f"train.deepspeed: {train.deepspeed}: offload to NVMe needs a GPU: on CPU ranks DeepSpeed trains to "
-                "other weights with it; take ds_configs/zero3_offload.json"
+                "other weights with it; take zero3_offload.json"
             )
         builder = get_accelerator().create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise InputError(
                 f"train.deepspeed: {train.deepspeed}: offload to NVMe needs libaio with its headers (libaio-dev) on "
-                "every node; install it, or take ds_configs/zero3_offload.json"
+                "every node; install it, or take zero3_offload.json"
             )
     if train.mode == "qlora" and device.type == "cpu" and config["zero_optimization"]["stage"] == 3:
         raise InputError(
             f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks take "
-            "ds_configs/zero2.json, or train.mode: lora"
+            "zero2.json, or train.mode: lora"
         )
 
 

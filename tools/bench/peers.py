@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from setting import Setting, clocked, peak_gib
 from torch.nn import functional as F
 
 from atlantis_ds.cluster.ranks import free_port
-
-if TYPE_CHECKING:
-    from measure import Setting
-
-    from atlantis_ds.lm.encode import Encoded
-
-
-def peak_gib(reset: bool = False) -> float:
-    """Largest resident memory of this process since the last reset, so that loading the model does not count."""
-    peak = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**20
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak
-
+from atlantis_ds.lm.encode import Encoded
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -46,7 +32,6 @@ def rank_lm_eval(setting: Setting) -> dict[str, Any]:
 
 def _lm_eval(setting: Setting, texts: list[str], pairs: list[Encoded], examples: int) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
-    from measure import clocked
 
     lm = HFLM(
         pretrained=setting.lm.eval(),

@@ -1,0 +1,89 @@
+"""How far a run is, from the files of its folder and from Slurm. No torch: this runs on a login node."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from atlantis_ds.cluster.slurm import job_states
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.files import read_json
+from atlantis_ds.run_folder import RunFolder, no_run
+
+
+def status(root: Path) -> list[tuple[str, str]]:
+    """Where a run stands: (what, how far) lines, from the files of its folder and from Slurm.
+
+    Raises:
+        InputError: there is no run in this folder.
+    """
+    folder = RunFolder(root)
+    source = folder.recipe if folder.recipe.is_file() else root / "slurm" / "recipe.yaml"
+    if not source.is_file():
+        raise no_run(root)
+    recipe = load_recipe(source)
+    events = _events(folder)
+    lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]
+    begun = {event["arm"] for event in events if event["event"] == "start"}
+    references = sorted(name for name in begun if name.startswith("reference"))
+    seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # of `compare`: arm and seed
+    lines += [(f"train {name}", _training(folder, name, events)) for name in references]
+    if (folder.scores / "scores.json").exists():
+        lines.append(("score", _scoring(folder)))
+    if folder.weights_info.exists():
+        lines.append(("merge", f"effective sample size {read_json(folder.weights_info)['ess_fraction']:.1%}"))
+    for arm in [*(arm for arm in recipe.arms if arm in begun or not seeds), *seeds]:
+        lines.append((f"train {arm}", _training(folder, arm, events)))
+        metrics = folder.evaluation(arm) / "metrics.json"
+        if metrics.exists():
+            lines.append((f"evaluate {arm}", _evaluation(read_json(metrics))))
+    return lines + job_states(root / "slurm" / "jobs.json")
+
+
+def _events(folder: RunFolder) -> list[dict[str, Any]]:
+    """The log's events; a line that is only half there yet is left out."""
+    events = []
+    for line in folder.log.read_text(encoding="utf-8").splitlines() if folder.log.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def _scoring(folder: RunFolder) -> str:
+    manifest = read_json(folder.scores / "scores.json")
+    whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
+    # The models score one after another, and a shard is whole when the last has: until then the parts tell.
+    inputs = manifest["inputs"]
+    models = sum(name.startswith("model ") for name in inputs) - (inputs["model small"] == inputs["model large"])
+    rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
+    return f"{whole} of {manifest['shards']} shards done{rest}"
+
+
+def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:
+    if (folder.model(name) / "training.json").exists():
+        summary = read_json(folder.model(name) / "training.json")
+        return f"finished, {summary['step']} steps" + (f", {n} skipped" if (n := summary.get("skipped")) else "")
+    total, last = 0, None
+    recent: list[dict[str, Any]] = []
+    for event in (event for event in events if event.get("arm") == name):
+        if event["event"] == "start":
+            total, recent = event["steps"], []  # the wait before a job that goes on tells nothing of its speed
+        elif event["event"] == "train":
+            last, recent = event, [*recent[-19:], event]
+    if last is None:
+        return "not yet"
+    text = f"step {last['step']} of {total}, loss {last['loss']}"
+    if len(recent) > 1:
+        left = (total - last["step"]) * (last["time"] - recent[0]["time"]) / (len(recent) - 1)
+        text += f", {timedelta(seconds=round(left))} left"
+    return text
+
+
+def _evaluation(metrics: dict[str, Any]) -> str:
+    """Of ``metrics.json``: responses have no labels, so no macro-F1."""
+    if metrics["macro_f1"] is None:
+        return f"exact_match {metrics['exact_match']:.4f}, perplexity {metrics['perplexity']:.4f}"
+    return f"macro_f1 {metrics['macro_f1']:.4f}"
