@@ -15,8 +15,15 @@ import pytest
 from conftest import WriteRecipe, launch, refuse, succeed
 
 from atlantis_ds.config.schema import Recipe
-from atlantis_ds.evaluate.compare import REPLICATES, Trained, compare_arms, comparison, comparison_table, macro_f1
-from atlantis_ds.evaluate.metrics import macro10
+from atlantis_ds.evaluate.compare import (
+    REPLICATES,
+    Trained,
+    compare_arms,
+    comparison,
+    comparison_table,
+    resampled_macro_f1,
+)
+from atlantis_ds.evaluate.metrics import macro_f1
 from atlantis_ds.run_folder import RunFolder
 
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]
@@ -37,18 +44,24 @@ def trained(gold: list[str], arm: str, right: float, seeds: int = 3) -> list[Tra
     found = []
     for seed in range(seeds):
         predicted = answers(gold, right, 10 * seed + len(arm))
-        figures = {"macro10": macro10(gold, predicted), "official": None, "accuracy": 0.5}
+        figures = {"macro_f1": macro_f1(gold, predicted), "official": None, "accuracy": 0.5}
         found.append(Trained(arm, seed, predicted, figures, 60.0))
     return found
 
 
-def test_macro_f1_of_resamples_is_macro10(gold: list[str]) -> None:
+@pytest.mark.parametrize("apart", [None, "Other"])
+def test_macro_f1_of_resamples_is_macro_f1(gold: list[str], apart: str | None) -> None:
     predicted = ["" if row % 11 == 0 else label for row, label in enumerate(answers(gold, 0.6, 3))]
     draws = np.random.default_rng(0).multinomial(len(gold), [1 / len(gold)] * len(gold), 20)
     draws[0] = 1
-    for counts, found in zip(draws, macro_f1(gold, predicted, draws)):
+    for counts, found in zip(draws, resampled_macro_f1(gold, predicted, draws, apart)):
         rows = np.repeat(np.arange(len(gold)), counts)
-        assert found == pytest.approx(macro10([gold[row] for row in rows], [predicted[row] for row in rows]))
+        assert found == pytest.approx(macro_f1([gold[row] for row in rows], [predicted[row] for row in rows], apart))
+
+
+def test_a_resample_of_nothing_but_the_label_apart_counts_as_0() -> None:
+    gold, draws = ["Other", "Kill"], np.array([[2, 0], [1, 1]])
+    assert resampled_macro_f1(gold, gold, draws, "Other").tolist() == [0, 1]
 
 
 def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -57,25 +70,25 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_equal_arms_differ_by_nothing_and_better_ones_by_their_gain(gold: list[str]) -> None:
     runs = [*trained(gold, "sft", 0.5), *trained(gold, "better", 0.8), *trained(gold, "gold", 0.95)]
-    runs += [Trained("copy", run.seed, run.predicted, run.metrics, 1.0) for run in runs[:3]]
+    runs += [Trained("copy", run.seed, run.outcomes, run.metrics, 1.0) for run in runs[:3]]
     found = comparison(gold, runs, ["sft"], "gold")
     rows = by_name(found)
     assert rows["copy"]["differences"]["sft"] == {"mean": 0, "low": 0, "high": 0, "seeds": 3}
     gain = rows["better"]["differences"]["sft"]
     assert 0 < gain["low"] < gain["mean"] < gain["high"]
-    assert gain["mean"] == pytest.approx(rows["better"]["macro10"] - rows["sft"]["macro10"])
+    assert gain["mean"] == pytest.approx(rows["better"]["macro_f1"] - rows["sft"]["macro_f1"])
     closed = {arm: [row["gap_closed"][key] for key in ("low", "mean", "high")] for arm, row in rows.items()}
     assert closed["sft"] == closed["copy"] == [0, 0, 0] and closed["gold"] == [1, 1, 1]
     low, mean, high = closed["better"]
     assert 0 < low < mean < min(high, 1)
     assert found == comparison(gold, runs, ["sft"], "gold"), "seeded"
-    assert found["replicates"] == REPLICATES
+    assert (found["replicates"], found["metric"]) == (REPLICATES, "macro_f1")
 
 
 def test_gap_closed_is_of_the_seeds_that_all_share(gold: list[str]) -> None:
     runs = [*trained(gold, "sft", 0.5), *trained(gold, "gold", 0.95)]
-    low, high = (run.metrics["macro10"] for run in (runs[1], runs[4]))
-    half = Trained("half", 1, runs[1].predicted, {**runs[1].metrics, "macro10": (low + high) / 2}, 1.0)
+    low, high = (run.metrics["macro_f1"] for run in (runs[1], runs[4]))
+    half = Trained("half", 1, runs[1].outcomes, {**runs[1].metrics, "macro_f1": (low + high) / 2}, 1.0)
     rows = by_name(comparison(gold, [*runs, half], ["sft"], "gold"))
     assert rows["half"]["gap_closed"]["mean"] == pytest.approx(0.5) and rows["half"]["gap_closed"]["seeds"] == 1
 
@@ -107,8 +120,8 @@ def test_resamples_without_a_gap_do_not_spoil_its_share() -> None:
     """Four errors in forty: one resample in sixty holds none of them, and there SFT is as good as gold labels."""
     gold = LABELS[:2] * 20
     wrong = [LABELS[3]] * 4 + gold[4:]
-    figures = {"macro10": macro10(gold, wrong), "official": None, "accuracy": 0.9}
-    runs = [Trained("sft", 0, wrong, figures, 1.0), Trained("gold", 0, gold, {**figures, "macro10": 1.0}, 1.0)]
+    figures = {"macro_f1": macro_f1(gold, wrong), "official": None, "accuracy": 0.9}
+    runs = [Trained("sft", 0, wrong, figures, 1.0), Trained("gold", 0, gold, {**figures, "macro_f1": 1.0}, 1.0)]
     rows = by_name(comparison(gold, runs, ["sft"], "gold"))
     closed = {arm: [row["gap_closed"][key] for key in ("low", "mean", "high")] for arm, row in rows.items()}
     assert closed == {"sft": [0, 0, 0], "gold": [1, 1, 1]}
@@ -129,7 +142,7 @@ def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
     def run(arm: str, seed: int, right: float) -> Trained:
         predicted = answers(gold, right, 7)
         return Trained(
-            arm, seed, predicted, {"macro10": macro10(gold, predicted), "official": None, "accuracy": 0.5}, 1.0
+            arm, seed, predicted, {"macro_f1": macro_f1(gold, predicted), "official": None, "accuracy": 0.5}, 1.0
         )
 
     def width(rights: list[float]) -> float:
@@ -157,11 +170,50 @@ def test_the_interval_holds_the_true_difference(seeds: int, spread: float) -> No
             for seed in range(seeds):
                 right = rng.random(len(truth)) < 1 / (1 + np.exp(-hard_for_arm - rng.normal(0, spread)))
                 predicted = np.where(right, truth, rng.choice(LABELS, len(truth))).tolist()
-                figures = {"macro10": macro10(truth.tolist(), predicted), "official": None, "accuracy": 0.5}
+                figures = {"macro_f1": macro_f1(truth.tolist(), predicted), "official": None, "accuracy": 0.5}
                 runs.append(Trained(arm, seed, predicted, figures, 60.0))
         interval = comparison(truth.tolist(), runs, ["sft"], None)["arms"][1]["differences"]["sft"]
         holds += interval["low"] <= 0 <= interval["high"]
     assert 93 <= holds <= 99
+
+
+def responses(arm: str, right: float, seeds: int = 3) -> list[Trained]:
+    found = []
+    for seed in range(seeds):
+        values = np.random.default_rng(100 * seed + len(arm)).random(150) < right
+        figures = {"macro_f1": None, "exact_match": float(values.mean()), "token_f1": 0.5, "perplexity": 3.0 + seed}
+        found.append(Trained(arm, seed, values.tolist(), figures, 60.0))
+    return found
+
+
+def test_responses_are_compared_by_the_mean_of_their_examples(tmp_path: Path) -> None:
+    model = {"model_name_or_path": "some/model"}
+    uniform = {"formula": "uniform"}
+    arms = {"sft": {"weights": uniform}, "better": {}}
+    tree = {"name": "r", "data": {"format": "grammar"}, "models": {"large": model, "small": model}, "arms": arms}
+    runs = [*responses("sft", 0.4), *responses("better", 0.7)]
+    recipe = Recipe.model_validate(tree)
+    found = compare_arms(recipe, RunFolder(tmp_path), ["a response"] * 150, runs, "exact_match")
+    rows = by_name(found)
+    assert found["metric"] == "exact_match" and rows["sft"]["token_f1"] == 0.5 and rows["sft"]["perplexity"] == 4.0
+    gain = rows["better"]["differences"]["sft"]
+    means = [np.mean([np.mean(run.outcomes) for run in runs if run.arm == arm]) for arm in ("sft", "better")]
+    assert gain["mean"] == pytest.approx(means[1] - means[0]) and 0 < gain["low"] < gain["mean"] < gain["high"]
+    assert "exact_match" in str(comparison_table(found).title)
+    with (tmp_path / "compare" / "runs.csv").open() as file:
+        assert next(file) == "arm,seed,exact_match,token_f1,perplexity,seconds\n"
+    with (tmp_path / "compare" / "comparison.csv").open() as file:
+        assert next(file).startswith("arm,runs,exact_match,sd,token_f1,perplexity,seconds,minus_sft_mean,")
+
+
+def test_the_interval_of_one_seed_of_responses_is_the_paired_bootstrap_one() -> None:
+    """By the normal approximation: 1.96 standard errors of the paired differences to each side."""
+    sft, better = responses("sft", 0.4, 1), responses("better", 0.7, 1)
+    gain = by_name(comparison(["r"] * 150, [*sft, *better], ["sft"], None, "exact_match"))["better"]["differences"]
+    paired = np.subtract(np.array(better[0].outcomes, float), np.array(sft[0].outcomes, float))
+    half = 1.96 * paired.std() / np.sqrt(150)
+    assert gain["sft"]["low"] == pytest.approx(paired.mean() - half, abs=0.02)
+    assert gain["sft"]["high"] == pytest.approx(paired.mean() + half, abs=0.02)
 
 
 def test_only_common_seeds_are_paired(gold: list[str]) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate import metrics as m
 
@@ -71,37 +72,37 @@ def test_case_4_of_the_scorer_is_the_badly_formed_file(cases):
 def test_the_real_test_key_scores_100_against_itself(cases, tmp_path):
     key = m.read_answers(SEMEVAL / "test_answer_key.txt")
     assert len(key) == 2717
-    result = m.metrics("semeval2010_task8", list(key), list(key.values()), list(key.values()))
-    assert (result["macro10"], result["official"], result["accuracy"]) == (1.0, 100.0, 1.0)
+    result = m.metrics(SEMEVAL_LABELS, list(key), list(key.values()), list(key.values()))
+    assert (result["macro_f1"], result["official"], result["accuracy"]) == (1.0, 100.0, 1.0)
     assert (result["n"], result["unmapped"]) == (2717, 0)
     m.write_answers(tmp_path / "answers.txt", list(key), list(key.values()))
     assert m.read_answers(tmp_path / "answers.txt") == key
 
 
-def test_macro10_by_hand():
+def test_macro_f1_by_hand():
     # Cause-Effect: 2 right of 3 gold, 2 predicted: F1 0.8. Other: 1 of 2, 2 predicted: 0.5. Message-Topic is no gold.
     gold = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Cause-Effect(e1,e2)", "Other", "Other"]
     predicted = ["Cause-Effect(e2,e1)", "Cause-Effect(e2,e1)", "Other", "Other", "Message-Topic(e1,e2)"]
-    assert m.macro10(gold, predicted) == pytest.approx((0.8 + 0.5) / 2)
-    assert m.macro10(gold, [*predicted[:-1], m.UNMAPPED]) == pytest.approx((0.8 + 0.5) / 2)
-    assert m.macro10(gold, [*predicted[:-1], "Other"]) > (0.8 + 0.5) / 2
+    assert m.macro_f1(gold, predicted) == pytest.approx((0.8 + 0.5) / 2)
+    assert m.macro_f1(gold, [*predicted[:-1], m.UNMAPPED]) == pytest.approx((0.8 + 0.5) / 2)
+    assert m.macro_f1(gold, [*predicted[:-1], "Other"]) > (0.8 + 0.5) / 2
 
 
-def test_macro10_is_plain_sklearn_macro_f1_where_both_hold_all_labels():
+def test_macro_f1_is_plain_sklearn_macro_f1_where_both_hold_all_labels():
     draw = random.Random(0)
     gold = LABELS + draw.choices(LABELS, k=300)
     predicted = LABELS + draw.choices(LABELS, k=300)
     collapsed = [[re.sub(r"\(.*", "", label) for label in side] for side in (gold, predicted)]
-    assert m.macro10(gold, predicted) == pytest.approx(f1_score(*collapsed, average="macro"), abs=1e-12)
+    assert m.macro_f1(gold, predicted) == pytest.approx(f1_score(*collapsed, average="macro"), abs=1e-12)
     undirected = ["Kill", "Live_In", "Work_For", "Kill"], ["Kill", "Work_For", "Work_For", "Live_In"]
-    assert m.macro10(*undirected) == pytest.approx(f1_score(*undirected, average="macro"), abs=1e-12)
+    assert m.macro_f1(*undirected) == pytest.approx(f1_score(*undirected, average="macro"), abs=1e-12)
 
 
 def test_metrics_by_hand():
     gold = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other"]
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", m.UNMAPPED, "Message-Topic(e1,e2)"]
-    result = m.metrics("semeval2010_task8", ["1", "2", "3", "4"], gold, predicted)
-    assert result["macro10"] == pytest.approx((2 * 1 * (2 / 3) / (1 + 2 / 3) + 0) / 2)
+    result = m.metrics(SEMEVAL_LABELS, ["1", "2", "3", "4"], gold, predicted)
+    assert result["macro_f1"] == pytest.approx((2 * 1 * (2 / 3) / (1 + 2 / 3) + 0) / 2)
     # 1 correct, 2 proposed in either direction, 3 in the key
     assert result["official"] == pytest.approx(100 * 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     assert (result["accuracy"], result["n"], result["unmapped"]) == (0.25, 4, 1)
@@ -113,9 +114,38 @@ def test_metrics_by_hand():
 
 
 def test_official_only_where_it_is_defined():
-    assert m.metrics("conll04", ["1", "2"], ["Kill", "Live_In"], ["Kill", "Kill"])["official"] is None
-    assert m.metrics("grammar", ["1"], ["Other"], ["Other"])["official"] is None
-    assert m.metrics("grammar", ["1"], ["Cause-Effect(e1,e2)"], ["Cause-Effect(e1,e2)"])["official"] == 100.0
+    def score(labels, gold, predicted, negative=None):
+        return m.metrics(labels, [str(i) for i in range(len(gold))], gold, predicted, negative)["official"]
+
+    right = ["Cause-Effect(e1,e2)"]
+    assert score(["Kill", "Live_In"], ["Kill", "Live_In"], ["Kill", "Kill"]) is None
+    assert score(SEMEVAL_LABELS, ["Other"], ["Other"]) is None, "there is no relation to average"
+    assert score(SEMEVAL_LABELS, right, right) == 100.0
+    assert score(LABELS, right, right) == score(SEMEVAL_LABELS[:-1], right, right) == 100.0, "some of them, or no Other"
+    assert score([*LABELS, "Kill"], right, right) is None
+    assert score([*LABELS, "Cause-Effect"], right, right) is None, "a relation without its direction"
+    assert score(["Other"], ["Other"], ["Other"]) is None
+    renamed = [*SEMEVAL_LABELS[:-1], "no_relation"]
+    gold, predicted = [*right, *right, "no_relation"], [*right, "no_relation", "no_relation"]
+    assert score(renamed, gold, predicted) is None
+    assert score(renamed, gold, predicted, "no_relation") == pytest.approx(100 * 2 / 3)
+
+
+def test_a_label_that_is_no_class_of_its_own():
+    # Kill: 1 of 2 right, 2 predicted: 0.5. Live_In: 0 of 1. none: 1 of 2, 2 predicted: 0.5.
+    gold, predicted = ["Kill", "Kill", "Live_In", "none", "none"], ["Kill", "none", m.UNMAPPED, "none", "Kill"]
+    labels, ids = ["Kill", "Live_In", "none"], list("abcde")
+    assert m.metrics(labels, ids, gold, predicted)["macro_f1"] == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert m.metrics(labels, ids, gold, predicted, "none")["macro_f1"] == pytest.approx((0.5 + 0) / 2)
+    better = [*predicted[:-1], "none"]
+    assert m.macro_f1(gold, better, "none") > m.macro_f1(gold, predicted, "none"), "it costs the others precision"
+    assert m.macro_f1(["none"], ["none"], "none") == 0.0
+    # SemEval's `Other` stays a class, named or not; another set's does not.
+    gold, predicted = ["Cause-Effect(e1,e2)", "Other"], ["Cause-Effect(e1,e2)", m.UNMAPPED]
+    for negative in (None, "Other"):
+        assert m.metrics(SEMEVAL_LABELS, ["1", "2"], gold, predicted, negative)["macro_f1"] == 0.5
+    assert m.label_apart(["spam", "Other"], "Other") == "Other"
+    assert m.label_apart(["spam", "Other"], None) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,18 +153,18 @@ def test_official_only_where_it_is_defined():
 def test_unmapped_never_helps_and_the_gold_label_never_harms(pairs):
     gold, predicted = ["Message-Topic(e1,e2)", *(g for g, _ in pairs)], ["Other", *(p for _, p in pairs)]
     ids = [str(i) for i in range(len(gold))]
-    figures = ("macro10", "official", "accuracy")
-    before = m.metrics("grammar", ids, gold, predicted)
+    figures = ("macro_f1", "official", "accuracy")
+    before = m.metrics(SEMEVAL_LABELS, ids, gold, predicted)
     for i in range(len(gold)):
-        unmapped = m.metrics("grammar", ids, gold, [*predicted[:i], m.UNMAPPED, *predicted[i + 1 :]])
-        right = m.metrics("grammar", ids, gold, [*predicted[:i], gold[i], *predicted[i + 1 :]])
+        unmapped = m.metrics(SEMEVAL_LABELS, ids, gold, [*predicted[:i], m.UNMAPPED, *predicted[i + 1 :]])
+        right = m.metrics(SEMEVAL_LABELS, ids, gold, [*predicted[:i], gold[i], *predicted[i + 1 :]])
         assert unmapped["accuracy"] <= before["accuracy"]
         assert m.UNMAPPED not in unmapped["per_label"]
         for figure in figures:
             assert unmapped[figure] <= right[figure] + 1e-12
             assert before[figure] <= right[figure] + 1e-12
-    assert [m.metrics("grammar", ids, gold, gold)[figure] for figure in figures] == [1.0, 100.0, 1.0]
-    nothing = m.metrics("grammar", ids, gold, [m.UNMAPPED] * len(gold))
+    assert [m.metrics(SEMEVAL_LABELS, ids, gold, gold)[figure] for figure in figures] == [1.0, 100.0, 1.0]
+    nothing = m.metrics(SEMEVAL_LABELS, ids, gold, [m.UNMAPPED] * len(gold))
     assert [nothing[figure] for figure in figures] == [0.0, 0.0, 0.0]
 
 
@@ -142,9 +172,8 @@ def test_answers_round_trip_leaves_unmapped_out(tmp_path):
     m.write_answers(tmp_path / "answers.txt", ["8001", "8002", "8003"], [LABELS[0], m.UNMAPPED, "Other"])
     assert (tmp_path / "answers.txt").read_bytes() == b"8001\tCause-Effect(e1,e2)\n8003\tOther\n"
     assert m.read_answers(tmp_path / "answers.txt") == {"8001": LABELS[0], "8003": "Other"}
-    with pytest.raises(InputError, match="tab or line break"):
-        m.write_answers(tmp_path / "bad.txt", ["1"], ["a\tb"])
-    assert not (tmp_path / "bad.txt").exists()
+    assert m.can_hold_answers(["8001", LABELS[0], m.UNMAPPED])
+    assert not m.can_hold_answers(["1", "a\tb"]) and not m.can_hold_answers(["1", "a\u2028b"])
 
 
 @pytest.mark.parametrize(
@@ -177,12 +206,12 @@ def test_underscore_other_other_label_sets_and_missing_files(tmp_path):
 
 def test_bad_lists_are_refused():
     with pytest.raises(InputError, match="2 and 1"):
-        m.macro10(["Other", "Other"], ["Other"])
+        m.macro_f1(["Other", "Other"], ["Other"])
     with pytest.raises(InputError, match="no examples"):
-        m.metrics("jsonl", [], [], [])
+        m.metrics(["a", "b"], [], [], [])
     with pytest.raises(InputError, match="'7' comes more than once"):
-        m.metrics("jsonl", ["6", "7", "7"], ["a", "a", "b"], ["a", "a", "b"])
+        m.metrics(["a", "b"], ["6", "7", "7"], ["a", "a", "b"], ["a", "a", "b"])
     with pytest.raises(InputError, match="empty gold label"):
-        m.metrics("jsonl", ["1"], [""], [""])
+        m.metrics(["a", "b"], ["1"], [""], [""])
     with pytest.raises(InputError, match="'9'"):
         m.official({"1": LABELS[0]}, {"9": LABELS[0]})

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from atlantis_ds import files
-from atlantis_ds.data.formats import SEMEVAL_LABELS
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate import report
+from atlantis_ds.evaluate.answers import response_metrics
 from atlantis_ds.evaluate.metrics import UNMAPPED, metrics, read_answers
 
 KEY = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8" / "test_answer_key.txt"
@@ -33,40 +34,70 @@ def semeval():
 def test_an_evaluation_on_the_real_test_set(tmp_path, semeval):
     ids, gold, predicted = semeval
     folder = tmp_path / "eval" / "sft"
-    written = report.write_evaluation(folder, "semeval2010_task8", ids, gold, predicted, INFO)
+    expected = metrics(SEMEVAL_LABELS, ids, gold, predicted)
+    columns = {"id": ids, "gold": gold, "predicted": predicted}
+    written = report.write_evaluation(folder, expected, columns, INFO, label_set=True)
     names = ["answers.txt", "confusion.png", "metrics.json", "predictions.parquet"]
     assert sorted(file.name for file in folder.iterdir()) == names
 
-    expected = metrics("semeval2010_task8", ids, gold, predicted)
     assert written == {**expected, **INFO} == json.loads((folder / "metrics.json").read_text())
     assert files.finished(folder / "metrics.json", INFO["fingerprint"])
     assert written["unmapped"] == predicted.count(UNMAPPED) > 0
 
     table, info = files.read_table(folder / "predictions.parquet")
     assert info == INFO
-    assert table.to_pydict() == {"id": ids, "gold": gold, "predicted": predicted}
+    assert table.to_pydict() == columns
     answers = read_answers(folder / "answers.txt")
     assert answers == {id: label for id, label in zip(ids, predicted, strict=True) if label != UNMAPPED}
 
 
-def test_metrics_json_is_gone_while_the_other_files_change(tmp_path):
-    arguments = ("jsonl", ["1", "2"], ["yes", "no"], ["yes", "yes"], INFO)
-    report.write_evaluation(tmp_path, *arguments)
-    (tmp_path / "confusion.png").unlink()
-    (tmp_path / "confusion.png").mkdir()  # a fault half way: no file can be put here
+def write(folder, gold, predicted, **more):
+    ids = [str(number) for number in range(len(gold))]
+    columns = {"id": ids, "gold": gold, "predicted": predicted, **more}
+    if more:
+        figures, of_each = response_metrics(ids, gold, predicted, more["log_likelihood"], more["tokens"], None)
+        return report.write_evaluation(folder, figures, columns | of_each, INFO, label_set=False)
+    figures = metrics(sorted(set(gold)), ids, gold, predicted)
+    return report.write_evaluation(folder, figures, columns, INFO, label_set=True)
+
+
+def test_metrics_json_is_gone_while_the_other_files_change(tmp_path, monkeypatch):
+    write(tmp_path, ["yes", "no"], ["yes", "yes"])
+    assert (tmp_path / "metrics.json").exists()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(report, "plot_confusion", full)
     with pytest.raises(OSError):
-        report.write_evaluation(tmp_path, *arguments)
+        write(tmp_path, ["yes", "no"], ["yes", "yes"])
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_bad_input_leaves_an_older_evaluation_in_place(tmp_path):
-    report.write_evaluation(tmp_path, "jsonl", ["1", "2"], ["yes", "no"], ["yes", "yes"], INFO)
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(InputError, match="more than once"):
-        report.write_evaluation(tmp_path, "jsonl", ["1", "1"], ["yes", "no"], ["yes", "no"], INFO)
-    with pytest.raises(InputError, match="tab or line break"):
-        report.write_evaluation(tmp_path, "jsonl", ["1", "2"], ["a\tb", "no"], ["a\tb", "no"], INFO)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+def test_labels_that_the_scorer_cannot_read_only_leave_out_its_file(tmp_path):
+    write(tmp_path, ["yes", "no"], ["yes", "yes"])
+    assert (tmp_path / "answers.txt").exists()
+    write(tmp_path, ["a\tb", "no"], ["a\tb", "no"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["confusion.png", "metrics.json", "predictions.parquet"]
+
+
+def test_an_evaluation_of_responses(tmp_path):
+    gold, predicted = ["four apples", "five"], ["four pears", "Five!"]
+    write(tmp_path, ["yes", "no"], ["yes", "yes"])
+    written = write(tmp_path, gold, predicted, log_likelihood=[-2.0, -1.0], tokens=[4, 2])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.parquet"]
+    assert written == json.loads((tmp_path / "metrics.json").read_text())
+    assert (written["mean_log_likelihood"], written["exact_match"], written["token_f1"]) == (-0.5, 0.0, 0.75)
+    table, _ = files.read_table(tmp_path / "predictions.parquet")
+    assert table.to_pydict() == {
+        "id": ["0", "1"],
+        "gold": gold,
+        "predicted": predicted,
+        "log_likelihood": [-2.0, -1.0],
+        "tokens": [4, 2],
+        "exact_match": [0.0, 0.0],
+        "token_f1": [0.5, 1.0],
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2, 19, 80])
@@ -97,7 +128,7 @@ def test_confusion_refuses_a_label_outside_its_labels(tmp_path):
 
 
 def row(arm, unmapped=0, **more):
-    figures = {"macro10": 0.81249, "official": 79.456, "accuracy": 0.5, "unmapped": unmapped, "n": 2717}
+    figures = {"macro_f1": 0.81249, "official": 79.456, "accuracy": 0.5, "unmapped": unmapped, "n": 2717}
     return {"arm": arm, **figures, "per_label": {}, **more}
 
 
@@ -115,6 +146,19 @@ def test_comparison_table():
     assert "unmapped" not in text
     text = printed([row("sft"), row("atlantis", unmapped=31)])
     assert "unmapped" in text and " 31 " in text
+    assert "official" in text and "official" not in printed([row("sft", official=None)])
+
+
+def test_comparison_of_responses(tmp_path):
+    labels_only = dict.fromkeys(["macro_f1", "official", "accuracy", "per_label"])
+    sft = {"arm": "sft", **labels_only, "perplexity": 2.71828, "exact_match": 0.25, "token_f1": 0.5, "n": 8}
+    text = printed([sft])
+    (line,) = (line for line in text.splitlines() if "sft" in line)
+    assert [cell.strip() for cell in line.strip("│").split("│")] == ["sft", "2.718", "0.250", "0.500", "8", "-"]
+    assert not any(name in text for name in ("macro_f1", "official", "unmapped"))
+    report.write_comparison(tmp_path, [sft])
+    (record,) = json.loads((tmp_path / "eval" / "comparison.json").read_text())
+    assert tuple(record) == report.RESPONSE_COLUMNS
 
 
 def test_comparison_files(tmp_path):
@@ -123,7 +167,7 @@ def test_comparison_files(tmp_path):
     assert [tuple(record) for record in records] == [report.COLUMNS] * 2
     assert records[0] == {
         "arm": "sft",
-        "macro10": 0.81249,
+        "macro_f1": 0.81249,
         "official": 79.456,
         "accuracy": 0.5,
         "unmapped": 0,

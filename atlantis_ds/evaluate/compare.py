@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,25 @@ if TYPE_CHECKING:
 
 REPLICATES = 2000
 
+FIGURES = {
+    "macro_f1": ("macro_f1", "official", "accuracy"),
+    "exact_match": ("exact_match", "token_f1", "perplexity"),
+    "token_f1": ("token_f1", "exact_match", "perplexity"),
+}
+"""What arms may be compared by, and which of their figures stand in the comparison."""
+
+Replicates = Mapping[tuple[str, int], np.ndarray]
+"""The metric of each arm and seed, float64 [1 + R]: on the test set, then on R resampled ones."""
+
 
 @dataclass(frozen=True)
 class Trained:
-    """One arm trained with one seed, and its predictions on the test split."""
+    """One arm trained with one seed, and what came of the test split."""
 
     arm: str
     seed: int
-    predicted: list[str]
-    """[n], in the order of the gold labels."""
+    outcomes: Sequence[Any]
+    """[n], in the order of the gold answers: the predicted labels for macro_f1; else the metric of each example."""
     metrics: Mapping[str, Any]
     seconds: float
     """Training time."""
@@ -37,11 +47,21 @@ class Trained:
     """What it was trained on; empty where that was not recorded."""
 
 
-def compare_arms(recipe: Recipe, folder: RunFolder, gold: Sequence[str], trained: Sequence[Trained]) -> dict[str, Any]:
+def compare_arms(
+    recipe: Recipe,
+    folder: RunFolder,
+    gold: Sequence[str],
+    trained: Sequence[Trained],
+    metric: str = "macro_f1",
+    apart: str | None = None,
+) -> dict[str, Any]:
     """Compare what is trained so far; write ``compare/`` in the run folder.
 
     Differences are taken to plain fine-tuning and to plain GCE, where the recipe has such arms; the arm with gold
     labels says how much there is to gain.
+
+    Args:
+        gold, trained, metric, apart: see ``comparison``.
 
     Returns:
         see ``comparison``.
@@ -58,53 +78,61 @@ def compare_arms(recipe: Recipe, folder: RunFolder, gold: Sequence[str], trained
 
     sft = plain("cross_entropy")
     upper = plain("cross_entropy", gold=True) if sft else []
-    found = comparison(gold, trained, [*sft, *plain("gce")], next(iter(upper), None))
+    found = comparison(gold, trained, [*sft, *plain("gce")], next(iter(upper), None), metric, apart)
     _write(folder.root / "compare", found, trained)
     return found
 
 
 def comparison(
-    gold: Sequence[str], trained: Sequence[Trained], peers: Sequence[str], upper: str | None
+    gold: Sequence[str],
+    trained: Sequence[Trained],
+    peers: Sequence[str],
+    upper: str | None,
+    metric: str = "macro_f1",
+    apart: str | None = None,
 ) -> dict[str, Any]:
     """The figures of a comparison over the seeds and test examples that arms share.
 
     The interval of a difference is that of a paired bootstrap (Efron and Tibshirani 1993, chapter 8). A replicate draws
-    test examples with replacement, the same for both arms and all seeds, and takes the mean difference of macro-F1. It
-    draws seeds as well, and adds by how much their mean lies off the mean of all, widened because a handful of seeds
+    test examples with replacement, the same for both arms and all seeds, and takes the mean difference of the metric.
+    It draws seeds as well, and adds by how much their mean lies off the mean of all, widened because a handful of seeds
     shows less than the whole spread (``_widening``). In simulated studies of 2 to 10 seeds such an interval held the
     true difference in 94% to 98% (test_compare.py has two of them). With one seed it is of the test examples alone.
 
     Args:
-        gold: gold labels of the n test examples.
+        gold: gold labels or responses of the n test examples.
         trained: one entry an arm and seed.
         peers: arms to take the difference to, SFT first.
         upper: the arm trained on gold labels; None where there is none, or no SFT to measure from.
+        metric: one of ``FIGURES``: macro_f1 for label sets; for responses a mean over test examples.
+        apart: for macro_f1, see ``metrics.label_apart``.
 
     Returns:
-        ``n`` (test examples), ``replicates``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, ``macro10``,
-        ``sd`` (over seeds; None for one seed), ``official`` and ``accuracy`` (means), ``seconds`` (mean training
-        time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and
-        ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over the seeds that the three share;
-        None where the interval of the whole way does not leave out 0). ``hardware``: all that the arms were trained on.
+        ``n`` (test examples), ``replicates``, ``metric``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, the
+        mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other ``FIGURES`` (None where
+        a run lacks it), ``seconds`` (mean training time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of
+        the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over
+        the seeds that the three share; None where the interval of the whole way does not leave out 0). ``hardware``:
+        all that the arms were trained on.
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
         runs.setdefault(run.arm, {})[run.seed] = run
     resamples = np.random.default_rng(0).multinomial(len(gold), [1 / len(gold)] * len(gold), REPLICATES)
-    replicates = {(run.arm, run.seed): macro_f1(gold, run.predicted, resamples) for run in trained}
+    of_resamples = _of_resamples(metric, gold, resamples, apart)
+    replicates = {(run.arm, run.seed): np.array([run.metrics[metric], *of_resamples(run.outcomes)]) for run in trained}
     sft, gold_arm = (runs.get(arm, {}) for arm in (peers[0] if peers else "", upper or ""))
     rows = []
     for arm, of_arm in runs.items():
-        figures = [run.metrics for run in of_arm.values()]
-        official = [metrics["official"] for metrics in figures]
+        figures = {name: [run.metrics[name] for run in of_arm.values()] for name in FIGURES[metric]}
+        means = {name: None if None in values else _mean(values) for name, values in figures.items()}
         rows.append(
             {
                 "arm": arm,
                 "runs": len(of_arm),
-                "macro10": _mean([metrics["macro10"] for metrics in figures]),
-                "sd": float(np.std([m["macro10"] for m in figures], ddof=1)) if len(figures) > 1 else None,
-                "official": None if None in official else _mean(official),
-                "accuracy": _mean([metrics["accuracy"] for metrics in figures]),
+                metric: means.pop(metric),
+                "sd": float(np.std(figures[metric], ddof=1)) if len(of_arm) > 1 else None,
+                **means,
                 "seconds": _mean([run.seconds for run in of_arm.values()]),
                 "differences": {
                     peer: _difference(of_arm, runs[peer], replicates)
@@ -115,28 +143,48 @@ def comparison(
             }
         )
     hardware = sorted({run.hardware for run in trained if run.hardware})
-    return {"n": len(gold), "replicates": REPLICATES, "peers": [*peers], "hardware": hardware, "arms": rows}
+    return {
+        "n": len(gold),
+        "replicates": REPLICATES,
+        "metric": metric,
+        "peers": [*peers],
+        "hardware": hardware,
+        "arms": rows,
+    }
 
 
-def macro_f1(gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray) -> np.ndarray:
-    """``metrics.macro10`` of R resampled test sets, float64 [R].
+def _of_resamples(
+    metric: str, gold: Sequence[str], counts: np.ndarray, apart: str | None
+) -> Callable[[Sequence[Any]], np.ndarray]:
+    """The function from the outcomes of a run to the metric of R resampled test sets, float64 [R].
+
+    Args:
+        counts: int [R, n], how often each example is in each resample.
+    """
+    if metric == "macro_f1":
+        return lambda predicted: resampled_macro_f1(gold, predicted, counts, apart)
+    return lambda values: counts @ np.asarray(values, dtype=np.float64) / len(gold)
+
+
+def resampled_macro_f1(
+    gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray, apart: str | None = None
+) -> np.ndarray:
+    """``metrics.macro_f1`` of R resampled test sets, float64 [R].
 
     Args:
         counts: int [R, n], how often each example is in each resample. A relation that a resample lacks is left out.
     """
-    relations = sorted({relation_of(label) for label in gold})
+    relations = sorted({relation_of(label) for label in gold} - {apart})
     gold_is, predicted_is = (
         np.array([[relation_of(label) == relation for relation in relations] for label in labels], dtype=np.float64)
         for labels in (gold, predicted)
     )
     support, proposed, right = (counts @ hits for hits in (gold_is, predicted_is, gold_is * predicted_is))
     f1 = 2 * right / np.maximum(support + proposed, 1)
-    return np.asarray((f1 * (support > 0)).sum(axis=1) / (support > 0).sum(axis=1))
+    return np.asarray((f1 * (support > 0)).sum(axis=1) / np.maximum((support > 0).sum(axis=1), 1))
 
 
-def _difference(
-    arm: Mapping[int, Trained], peer: Mapping[int, Trained], replicates: Mapping[tuple[str, int], np.ndarray]
-) -> dict[str, float]:
+def _difference(arm: Mapping[int, Trained], peer: Mapping[int, Trained], replicates: Replicates) -> dict[str, float]:
     seeds = sorted(arm.keys() & peer.keys())
     reached, start = (_means(of_arm, seeds, replicates) for of_arm in (arm, peer))
     return _with_interval(reached - start, len(seeds))
@@ -146,7 +194,7 @@ def _gap_closed(
     arm: Mapping[int, Trained],
     sft: Mapping[int, Trained],
     upper: Mapping[int, Trained],
-    replicates: Mapping[tuple[str, int], np.ndarray],
+    replicates: Replicates,
 ) -> dict[str, float] | None:
     seeds = sorted(arm.keys() & sft.keys() & upper.keys())
     if not seeds:
@@ -159,12 +207,10 @@ def _gap_closed(
     return _with_interval((reached - start)[some] / gap[some], len(seeds))
 
 
-def _means(
-    of_arm: Mapping[int, Trained], seeds: Sequence[int], replicates: Mapping[tuple[str, int], np.ndarray]
-) -> np.ndarray:
-    """Mean macro-F1 over seeds, float64 [1 + R]: as measured, then of each replicate; the same draws for every arm."""
-    resampled = np.mean([replicates[of_arm[seed].arm, seed] for seed in seeds], axis=0)
-    measured = np.array([of_arm[seed].metrics["macro10"] for seed in seeds])
+def _means(of_arm: Mapping[int, Trained], seeds: Sequence[int], replicates: Replicates) -> np.ndarray:
+    """Mean over seeds, float64 [1 + R]: as measured, then of each replicate; the same draws for every arm."""
+    values = np.array([replicates[of_arm[seed].arm, seed] for seed in seeds])
+    measured, resampled = values[:, 0], values[:, 1:].mean(axis=0)
     drawn = measured[np.random.default_rng(1).integers(len(seeds), size=(len(resampled), len(seeds)))].mean(axis=1)
     return np.array([measured.mean(), *(resampled + _widening(len(seeds)) * (drawn - measured.mean()))])
 
@@ -192,11 +238,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """The comparison for a rich console: means, spread over seeds, intervals of the differences, time."""
     from rich.table import Table
 
-    peers = comparison["peers"]
-
-    table = Table("arm", header_style="bold", title=f"macro-F1 on {comparison['n']} test examples, mean over seeds")
+    peers, metric = comparison["peers"], comparison["metric"]
+    table = Table("arm", header_style="bold", title=f"{metric} on {comparison['n']} test examples, mean over seeds")
     for column in (
-        "macro10",
+        metric,
         "sd",
         *(f"minus {peer}, 95% interval" for peer in peers),
         "gap closed, 95% interval",
@@ -207,7 +252,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     for row in comparison["arms"]:
         table.add_row(
             row["arm"],
-            f"{row['macro10']:.3f}",
+            f"{row[metric]:.3f}",
             "-" if row["sd"] is None else f"{row['sd']:.3f}",
             *(_interval(row["differences"].get(peer), "+.3f") for peer in peers),
             _interval(row["gap_closed"], ".0%"),
@@ -231,9 +276,9 @@ def _interval(figure: Mapping[str, float] | None, form: str) -> str:
 
 def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
     """``comparison.json``, ``comparison.csv``, ``comparison.png``, and ``runs.csv`` with a line an arm and seed."""
+    names = FIGURES[comparison["metric"]]
     runs = [
-        {"arm": run.arm, "seed": run.seed, **{key: run.metrics[key] for key in ("macro10", "official", "accuracy")}}
-        | {"seconds": run.seconds}
+        {"arm": run.arm, "seed": run.seed, **{name: run.metrics[name] for name in names}, "seconds": run.seconds}
         for run in trained
     ]
     flat = []
@@ -263,14 +308,14 @@ def plot_comparison(path: Path, comparison: Mapping[str, Any], trained: Sequence
     """Every run and the means, and the intervals of the differences to the first peer, as a PNG."""
     from matplotlib.figure import Figure
 
-    rows = comparison["arms"]
+    rows, metric = comparison["arms"], comparison["metric"]
     peer = next(iter(comparison["peers"]), "SFT")
     figure = Figure(figsize=(11, 1.4 + 0.36 * len(rows)), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for y, row in enumerate(rows):
-        figures = [run.metrics["macro10"] for run in trained if run.arm == row["arm"]]
+        figures = [run.metrics[metric] for run in trained if run.arm == row["arm"]]
         left.plot(figures, [y] * len(figures), "o", color="#9aa5b1", ms=4)
-        left.plot(row["macro10"], y, "|", color="#1f6f8b", ms=14, mew=2.4)
+        left.plot(row[metric], y, "|", color="#1f6f8b", ms=14, mew=2.4)
         if difference := row["differences"].get(peer):
             one = difference["seeds"] == 1
             sure = not one and (difference["low"] > 0 or difference["high"] < 0)
@@ -279,7 +324,7 @@ def plot_comparison(path: Path, comparison: Mapping[str, Any], trained: Sequence
             right.plot(difference["mean"], y, "o", color=colour, ms=5)
     left.set_yticks(range(len(rows)), [row["arm"] for row in rows], parse_math=False)
     left.invert_yaxis()
-    left.set_xlabel(f"macro-F1 on {comparison['n']} test examples (dots: seeds, bar: mean)")
+    left.set_xlabel(f"{metric} on {comparison['n']} test examples (dots: seeds, bar: mean)")
     right.axvline(0, color="0.35", lw=0.8, ls=":")
     right.locator_params(axis="x", nbins=6)
     right.set_xlabel(

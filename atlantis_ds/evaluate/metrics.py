@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlantis_ds.data.formats import SEMEVAL_LABELS
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_atomic
 
@@ -19,9 +19,6 @@ UNMAPPED = ""
 """The prediction of a generated text that maps to no label. It counts as wrong, never as ``Other``."""
 
 OTHER = "Other"
-
-OFFICIAL_TASKS = frozenset({"semeval2010_task8", "grammar"})
-"""The data formats whose labels are directed relations and ``Other``, so that the official score is defined."""
 
 _DIRECTION = re.compile(r"\((?:e1,e2|e2,e1)\)$")
 
@@ -31,13 +28,33 @@ def relation_of(label: str) -> str:
     return _DIRECTION.sub("", label)
 
 
-def macro10(gold: Sequence[str], predicted: Sequence[str]) -> float:
-    """Macro-F1 with directions collapsed and ``Other`` included, as a fraction 0..1.
+def has_official(labels: Collection[str], negative: str = OTHER) -> bool:
+    """Whether a label set is SemEval's, wherever it came from: its nine directed relations, or some, and a negative."""
+    relations = set(labels) - {negative}
+    return bool(relations) and relations <= set(SEMEVAL_LABELS) - {OTHER}
+
+
+def label_apart(labels: Collection[str], negative: str | None) -> str | None:
+    """The label that macro-F1 leaves out of its mean: the recipe's ``data.negative_label``.
+
+    ``Other`` beside SemEval's relations counts as a class, named or not: so the figures of all recipes on those data
+    are of one kind, and the official score is the one without it.
+    """
+    return None if negative == OTHER and has_official(labels) else negative
+
+
+def macro_f1(gold: Sequence[str], predicted: Sequence[str], apart: str | None = None) -> float:
+    """Macro-F1 with directions collapsed, as a fraction 0..1.
 
     This is ``sklearn.metrics.f1_score(gold, predicted, average="macro", labels=L, zero_division=0)`` on the labels
     without direction, where L is the set of relations that occur in ``gold``. A relation of L that is never predicted
     right has F1 0. A prediction outside L (``UNMAPPED``, or a relation that gold does not hold) is a miss of its gold
     relation and adds no term of its own. For a task without directions it is plain macro-F1 over the gold labels.
+
+    Args:
+        apart: a label that is no class of its own, from `label_apart`: not in L, so that it has no term in the mean,
+            while another label predicted in its place, or it in place of another, is an error of that other. Where
+            gold holds nothing else the figure is 0.
 
     Raises:
         InputError: the lengths differ, or there are no examples.
@@ -46,27 +63,29 @@ def macro10(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
     _check_lengths(gold, predicted)
     gold, predicted = [relation_of(label) for label in gold], [relation_of(label) for label in predicted]
-    return float(f1_score(gold, predicted, average="macro", labels=sorted(set(gold)), zero_division=0))
+    classes = sorted(set(gold) - {apart})
+    return float(f1_score(gold, predicted, average="macro", labels=classes, zero_division=0)) if classes else 0.0
 
 
-def official(gold: Mapping[str, str], predicted: Mapping[str, str]) -> float:
+def official(gold: Mapping[str, str], predicted: Mapping[str, str], negative: str = OTHER) -> float:
     """The official score of SemEval-2010 Task 8, in percent 0..100.
 
     It is the last line that the task's scorer prints: "(9+1)-way evaluation with directionality taken into account:
     macro-averaged F1" (Hendrickx et al. 2010), the mean F1 over the relations that occur in ``gold``, without
-    ``Other``; see `official_by_relation` for the counts.
+    ``negative``; see `official_by_relation` for the counts.
 
     Args:
         gold: id -> directed label.
         predicted: id -> directed label. Ids that are absent, or ``UNMAPPED``, are skipped examples.
+        negative: the label that says that none of the relations holds.
 
     Raises:
-        InputError: ``predicted`` has an id that gold lacks, or gold holds no relation but ``Other``.
+        InputError: ``predicted`` has an id that gold lacks, or gold holds no relation but ``negative``.
     """
     rows = official_by_relation(gold, predicted)
-    f1 = [row["f1"] for relation, row in rows.items() if relation != OTHER]
+    f1 = [row["f1"] for relation, row in rows.items() if relation != negative]
     if not f1:
-        raise InputError("the official score needs a gold relation other than `Other`; take a larger test set")
+        raise InputError(f"the official score needs a gold relation other than `{negative}`; take a larger test set")
     return sum(f1) / len(f1)
 
 
@@ -127,17 +146,24 @@ def per_label(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, dict[s
     }
 
 
-def metrics(task: str, ids: Sequence[str], gold: Sequence[str], predicted: Sequence[str]) -> dict[str, Any]:
-    """All figures of one arm, ready for ``metrics.json``.
+def metrics(
+    labels: Collection[str],
+    ids: Sequence[str],
+    gold: Sequence[str],
+    predicted: Sequence[str],
+    negative: str | None = None,
+) -> dict[str, Any]:
+    """All figures of one arm on a label set, ready for ``metrics.json``; for responses see `answers`.
 
     Args:
-        task: the recipe's ``data.format``.
+        labels: the label set.
         ids, gold, predicted: one entry an example.
+        negative: the recipe's ``data.negative_label``; see `label_apart`.
 
     Returns:
-        ``macro10`` and ``accuracy`` (fractions 0..1, accuracy on the full directed label), ``official`` (percent
-        0..100; None for tasks without it, and when gold holds nothing but ``Other``), ``per_label``, ``n`` and
-        ``unmapped`` (numbers of examples).
+        ``macro_f1`` and ``accuracy`` (fractions 0..1, accuracy on the full directed label), ``official`` (percent
+        0..100; None where the label set is not SemEval's, and when gold holds nothing but the negative label),
+        ``per_label``, ``n`` and ``unmapped`` (numbers of examples).
 
     Raises:
         InputError: lengths differ, there are no examples, an id comes twice, or a gold label is empty.
@@ -150,10 +176,11 @@ def metrics(task: str, ids: Sequence[str], gold: Sequence[str], predicted: Seque
         raise InputError(f"example id {twice!r} comes more than once; the ids of the test examples must differ")
     if UNMAPPED in gold:
         raise InputError(f"example {ids[list(gold).index(UNMAPPED)]!r} has an empty gold label")
-    scored = task in OFFICIAL_TASKS and any(label != OTHER for label in gold)
+    none_holds = OTHER if negative is None else negative
+    scored = has_official(labels, none_holds) and any(label != none_holds for label in gold)
     return {
-        "macro10": macro10(gold, predicted),
-        "official": official(keys, answers) if scored else None,
+        "macro_f1": macro_f1(gold, predicted, label_apart(labels, negative)),
+        "official": official(keys, answers, none_holds) if scored else None,
         "accuracy": sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold),
         "per_label": per_label(gold, predicted),
         "n": len(gold),
@@ -186,16 +213,17 @@ def read_answers(path: Path, labels: Collection[str] = SEMEVAL_LABELS) -> dict[s
     return answers
 
 
+def can_hold_answers(texts: Sequence[str]) -> bool:
+    """Whether ids and labels fit into the scorer's format: none holds a tab or line break."""
+    return not any("\t" in text or len(text.splitlines()) > 1 for text in texts)
+
+
 def write_answers(path: Path, ids: Sequence[str], predicted: Sequence[str]) -> None:
     """Write predictions in the scorer's format; ``UNMAPPED`` ones are left out, which the scorer counts as skipped.
 
-    Raises:
-        InputError: the lengths differ, or an id or label holds a tab or line break.
+    Args:
+        ids, predicted: one entry an example; `can_hold_answers` holds for all.
     """
-    _check_lengths(ids, predicted)
-    for text in (*ids, *predicted):
-        if "\t" in text or len(text.splitlines()) > 1:
-            raise InputError(f"{path}: {text!r} holds a tab or line break, which the `id TAB label` format cannot hold")
     lines = [f"{id}\t{label}\n" for id, label in zip(ids, predicted, strict=True) if label != UNMAPPED]
 
     def write(temporary: Path) -> None:

@@ -10,57 +10,55 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from atlantis_ds.errors import InputError
-from atlantis_ds.evaluate.metrics import UNMAPPED, metrics, write_answers
+from atlantis_ds.evaluate.metrics import UNMAPPED, can_hold_answers, write_answers
 from atlantis_ds.files import write_atomic, write_json, write_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-COLUMNS = ("arm", "macro10", "official", "accuracy", "unmapped", "n", "train_examples_per_s")
-"""What a comparison holds for an arm; units as in `metrics.metrics`."""
+COLUMNS = ("arm", "macro_f1", "official", "accuracy", "unmapped", "n", "train_examples_per_s")
+"""What a comparison on a label set holds for an arm; units as in `metrics.metrics`."""
+RESPONSE_COLUMNS = ("arm", "perplexity", "exact_match", "token_f1", "n", "train_examples_per_s")
+"""What a comparison on responses holds for an arm; units as in `answers.response_metrics`."""
 
 
 def write_evaluation(
     folder: Path,
-    task: str,
-    ids: Sequence[str],
-    gold: Sequence[str],
-    predicted: Sequence[str],
+    figures: Mapping[str, Any],
+    columns: Mapping[str, Any],
     info: Mapping[str, Any],
+    label_set: bool,
 ) -> dict[str, Any]:
-    """Write ``predictions.parquet``, ``answers.txt``, ``confusion.png`` and, last, ``metrics.json``.
+    """Write ``predictions.parquet``; for a label set ``answers.txt`` and ``confusion.png``; last ``metrics.json``.
 
     Because it is written last, a ``metrics.json`` with the right fingerprint means that the evaluation is finished.
+    ``answers.txt`` is left out where an id or label holds a tab or line break, which its format cannot hold.
 
     Args:
         folder: ``eval/ARM`` of the run folder.
-        task: the recipe's ``data.format``.
-        ids, gold, predicted: one entry an example; ``predicted`` may hold ``UNMAPPED``.
+        figures: from `metrics.metrics` or `answers.response_metrics`.
+        columns: one entry an example: ``id``, ``gold`` and ``predicted`` (strings; for a label set ``predicted`` may
+            hold ``UNMAPPED``), and what else there is of an example.
         info: what goes beside the figures, ``fingerprint`` among it.
+        label_set: whether gold and predicted are labels of a set.
 
     Returns:
-        the content of ``metrics.json``: the figures of `metrics.metrics` and ``info``.
-
-    Raises:
-        InputError: see `metrics.metrics` and `metrics.write_answers`; the old evaluation is then still in place.
+        the content of ``metrics.json``: the figures and ``info``.
     """
-    figures = {**metrics(task, ids, gold, predicted), **info}
-    write_answers(folder / "answers.txt", ids, predicted)
+    written = {**figures, **info}
     # From here on the files of an older evaluation are replaced one by one: they are a finished one no more.
-    (folder / "metrics.json").unlink(missing_ok=True)
-    table = pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "gold": pa.array(gold, pa.string()),
-            "predicted": pa.array(predicted, pa.string()),
-        }
-    )
-    write_table(folder / "predictions.parquet", table, dict(info))
-    # `Other` and `None` are what is left when no relation holds: last, where the eye looks for them.
-    labels = sorted({*gold, *predicted} - {UNMAPPED}, key=lambda label: (label in ("Other", "None"), label))
-    plot_confusion(folder / "confusion.png", gold, predicted, labels)
-    write_json(folder / "metrics.json", figures)
-    return figures
+    for name in ("metrics.json", "answers.txt", "confusion.png"):
+        (folder / name).unlink(missing_ok=True)
+    write_table(folder / "predictions.parquet", pa.table(dict(columns)), dict(info))
+    if label_set:
+        ids, gold, predicted = columns["id"], columns["gold"], columns["predicted"]
+        if can_hold_answers([*ids, *predicted]):
+            write_answers(folder / "answers.txt", ids, predicted)
+        # `Other` and `None` are what is left when no relation holds: last, where the eye looks for them.
+        labels = sorted({*gold, *predicted} - {UNMAPPED}, key=lambda label: (label in ("Other", "None"), label))
+        plot_confusion(folder / "confusion.png", gold, predicted, labels)
+    write_json(folder / "metrics.json", written)
+    return written
 
 
 def plot_confusion(path: Path, gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> None:
@@ -85,7 +83,8 @@ def plot_confusion(path: Path, gold: Sequence[str], predicted: Sequence[str], la
     support = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(support, 1)
 
-    names = [label if len(label) <= 40 else f"{label[:39]}…" for label in labels]
+    flat = [" ".join(label.split()) for label in labels]
+    names = [label if len(label) <= 40 else f"{label[:39]}…" for label in flat]
     cell = max(0.42, 1.6 / size) if size <= 60 else 25 / size  # inches
     width, height = cell * counts.shape[1], cell * size
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150)
@@ -124,45 +123,46 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The arms side by side, for the terminal: one row an arm, in the order given.
 
     Each row is the ``metrics.json`` of an arm with ``arm`` (its name) and, where known, ``train_examples_per_s``.
-    ``official`` is in percent, ``macro10`` and ``accuracy`` are fractions.
     """
     from rich.table import Table
 
-    unmapped = any(row["unmapped"] for row in rows)
+    names = [name for name in _columns(rows) if name != "unmapped" or any(row[name] for row in rows)]
     table = Table()
-    table.add_column("arm", no_wrap=True)
-    for name in ("macro10", "official", "accuracy", *(["unmapped"] if unmapped else []), "n", "train examples/s"):
-        table.add_column(name, justify="right")
+    for name in names:
+        title = "train examples/s" if name == "train_examples_per_s" else name
+        table.add_column(title, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
+    digits = {"official": 2, "perplexity": 3, "train_examples_per_s": 1}
     for row in rows:
+        values = (row.get(name) for name in names)
         table.add_row(
-            row["arm"],
-            f"{row['macro10']:.3f}",
-            _number(row["official"], 2),
-            f"{row['accuracy']:.3f}",
-            *([str(row["unmapped"])] if unmapped else []),
-            str(row["n"]),
-            _number(row.get("train_examples_per_s"), 1),
+            *(
+                "-" if value is None else f"{value:.{digits.get(name, 3)}f}" if isinstance(value, float) else str(value)
+                for name, value in zip(names, values)
+            )
         )
     return table
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What there is to compare: of the task, and ``official`` only where an arm has it."""
+    names = RESPONSE_COLUMNS if any("token_f1" in row for row in rows) else COLUMNS
+    return [name for name in names if name != "official" or any(row[name] is not None for row in rows)]
 
 
 def write_comparison(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``eval/comparison.json`` and ``eval/comparison.csv`` below the run folder ``root``.
 
-    Both hold one entry an arm with the keys `COLUMNS`, unrounded; what an arm has no figure for is null in the JSON
-    and empty in the CSV.
+    Both hold one entry an arm with the keys `COLUMNS` or `RESPONSE_COLUMNS`, unrounded, ``official`` only where an arm
+    has it; what an arm has no figure for is null in the JSON and empty in the CSV.
     """
-    records = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    names = _columns(rows)
+    records = [{name: row.get(name) for name in names} for row in rows]
 
     def write_csv(path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(records)
 
     write_atomic(root / "eval" / "comparison.csv", write_csv)
     write_json(root / "eval" / "comparison.json", records)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

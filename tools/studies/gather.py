@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 
 from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table, plot_comparison
-from atlantis_ds.evaluate.metrics import macro10, relation_of
+from atlantis_ds.evaluate.metrics import macro_f1, relation_of
 from atlantis_ds.files import read_json, read_table, write_atomic
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.jobs import training_summary
@@ -56,12 +56,12 @@ def main() -> None:
     for line in lines.values():
         predicted = line["labels"].split()
         right = sum(a == b for a, b in zip(gold, predicted))
-        metrics = {"macro10": macro10(gold, predicted), "accuracy": right / len(gold), "official": None}
+        metrics = {"macro_f1": macro_f1(gold, predicted), "accuracy": right / len(gold), "official": None}
         seconds, hardware = float(line["seconds"]), line.get("hardware", "")
         trained.append(Trained(line["arm"], int(line["seed"]), predicted, metrics, seconds, hardware))
     arms = {run.arm for run in trained}
     found = comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold" if "sft" in arms else None)
-    found["arms"].sort(key=lambda row: row["macro10"], reverse=True)
+    found["arms"].sort(key=lambda row: row["macro_f1"], reverse=True)
     plot_comparison(path.with_suffix(".png"), found, trained)
     table = comparison_table(found)
     table.box = box.MARKDOWN
@@ -76,7 +76,10 @@ def write(path: Path, lines: Iterable[dict[str, str]]) -> None:
 
 
 def finished_trainings(folder: RunFolder) -> dict[tuple[str, str], dict[str, str]]:
-    relations = list(dict.fromkeys(relation_of(label) for label in read_json(folder.examples_info)["labels"]))
+    labels = read_json(folder.examples_info)["labels"]
+    if labels is None:
+        sys.exit(f"{folder.root}: its examples have responses, and predictions are kept here as numbers of labels")
+    relations = list(dict.fromkeys(relation_of(label) for label in labels))
     number = {relation: str(index) for index, relation in enumerate(relations)}
     found: dict[tuple[str, str], dict[str, str]] = {}
     for metrics in sorted(folder.root.glob("eval/*-seed*/metrics.json")):
