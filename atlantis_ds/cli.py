@@ -15,12 +15,12 @@ import typer
 from atlantis_ds import __version__
 from atlantis_ds.bundled import find
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
-from atlantis_ds.cluster.ranks import end_rank
+from atlantis_ds.cluster.ranks import Ranks, end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder, no_run
 
 if TYPE_CHECKING:
-    from atlantis_ds.cluster.ranks import Ranks
     from atlantis_ds.config.schema import Recipe
 
 app = typer.Typer(
@@ -49,19 +49,24 @@ NumberOfRanks = Annotated[
 def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a recipe on a login node.
 
-    Reads the recipe and its DeepSpeed config, and looks whether the files it names are there. Loads no model, imports
-    no torch, writes nothing.
+    Reads the recipe and its DeepSpeed config, looks whether the files and model folders it names are there, and reads
+    the first rows of each data file. Loads no model, imports no torch, writes nothing.
 
     Example: atlantis-ds check recipes/demo.yaml --set train.learning_rate=1e-5
     """
+    from atlantis_ds.data.prepare import look_at_data
+    from atlantis_ds.run_folder import missing_folder
     from atlantis_ds.train.deepspeed_config import deepspeed_config
 
     settings, folder = _load(recipe, overrides)
     deepspeed_config(settings.train, world_size=1)
-    for key in ("train", "dev", "test"):
-        path = getattr(settings.data, key)
-        if path is not None and not Path(path).is_file():
-            raise InputError(f"{recipe}: data.{key}: {path}: no such file")
+    try:
+        look_at_data(settings)
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from None
+    for key in ("large", "small", "reference"):
+        if problem := missing_folder(getattr(settings.models, key).model_name_or_path):
+            raise InputError(f"{recipe}: models.{key}.model_name_or_path: {problem}")
     for name, arm in settings.arms.items():
         if arm.drop_ids is not None and not Path(arm.drop_ids).is_file():
             raise InputError(f"{recipe}: arms.{name}.drop_ids: {arm.drop_ids}: no such file")
@@ -69,14 +74,19 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 @app.command()
-def prepare(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
-    """Write the table of examples.
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Write the examples and their tokens.
 
-    Reads the data files (or hub dataset) of the recipe. Writes examples/ in the run folder, and base/ where the recipe
-    builds its own demo models.
+    Reads the data files (or hub dataset) of the recipe, and the models' tokenizers where they are at hand. Writes
+    examples/ and tokens/ in the run folder, and base/ where the recipe builds its own demo models.
 
-    Example: atlantis-ds prepare recipes/demo.yaml
+    Example: atlantis-ds prepare recipes/demo.yaml --ranks 2
     """
+    _start_local(ranks)
     from atlantis_ds import stages
 
     _on_ranks(recipe, overrides, stages.prepare)
@@ -100,7 +110,7 @@ def score(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.score(r, f, k, numbers))
+    _on_ranks(recipe, overrides, lambda run: stages.score(run, numbers))
 
 
 @app.command()
@@ -116,7 +126,7 @@ def merge(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     from atlantis_ds.weights.merge import merge
 
     settings, folder = _load(recipe, overrides)
-    console.print(diagnosis_table(merge(settings, folder)))
+    console.print(diagnosis_table(merge(Run(settings, folder, Ranks.alone()))))
     print(f"weights: {folder.weights_plot}")
 
 
@@ -138,7 +148,7 @@ def diagnose(run: RunPath) -> None:
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise no_run(run)
-    console.print(diagnosis_table(write_diagnosis(load_recipe(folder.recipe), folder)))
+    console.print(diagnosis_table(write_diagnosis(Run(load_recipe(folder.recipe), folder, Ranks.alone()))))
     print(
         f"page: {run / 'diagnosis' / 'diagnosis.html'}\nlikely label errors: {run / 'diagnosis' / 'label_errors.csv'}"
     )
@@ -163,7 +173,7 @@ def train(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.train(r, f, k, arm, force))
+    _on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force))
 
 
 @app.command()
@@ -183,7 +193,7 @@ def evaluate(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.evaluate(r, f, k, arm or list(r.arms)))
+    _on_ranks(recipe, overrides, lambda run: stages.evaluate(run, arm or list(run.recipe.arms)))
 
 
 @app.command()
@@ -203,7 +213,7 @@ def run(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.run(r, f, k, force))
+    _on_ranks(recipe, overrides, lambda run: stages.run(run, force))
 
 
 @app.command()
@@ -226,7 +236,7 @@ def compare(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda r, f, k: stages.compare(r, f, k, numbers, force))
+    _on_ranks(recipe, overrides, lambda run: stages.compare(run, numbers, force))
 
 
 @app.command()
@@ -390,7 +400,7 @@ def _start_local(ranks: int) -> None:
         sys.exit(run_ranks(sys.argv[1:], ranks))
 
 
-def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Recipe, RunFolder, Ranks], None]) -> None:
+def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Run], None]) -> None:
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 
     settings, folder = _load(recipe, overrides)
@@ -398,5 +408,5 @@ def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Recipe, RunFo
     watch_signals()
     if ranks.is_main and remove_stale_stop(folder):
         print(f"{folder.stop}: from before this job, removed")
-    stage(settings, folder, ranks)
+    stage(Run(settings, folder, ranks))
     stop_ranks()

@@ -20,11 +20,19 @@ class RunFolder:
 
     @property
     def examples(self) -> Path:
-        return self.root / "examples" / "examples.parquet"
+        return self.root / "examples"
 
     @property
     def examples_info(self) -> Path:
-        return self.root / "examples" / "examples.json"
+        return self.examples / "examples.json"
+
+    def split(self, name: str) -> Path:
+        """The examples of ``train``, ``dev`` or ``test``."""
+        return self.examples / f"{name}.arrow"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "tokens"
 
     @property
     def of_round(self) -> Path:
@@ -72,3 +80,12 @@ class RunFolder:
 def no_run(root: Path) -> InputError:
     """The error of a command that is to look into a run, and finds none."""
     return InputError(f"{root}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
+
+
+def missing_folder(path: str | None) -> str | None:
+    """What to say of a model given as a folder that is not there; None for one that is, and for a Hugging Face id."""
+    if path is None or Path(path).expanduser().is_dir():
+        return None
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return f"{path}: no such model folder"
+    return None

@@ -2,190 +2,280 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import yaml
 
 from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
-from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.config.schema import Recipe, Weights
-from atlantis_ds.data.prepare import Examples, load_examples, refuse_other_data
+from atlantis_ds.config.recommended import RECOMMENDED
+from atlantis_ds.data.examples import SPLITS, Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
+from atlantis_ds.data.prepare import refuse_other_data
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, read_table, write_text
 from atlantis_ds.progress import console
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.run import Run
+
+if TYPE_CHECKING:
+    from atlantis_ds.evaluate.compare import Trained
 
 
-def prepare(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
-    """Write ``examples/``, and the base models that the recipe builds itself; rank 0 does it."""
-    if ranks.is_main:
-        examples = prepare_examples(recipe, folder)
-        _keep_recipe(recipe, folder)
-        console.print(
-            f"prepare: {len(examples.train)} train, {len(examples.dev)} dev, {len(examples.test)} test examples, "
-            f"{len(examples.labels)} labels"
-        )
-        for reason, count in examples.dropped.items():
-            split, other = reason.split("_in_")
-            if count:
-                console.print(f"prepare: left out {count} rows of {split} whose sentence stands in {other}, too")
-        for name in ("large", "small"):
-            if getattr(recipe.models, name).scratch:
-                from atlantis_ds.demo.scratch import build_scratch_model
-
-                build_scratch_model(recipe, folder, name, examples.labels, show=True)
-    ranks.barrier()
+def prepare(run: Run) -> None:
+    """Write ``examples/`` and ``tokens/``, and the base models that the recipe builds itself."""
+    if run.ranks.is_main:
+        _prepare_examples(run)
+    run.ranks.barrier()
+    _encode_ahead(run, load_examples(run.folder))
 
 
-def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-    write_text(folder.recipe, text)
+def _prepare_examples(run: Run) -> None:
+    recipe, folder = run.recipe, run.folder
+    judges = []
+    if recipe.data.on_too_long == "drop":
+        from functools import partial
+
+        from atlantis_ds.lm.load import model_source
+        from atlantis_ds.lm.tokens import too_long
+
+        judges = [partial(too_long, model_source(recipe, folder, name)) for name in ("large", "small", "reference")]
+    examples = prepare_examples(recipe, folder, judges)
+    _keep_recipe(run)
+    _say_what_was_read(examples)
+    for name in ("large", "small"):
+        if getattr(recipe.models, name).scratch:
+            from atlantis_ds.demo.scratch import build_scratch_model
+
+            build_scratch_model(recipe, folder, name, examples.labels or [], show=True)
 
 
-def train(recipe: Recipe, folder: RunFolder, ranks: Ranks, arm: str, force: bool) -> None:
+def _say_what_was_read(examples: Examples) -> None:
+    info, labels = examples.info, examples.labels
+    sizes = ", ".join(f"{info['counts'][split]} {split}" for split in SPLITS)
+    console.print(f"prepare: {sizes} examples" + (f", {len(labels)} labels" if labels else ""))
+    for reason, count in info["dropped"].items():
+        split, other = reason.split("_", 1)[0], reason.rsplit("_", 1)[1]
+        if count and reason.endswith("too_long"):
+            console.print(f"prepare: left out {count} rows of {split} that are longer than a model reads")
+        elif count:
+            console.print(f"prepare: left out {count} rows of {split} whose text stands in {other}, too")
+    if info["unlabelled"]:
+        console.print(f"prepare: left out {info['unlabelled']} rows of train that have no label")
+    for split, kinds in info["bad_rows"].items():
+        told = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+        console.print(f"prepare: left out {sum(kinds.values())} rows of {split} that cannot be read: {told}")
+    for note in info["notes"]:
+        console.print(f"prepare: {note}")
+
+
+def _encode_ahead(run: Run, examples: Examples) -> None:
+    """Encode all splits for the three models, so that what is too long for one of them is known before any training.
+
+    A model whose tokenizer is not at hand here (a login node without it) is left to the stage that loads it.
+    """
+    from atlantis_ds.lm.load import load_config, load_tokenizer, model_source
+    from atlantis_ds.lm.tokens import encode_split
+
+    for name in ("large", "small", "reference"):
+        chat = name == "reference" and run.recipe.models.reference.chat_template
+        missing = None
+        if run.ranks.is_main:
+            try:
+                model = model_source(run.recipe, run.folder, name)
+                load_tokenizer(model)
+                load_config(model)
+            except InputError as error:
+                missing = str(error)
+        if missing := run.ranks.broadcast(missing):
+            run.say(f"prepare: models.{name} is not at hand, its tokens are left for later ({missing})")
+            continue
+        model = model_source(run.recipe, run.folder, name)
+        for split in SPLITS if name != "small" else ("train",):
+            encode_split(run, examples, split, model, as_turn=chat)
+
+
+def _keep_recipe(run: Run) -> None:
+    text = yaml.safe_dump(run.recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
+    write_text(run.folder.recipe, text)
+
+
+def train(run: Run, arm: str, force: bool) -> None:
     """Train one arm, or all folds of the ``reference``, into ``model/``."""
     from atlantis_ds.train.jobs import arm_job, reference_jobs
     from atlantis_ds.train.trainer import fit
 
-    if ranks.is_main:
-        refuse_other_data(recipe, folder)
-    if arm == "reference" and not folder.round:
-        for earlier in range(1, recipe.models.reference.rounds):
-            _reference_round(recipe, RunFolder(folder.root, earlier), ranks, force)
-    examples = load_examples(folder)
-    jobs = (
-        reference_jobs(recipe, folder, examples)
-        if arm == "reference"
-        else [arm_job(recipe, folder, examples, arm, force)]
-    )
+    if run.ranks.is_main:
+        refuse_other_data(run.recipe, run.folder)
+    if arm == "reference" and not run.folder.round:
+        for earlier in range(1, run.recipe.models.reference.rounds):
+            _reference_round(run.of_round(earlier), force)
+    examples = load_examples(run.folder)
+    jobs = reference_jobs(run, examples) if arm == "reference" else [arm_job(run, examples, arm, force)]
     for job in jobs:
-        with claimed(folder, f"train-{job.name}", ranks):
-            fit(recipe, folder, examples, job, ranks)
+        with claimed(run.folder, f"train-{job.name}", run.ranks):
+            fit(run, examples, job)
 
 
-def _reference_round(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
+def _reference_round(run: Run, force: bool) -> None:
     """A round before the last: its folds, their scores and the weights for the next one.
 
-    The weights are the recommended ones (docs/results.md), whatever the recipe's own: those may change without new
-    training, and the base models have no part in them.
+    The weights are the recommended ones, whatever the recipe's own: those may change without new training, and the base
+    models have no part in them.
     """
+    from dataclasses import replace
+
     from atlantis_ds.lm.load import model_source
 
-    train(recipe, folder, ranks, "reference", force)
-    start = model_source(recipe, folder, "reference")
-    models = recipe.models.model_copy(update={"large": start, "small": start})
-    weights = Weights(formula="reference", scope="per_label", power=2, clip=[0, 1.6])
-    recipe = recipe.model_copy(update={"models": models, "weights": weights})
-    score(recipe, folder, ranks)
-    merge(recipe, folder, ranks)
+    train(run, "reference", force)
+    start = model_source(run.recipe, run.folder, "reference")
+    models = run.recipe.models.model_copy(update={"large": start, "small": start})
+    weights = RECOMMENDED[run.recipe.task]
+    run = replace(run, recipe=run.recipe.model_copy(update={"models": models, "weights": weights}))
+    score(run)
+    merge(run)
 
 
-def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int] = (1, 1)) -> None:
+def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     """Write ``scores/``: the I-th of N parts of the shards, counted from 1."""
     from atlantis_ds.weights.score import score as score_shards
 
-    if ranks.is_main:
-        refuse_other_data(recipe, folder)
-    with claimed(folder, f"score-{part[0]}-of-{part[1]}", ranks):
-        score_shards(recipe, folder, ranks, part)
-    if ranks.is_main and not folder.round:
-        _keep_recipe(recipe, folder)  # `diagnose` reads there how the scores were made
+    if run.ranks.is_main:
+        refuse_other_data(run.recipe, run.folder)
+    with claimed(run.folder, f"score-{part[0]}-of-{part[1]}", run.ranks):
+        score_shards(run, part)
+    if run.ranks.is_main and not run.folder.round:
+        _keep_recipe(run)  # `diagnose` reads there how the scores were made
 
 
-def merge(recipe: Recipe, folder: RunFolder, ranks: Ranks) -> None:
+def merge(run: Run) -> None:
     """Write ``weights.parquet``, ``weights.json`` and ``weights.png``; rank 0 does it."""
-    if ranks.is_main:
+    if run.ranks.is_main:
         from atlantis_ds.weights.diagnostics import diagnosis_table
         from atlantis_ds.weights.merge import merge as merge_scores
 
-        console.print(diagnosis_table(merge_scores(recipe, folder)))
-    ranks.barrier()
+        console.print(diagnosis_table(merge_scores(run)))
+    run.ranks.barrier()
 
 
-def run(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> None:
+def run(run: Run, force: bool) -> None:
     """All stages; what is finished and valid is skipped. Ends with the table of arms."""
     from atlantis_ds.weights.diagnostics import diagnosis_table
 
-    weighted = _weigh(recipe, folder, ranks, force)
-    _refuse_bad_arms(recipe, folder, load_examples(folder), force)
-    for arm in recipe.arms:
-        train(recipe, folder, ranks, arm, force)
-    evaluate(recipe, folder, ranks, list(recipe.arms))
-    if ranks.is_main and weighted:
+    weighted = _weigh(run, force)
+    examples = load_examples(run.folder)
+    _refuse_bad_arms(run, examples, force)
+    for arm in run.recipe.arms:
+        train(run, arm, force)
+    if len(examples.test):
+        evaluate(run, list(run.recipe.arms))
+    else:
+        run.say("evaluate: the recipe names no test examples (data.test), so the arms are not compared")
+    if run.ranks.is_main and weighted:
         # Shown before training, when there is still time to stop, and again beside the figures they explain.
-        console.print(diagnosis_table(read_json(folder.weights_info)))
-        console.print(f"weights: {folder.weights_plot}")
+        console.print(diagnosis_table(read_json(run.folder.weights_info)))
+        console.print(f"weights: {run.folder.weights_plot}")
 
 
-def _weigh(recipe: Recipe, folder: RunFolder, ranks: Ranks, force: bool) -> bool:
+def _weigh(run: Run, force: bool) -> bool:
     """All stages before the arms; False where every arm has uniform weights, and nothing needs scores."""
-    prepare(recipe, folder, ranks)
-    weighted = any((options.weights or recipe.weights).formula != "uniform" for options in recipe.arms.values())
+    prepare(run)
+    arms = run.recipe.arms.values()
+    weighted = any((options.weights or run.recipe.weights).formula != "uniform" for options in arms)
     if weighted:
-        train(recipe, folder, ranks, "reference", force)
-        score(recipe, folder, ranks)
-        merge(recipe, folder, ranks)
+        train(run, "reference", force)
+        score(run)
+        merge(run)
     return weighted
 
 
-def _refuse_bad_arms(recipe: Recipe, folder: RunFolder, examples: Examples, force: bool) -> None:
+def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
     """An arm that cannot be trained or evaluated says so before the first one is, not after a night."""
     from atlantis_ds.train.jobs import arm_job
 
-    if recipe.evaluate.checkpoint == "best" and not examples.dev:
+    if run.recipe.evaluate.checkpoint == "best" and not len(examples.dev):
         raise InputError(
             "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
         )
-    for arm in recipe.arms:
-        arm_job(recipe, folder, examples, arm, force)
+    if run.recipe.task == "response":
+        from atlantis_ds.evaluate.answers import gold_answers
+        from atlantis_ds.evaluate.predict import gold_of_test
+
+        gold_answers(examples.test.ids.to_pylist(), gold_of_test(examples), run.recipe.evaluate.answer)
+    for arm in run.recipe.arms:
+        arm_job(run, examples, arm, force)
 
 
-def compare(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int], force: bool) -> None:
+def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     """Train and evaluate every arm with every seed on one set of scores; write ``compare/`` and print the table.
 
     Args:
         part: (I, N): the I-th of N parts of the trainings, counted from 1, for N jobs that share them. With N > 1 the
             weights must be there, and nothing is compared.
     """
-    from atlantis_ds.evaluate.compare import Trained, compare_arms, comparison_table
+    from atlantis_ds.evaluate.compare import comparison_table
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
-    from atlantis_ds.train.jobs import arm_job, training_summary
+    from atlantis_ds.train.jobs import arm_job
     from atlantis_ds.train.trainer import fit
 
     if part[1] == 1:
-        _weigh(recipe, folder, ranks, force)
-    elif ranks.is_main:
-        refuse_other_data(recipe, folder)
-    examples = load_examples(folder)
-    _refuse_bad_arms(recipe, folder, examples, force)
+        _weigh(run, force)
+    elif run.ranks.is_main:
+        refuse_other_data(run.recipe, run.folder)
+    examples = load_examples(run.folder)
+    if not len(examples.test):
+        raise InputError("data.test: `compare` needs test examples")
+    _refuse_bad_arms(run, examples, force)
     # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
-    trainings = [(seed, arm) for seed in recipe.seeds for arm in recipe.arms]
+    trainings = [(seed, arm) for seed in run.recipe.seeds for arm in run.recipe.arms]
     trained: list[Trained] = []
+    comparison: dict[str, Any] = {}
     for seed, arm in trainings[part[0] - 1 :: part[1]]:
-        leave_if_asked(folder, ranks, f"before {arm} with seed {seed}")
-        job = arm_job(recipe, folder, examples, arm, force, seed)
-        with claimed(folder, f"train-{job.name}", ranks):
-            fit(recipe, folder, examples, job, ranks)
-            metrics = evaluate_arm(recipe, folder, job.name, ranks)
-        if ranks.is_main and part[1] == 1:
-            predicted = read_table(folder.evaluation(job.name) / "predictions.parquet")[0]["predicted"].to_pylist()
-            summary = training_summary(folder, job.name)
-            trained.append(Trained(arm, seed, predicted, metrics, summary["seconds"], summary.get("hardware", "")))
-            comparison = compare_arms(
-                recipe, folder, [example.gold or example.label for example in examples.test], trained
-            )
-    if ranks.is_main:
+        leave_if_asked(run.folder, run.ranks, f"before {arm} with seed {seed}")
+        job = arm_job(run, examples, arm, force, seed)
+        with claimed(run.folder, f"train-{job.name}", run.ranks):
+            fit(run, examples, job)
+            metrics = evaluate_arm(run, job.name)
+        if run.ranks.is_main and part[1] == 1:
+            trained.append(_trained(run, arm, seed, job.name, metrics))
+            comparison = _compare(run, examples, trained)
+    if run.ranks.is_main:
         if part[1] == 1:
             console.print(comparison_table(comparison))
-            console.print(f"comparison: {folder.root / 'compare'}")
+            console.print(f"comparison: {run.folder.root / 'compare'}")
         else:
             console.print(
                 f"compare: part {part[0]} of {part[1]} is done; when all are, `compare` without --part writes the table"
             )
-    ranks.barrier()
+    run.ranks.barrier()
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -> None:
+def _trained(run: Run, arm: str, seed: int, name: str, metrics: dict[str, Any]) -> Trained:
+    from atlantis_ds.evaluate.compare import Trained
+    from atlantis_ds.train.jobs import training_summary
+
+    column = "predicted" if run.recipe.task != "response" else _metric(run)
+    outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
+    summary = training_summary(run.folder, name)
+    return Trained(arm, seed, outcomes, metrics, summary["seconds"], summary.get("hardware", ""))
+
+
+def _metric(run: Run) -> str:
+    """What arms are compared by."""
+    if run.recipe.task != "response":
+        return "macro_f1"
+    return "exact_match" if run.recipe.evaluate.answer else "token_f1"
+
+
+def _compare(run: Run, examples: Examples, trained: list[Trained]) -> dict[str, Any]:
+    from atlantis_ds.evaluate.compare import compare_arms
+    from atlantis_ds.evaluate.metrics import label_apart
+    from atlantis_ds.evaluate.predict import gold_of_test
+
+    apart = label_apart(examples.labels, run.recipe.data.negative_label) if examples.labels else None
+    return compare_arms(run.recipe, run.folder, gold_of_test(examples), trained, _metric(run), apart)
+
+
+def evaluate(run: Run, arms: list[str]) -> None:
     """Write ``eval/ARM/`` for each arm, and the table of these and all that were evaluated before; print it."""
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
     from atlantis_ds.evaluate.predict import finished_evaluation
@@ -193,21 +283,22 @@ def evaluate(recipe: Recipe, folder: RunFolder, ranks: Ranks, arms: list[str]) -
     from atlantis_ds.train.card import write_cards
     from atlantis_ds.train.jobs import training_summary
 
+    recipe, folder = run.recipe, run.folder
     if unknown := [arm for arm in arms if arm not in recipe.arms]:
         raise InputError(f"--arm {unknown[0]}: no such arm; the recipe has {', '.join(recipe.arms)}")
-    if ranks.is_main:
+    if run.ranks.is_main:
         refuse_other_data(recipe, folder)
     for arm in arms:
-        leave_if_asked(folder, ranks, f"before the evaluation of {arm}")
-        metrics = evaluate_arm(recipe, folder, arm, ranks)
-        if ranks.is_main:
+        leave_if_asked(folder, run.ranks, f"before the evaluation of {arm}")
+        metrics = evaluate_arm(run, arm)
+        if run.ranks.is_main:
             write_cards(folder.model(arm), training_summary(folder, arm), metrics, recipe.evaluate.checkpoint)
-    if ranks.is_main:
+    if run.ranks.is_main:
         rows = [
             {**found, "arm": arm, "train_examples_per_s": training_summary(folder, arm)["examples_per_s"]}
             for arm in recipe.arms
-            if (found := finished_evaluation(recipe, folder, arm))
+            if (found := finished_evaluation(run, arm))
         ]
         write_comparison(folder.root, rows)
         console.print(comparison_table(rows))
-    ranks.barrier()
+    run.ranks.barrier()

@@ -38,6 +38,11 @@ class Ranks:
     world_size: int
     device: torch.device
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """The one rank of a command that starts no process group, such as ``merge``; it exchanges nothing."""
+        return cls(0, 1, None)  # type: ignore[arg-type]
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

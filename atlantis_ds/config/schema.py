@@ -7,7 +7,8 @@ The string under each key is its help text.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+import typing
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +17,8 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DType = Literal["float32", "bfloat16"]
 Loss = Literal["cross_entropy", "gce", "dft"]
+Task = Literal["relation", "classification", "response"]
+Files = str | list[str]
 
 
 class Section(BaseModel):
@@ -37,19 +40,53 @@ class Noise(Section):
         return self
 
 
+class Columns(Section):
+    """Which columns of the rows mean something. Every other column is a field of the prompt template."""
+
+    id: str = "id"
+    """Rows without it get their row number."""
+    label: str = "label"
+    """relation and classification: what is trained on. Empty, null or -1 in a training row: no label, left out."""
+    response: str | None = None
+    """response: the text to learn (default: the first of `response`, `completion`, `output`, `answer` there is)."""
+    messages: str | None = None
+    """response: a list of {role, content} turns, instead of prompt and response."""
+    gold: str = "gold"
+    """The true label or response, where it is known. Never trained on, but by an arm with `gold: true`."""
+    group: str = "group"
+    """What made the label: a rule, an annotator, a source."""
+
+
 class Data(Section):
-    format: Literal["semeval2010_task8", "conll04", "jsonl", "grammar"]
-    """How the rows look. `grammar` writes the embedded demo corpus and needs no files."""
-    train: str | None = None
-    """File with the training examples."""
-    dev: str | None = None
-    """File with the development examples; without it `dev_size` examples are cut from train."""
-    test: str | None = None
-    """File with the test examples."""
+    task: Task | None = None
+    """relation: two marked entities; classification: any text and a closed label set; response: a prompt and a free
+    response, or a chat. Default: relation with `format`, response with `columns.response` or `columns.messages`, else
+    classification."""
+    format: Literal["semeval2010_task8", "spert", "grammar"] | None = None
+    """Only for the official SemEval files, SpERT's JSON, and the embedded demo corpus (`grammar`, needs no files).
+    All other files are rows: JSON Lines, JSON, CSV, TSV, Parquet or Arrow, by their suffix."""
+    train: Files | None = None
+    """File with the training examples; or a list, or a pattern such as data/part-*.jsonl. Relative paths start at the
+    working directory."""
+    dev: Files | None = None
+    """Files with the development examples; without them `dev_size` examples are cut from train."""
+    test: Files | None = None
+    """Files with the test examples; not needed where only weights are wanted."""
     hub_id: str | None = None
     """Hugging Face dataset id (or local folder) to read with `datasets` instead of the three files."""
+    columns: Columns = Columns()
     labels: list[str] | None = None
-    """The label set, in order. Without it: the format's own labels, else all labels of train."""
+    """The label set, in order. Without it: the format's own labels, else all labels of train, gold ones included."""
+    max_labels: Positive = 200
+    """More labels than this are taken for free text, and refused, unless `labels` names them."""
+    negative_label: str | None = None
+    """The label that says "none of the others", such as no_relation: no class of its own in macro-F1."""
+    train_on: Literal["last", "all"] = "last"
+    """messages: learn the last assistant turn, or every one."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """Rows that cannot be read: end, or go on without them and say how many."""
+    on_too_long: Literal["refuse", "drop", "truncate_prompt"] = "refuse"
+    """Examples longer than a model reads: end, leave them out, or cut the beginning of the prompt."""
     train_size: Positive | None = None
     """Take this many training examples, by a seeded draw."""
     dev_size: Annotated[int, Field(ge=0)] = 0
@@ -57,9 +94,9 @@ class Data(Section):
     test_size: Positive | None = None
     """Take this many test examples."""
     negatives: Annotated[int, Field(ge=0)] = 0
-    """conll04: number of entity pairs a sentence without a relation to add as label `None`."""
+    """spert: number of entity pairs a sentence without a relation to add as label `None`."""
     noise: Noise = Noise()
-    """Wrong labels put into train, with gold kept beside."""
+    """Wrong labels put into train, with gold kept beside. A wrong response is that of another example."""
 
     @model_validator(mode="after")
     def _source(self) -> Data:
@@ -70,31 +107,46 @@ class Data(Section):
         elif self.hub_id:
             if files:
                 raise ValueError("`hub_id` and the files `train`, `dev`, `test` exclude each other")
-        elif self.train is None or self.test is None:
-            raise ValueError("`train` and `test` files (or `hub_id`) are needed")
-        if self.negatives and self.format != "conll04":
-            raise ValueError("`negatives` is for format: conll04")
+        elif self.train is None:
+            raise ValueError("`train` files (or `hub_id`) are needed")
+        if self.negatives and self.format != "spert":
+            raise ValueError("`negatives` is for format: spert")
+        return self
+
+    @model_validator(mode="after")
+    def _task(self) -> Data:
+        task = task_of(self.model_dump(exclude_unset=True))
+        if self.format and task != "relation":
+            raise ValueError(f"`format: {self.format}` holds relations; remove `task`, or the format")
+        if task == "response":
+            for key in ("labels", "negative_label"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"`{key}` is for label sets; a response is free text")
+            if self.noise.kind == "confusion":
+                raise ValueError("`noise.kind: confusion` is for label sets; responses take `uniform`")
+        elif self.columns.response or self.columns.messages:
+            raise ValueError(f"`columns.response` and `columns.messages` are for task: response, not {task}")
+        if self.columns.response and self.columns.messages:
+            raise ValueError("`columns.response` and `columns.messages` exclude each other")
+        if self.negative_label is not None and self.labels is not None and self.negative_label not in self.labels:
+            raise ValueError(f"`negative_label`: {self.negative_label!r} is not in `labels`")
         return self
 
 
 class Prompt(Section):
-    template: str = (
-        "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
-    )
-    """Fields: {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}, {options} (the label choices). What
-    all prompts begin with is read once for a shard in scoring and once for a micro-batch in training: options that come
-    first cost next to nothing."""
+    template: str | None = None
+    """The prompt, with {column} for each field: any column of the rows; {options}, the label choices; for relations
+    {sentence}, {marked_sentence} (entities as [E1] … [/E1]), {e1}, {e2}. Without it one for the task. What all prompts
+    begin with is read once for a shard in scoring and once for a micro-batch in training: options that come first cost
+    next to nothing."""
     label_options: bool = False
     """List the label choices after the template."""
 
     @model_validator(mode="after")
     def _fields(self) -> Prompt:
-        known = {"sentence", "marked_sentence", "e1", "e2", "options"}
-        fields = set(re.findall(r"\{(\w*)\}", self.template))
-        if unknown := fields - known:
-            raise ValueError(f"`template` has an unknown field {{{sorted(unknown)[0]}}}; known: {sorted(known)}")
-        if not fields & {"sentence", "marked_sentence"}:
-            raise ValueError("`template` must hold {sentence} or {marked_sentence}")
+        fields = set(re.findall(r"\{(\w*)\}", self.template or "{text}"))
+        if not fields - {"options"}:
+            raise ValueError("`template` must hold a field of the example, such as {text} or {marked_sentence}")
         if self.label_options and "options" in fields:
             raise ValueError("`label_options` lists the labels after a template that holds {options} already; drop one")
         return self
@@ -189,7 +241,7 @@ class Score(Section):
     """Token budget of one batch, padding included."""
     label_set: bool = True
     """Score every label of the label set, not only the example's own: for `weights.calibrate: label_set`, and for the
-    label that `diagnose` suggests. A prompt is read once for all labels."""
+    label that `diagnose` suggests. A prompt is read once for all labels. Off for responses."""
     shard_size: Positive = 256
     """Examples a shard. Shards are cut by the data, so that a run may resume on another number of ranks."""
     sharding: Literal["auto", "replica", "zero3"] = "auto"
@@ -202,7 +254,7 @@ class Weights(Section):
     shuffled_from: Literal["product", "ratio", "influence", "reference"] = "product"
     """For `shuffled`: the formula whose weights are permuted among the examples."""
     length: Literal["sum", "mean"] = "sum"
-    """Log-likelihood of a label: sum over its tokens, or mean per token."""
+    """Log-likelihood of a target: sum over its tokens, or mean per token. Default for responses: mean."""
     eos: bool = False
     """Count the end-of-sequence token after the label."""
     calibrate: Literal["none", "label_mean", "label_set"] = "none"
@@ -233,8 +285,9 @@ class Train(Section):
     """All weights, LoRA adapters, or LoRA adapters on a base in 4 bits (bitsandbytes NF4, double quantisation)."""
     bnb_4bit_quant_storage: DType | None = None
     """qlora: the type that holds the packed 4-bit weights; must be `dtype`. Setting it allows ZeRO-3."""
-    deepspeed: str = "ds_configs/zero3.json"
-    """DeepSpeed config; its `auto` values are filled from this recipe."""
+    deepspeed: str = "zero3.json"
+    """DeepSpeed config: the name of one that comes with the package, or a path with a folder in it. Its `auto` values
+    are filled from this recipe."""
     dtype: DType = "bfloat16"
     """bfloat16 keeps fp32 master weights in the optimizer."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -312,7 +365,41 @@ class Evaluate(Section):
     tokens_per_batch: Positive = 4096
     """Token budget of one batch."""
     max_new_tokens: Positive = 32
-    """For `generate`."""
+    """For `generate`, and for responses (default there: 256)."""
+    answer: str | None = None
+    """responses: a regular expression; only what it captures is compared, e.g. `#### (.*)`."""
+
+    @model_validator(mode="after")
+    def _answer_captures(self) -> Evaluate:
+        if self.answer is not None:
+            try:
+                groups = re.compile(self.answer).groups
+            except re.error as error:
+                raise ValueError(f"`answer` is not a regular expression: {error}") from None
+            if groups < 1:
+                raise ValueError("`answer` must capture something: put ( ) around the part that is compared")
+        return self
+
+
+def task_of(data: Any) -> Task | None:
+    """The task of a recipe's ``data`` section as it was written; None where it is not a section at all."""
+    if not isinstance(data, dict):
+        return None
+    if task := data.get("task"):
+        return task if task in typing.get_args(Task) else None
+    if data.get("format") is not None:
+        return "relation"
+    columns = data.get("columns")
+    named = isinstance(columns, dict) and (columns.get("response") or columns.get("messages"))
+    return "response" if named else "classification"
+
+
+RESPONSE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "weights": {"length": "mean"},
+    "score": {"label_set": False},
+    "evaluate": {"max_new_tokens": 256},
+}
+"""What a recipe for responses has where it says nothing: sums over hundreds of tokens make no weights."""
 
 
 class Recipe(Section):
@@ -334,6 +421,36 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """A rank that waits longer than this for the others ends the run."""
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.data.model_dump(exclude_unset=True)) or "classification"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or task_of(tree.get("data")) != "response":
+            return tree
+        sections = {key: {**values, **(tree.get(key) or {})} for key, values in RESPONSE_DEFAULTS.items()}
+        arms = {
+            name: {**arm, "weights": {**RESPONSE_DEFAULTS["weights"], **arm["weights"]}}
+            for name, arm in (tree.get("arms") or {}).items()
+            if isinstance(arm, dict) and isinstance(arm.get("weights"), dict)
+        }
+        return {**tree, **sections, **({"arms": {**tree["arms"], **arms}} if arms else {})}
+
+    @model_validator(mode="after")
+    def _no_label_set(self) -> Recipe:
+        if self.task != "response":
+            return self
+        every = {"weights": self.weights} | {f"arms.{a}.weights": o.weights for a, o in self.arms.items() if o.weights}
+        for key, weights in every.items():
+            if weights.scope == "per_label" or weights.calibrate != "none":
+                option = "scope: per_label" if weights.scope == "per_label" else f"calibrate: {weights.calibrate}"
+                raise ValueError(f"`{key}.{option}` needs a label set; responses have none")
+        if self.score.label_set:
+            raise ValueError("`score.label_set: true` needs a label set; responses have none")
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:

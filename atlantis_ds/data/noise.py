@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import replace
+from collections.abc import Callable
+
+import numpy as np
 
 from atlantis_ds.config.schema import Noise
-from atlantis_ds.data.splits import draw_order
-from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
 
 
-def add_noise(examples: list[Example], noise: Noise, labels: list[str], seed: int) -> list[Example]:
+def noisy_labels(
+    labels: np.ndarray, gold: np.ndarray, order: np.ndarray, id_of: Callable[[int], str], noise: Noise,
+    names: list[str], seed: int,
+) -> np.ndarray:  # fmt: skip
     """Make exactly ``round(rate * n)`` right labels wrong.
 
     The rows are drawn uniformly among those whose label is right (equal to gold, where gold is given) and, for
@@ -20,31 +23,54 @@ def add_noise(examples: list[Example], noise: Noise, labels: list[str], seed: in
     or from that row with the true label left out. The draw depends on the seed and the example's id alone, so a
     higher rate hits a superset of the rows, and another order of the rows changes nothing.
 
+    Args:
+        labels, gold: int32 [n] into ``names``; gold -1 where it is not known.
+        order: draw of each row's id, uint64 [n].
+        id_of: the id of a row.
+
     Returns:
-        the examples in order, ``gold`` filled in on every row. With rate 0 nothing is touched, ``gold`` included.
+        int32 [n]: the new labels.
 
     Raises:
         InputError: the table names an unknown label, holds a bad probability, or too few rows can be made wrong.
     """
-    wrong_labels = _wrong_labels(noise, labels)
-    count = round(noise.rate * len(examples))
-    if noise.rate == 0:
-        return list(examples)
-    open_rows = [e for e in examples if e.gold in (None, e.label) and wrong_labels.get(e.label)]
+    wrong = _wrong_labels(noise, names)
+    can = np.array([bool(wrong.get(name)) for name in names])
+    chosen = _choose(noise, np.flatnonzero(((gold == -1) | (gold == labels)) & can[labels]), order, len(labels))
+    number = {name: index for index, name in enumerate(names)}
+    noisy = labels.copy()
+    for row in chosen.tolist():
+        others = wrong[names[labels[row]]]
+        drawn = random.Random(f"{seed}:wrong label:{id_of(row)}").choices(list(others), list(others.values()))[0]
+        noisy[row] = number[drawn]
+    return noisy
+
+
+def noisy_responses(order: np.ndarray, noise: Noise) -> np.ndarray:
+    """Give ``round(rate * n)`` examples, drawn at random, the response of the next one drawn.
+
+    Args:
+        order: draw of each row's id, uint64 [n].
+
+    Returns:
+        int64 [n]: the row whose response each example gets.
+    """
+    source = np.arange(len(order))
+    chosen = _choose(noise, source, order, len(order))
+    if len(chosen) == 1:
+        raise InputError("data.noise.rate: one response alone has no other one to take; raise the rate")
+    source[chosen] = np.roll(chosen, -1)
+    return source
+
+
+def _choose(noise: Noise, open_rows: np.ndarray, order: np.ndarray, n: int) -> np.ndarray:
+    count = round(noise.rate * n)
     if count > len(open_rows):
         raise InputError(
-            f"data.noise.rate: {count} labels of {len(examples)} are to be made wrong, but only {len(open_rows)} can be"
+            f"data.noise.rate: {count} labels of {n} are to be made wrong, but only {len(open_rows)} can be"
             " (their label is right and another label is open to them); lower the rate"
         )
-    chosen = {e.id for e in sorted(open_rows, key=lambda e: draw_order(seed, "noise", e.id))[:count]}
-    noisy = []
-    for example in examples:
-        label = example.label
-        if example.id in chosen:
-            wrong = wrong_labels[label]
-            label = random.Random(f"{seed}:wrong label:{example.id}").choices(list(wrong), list(wrong.values()))[0]
-        noisy.append(replace(example, label=label, gold=example.label if example.gold is None else example.gold))
-    return noisy
+    return open_rows[np.argsort(order[open_rows], kind="stable")[:count]]
 
 
 def _wrong_labels(noise: Noise, labels: list[str]) -> dict[str, dict[str, float]]:

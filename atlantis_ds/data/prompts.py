@@ -1,46 +1,53 @@
-"""The prompt that a model reads for one example."""
+"""The prompt that a model reads for one example; rendered once, in ``prepare``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from atlantis_ds.config.schema import Prompt
-from atlantis_ds.data.table import Example
+from atlantis_ds.config.schema import Prompt, Task
+from atlantis_ds.data.relation import TEMPLATE as RELATION_TEMPLATE
+from atlantis_ds.data.rows import BadRow
+
+TEXTS = ("text", "sentence", "prompt", "question")
+"""Columns that hold the text of an example, by their usual names."""
 
 
-def render_prompt(example: Example, prompt: Prompt, labels: list[str]) -> str:
+def template_for(task: Task, prompt: Prompt, fields: Mapping[str, str]) -> str:
+    """The recipe's template, or the one of the task where the recipe has none.
+
+    Args:
+        fields: of the first example: which columns there are.
+
+    Raises:
+        BadRow: the template names a column that is not there, or none can be chosen.
+    """
+    if prompt.template is not None:
+        known = {*fields, "options"} - {"messages"}
+        if unknown := sorted(set(re.findall(r"\{(\w+)\}", prompt.template)) - known):
+            raise BadRow(f"prompt.template has an unknown field {{{unknown[0]}}}; known: {', '.join(sorted(known))}")
+        return prompt.template
+    if task == "relation":
+        return RELATION_TEMPLATE
+    if task == "response" and "instruction" in fields:
+        return "{instruction}\n{input}" if "input" in fields else "{instruction}"
+    text = next((name for name in TEXTS if name in fields), None) or (next(iter(fields)) if len(fields) == 1 else None)
+    if text is None:
+        raise BadRow(f"prompt.template is needed: which of the columns {', '.join(fields)} make the prompt?")
+    return f"{{{text}}}" if task == "response" else f"Which label fits: {{options}}?\n{{{text}}}"
+
+
+def render_prompt(template: str, fields: Mapping[str, str], prompt: Prompt, labels: list[str] | None) -> str:
     """Fill the template for one example.
 
     Args:
-        example: the sentence and its two entities.
-        prompt: the template with fields {sentence}, {marked_sentence}, {e1}, {e2}, {options}, and whether to list the
-            labels after it.
         labels: the label set, in order; used with {options} and ``label_options`` only.
 
     Returns:
         the prompt without a trailing line end (the encoder adds it where the model needs it).
     """
-    fields = {
-        "sentence": example.sentence,
-        "marked_sentence": marked_sentence(example),
-        "e1": example.sentence[slice(*example.e1)],
-        "e2": example.sentence[slice(*example.e2)],
-        "options": ", ".join(labels),
-    }
+    options = ", ".join(labels or [])
+    values = {**fields, "options": options}
     # One pass over the template: braces in the user's text are never read as fields.
-    text = re.sub(r"\{(\w+)\}", lambda match: fields[match[1]], prompt.template).rstrip("\r\n")
-    return f"{text}\nOptions: {fields['options']}" if prompt.label_options else text
-
-
-def marked_sentence(example: Example) -> str:
-    """The sentence with its entities as ``[E1] … [/E1]`` and ``[E2] … [/E2]`` (also when one lies in the other)."""
-    marks: list[tuple[tuple[int, int, int], str]] = []
-    for name, (start, end) in (("E1", example.e1), ("E2", example.e2)):
-        # At one position closing marks come first, the inner entity's before the outer's; opening marks outer first.
-        marks.append(((start, 1, -end), f"[{name}] "))
-        marks.append(((end, 0, -start), f" [/{name}]"))
-    pieces, done = [], 0
-    for (position, _, _), mark in sorted(marks):
-        pieces += [example.sentence[done:position], mark]
-        done = position
-    return "".join(pieces) + example.sentence[done:]
+    text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), template).rstrip("\r\n")
+    return f"{text}\nOptions: {options}" if prompt.label_options else text

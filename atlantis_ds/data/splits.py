@@ -1,4 +1,4 @@
-"""Splits and folds in which no sentence stands on both sides, and seeded draws.
+"""Splits and folds in which no text stands on both sides, and seeded draws; all of it on columns.
 
 Every draw orders the rows by a hash of the seed and the row's own name: the same on every machine and Python version,
 whatever the order of the file, and a larger draw holds the smaller one.
@@ -7,82 +7,107 @@ whatever the order of the file, and a larger draw holds the smaller one.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from dataclasses import replace
+import re
+import unicodedata
+from collections.abc import Iterable
 
-from atlantis_ds.data.table import Example, sentence_key
+import numpy as np
+
 from atlantis_ds.errors import InputError
 
 
 def draw_order(seed: int, purpose: str, name: str) -> int:
-    """A number that depends on its arguments alone; sorting by it is a seeded random order."""
+    """A number below 2**64 that depends on its arguments alone; sorting by it is a seeded random order."""
     return int.from_bytes(hashlib.sha256(f"{seed}\t{purpose}\t{name}".encode()).digest()[:8])
 
 
-def fold_of(example: Example, folds: int, seed: int) -> int:
-    """The fold of an example, in ``range(folds)``; examples with the same sentence share a fold."""
-    return draw_order(seed, "fold", sentence_key(example.sentence)) % folds
+def draws(seed: int, purpose: str, names: Iterable[str]) -> np.ndarray:
+    """``draw_order`` of each name, uint64 [n]."""
+    return np.fromiter((draw_order(seed, purpose, name) for name in names), dtype=np.uint64)
 
 
-def assign_splits(
-    train: list[Example], dev: list[Example] | None, test: list[Example], dev_size: int, seed: int
-) -> tuple[list[Example], list[Example], dict[str, int]]:
-    """Take shared sentences out of train and dev, and cut dev from train where there is no dev of its own.
+def text_key(text: str) -> str:
+    """A text that is equal for texts that differ only in case, white space or spacing around punctuation.
 
-    Rows of train and dev whose sentence is in test are dropped, then rows of train whose sentence is in dev. With
-    ``dev`` None, whole sentences worth ``dev_size`` rows go from train to dev (a row or two fewer where sentences
-    with several rows do not add up to it).
+    It says what "the same text" means for splits and folds: tokenised and plain forms of one sentence agree.
+    """
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))
+
+
+def key_hash(key: str) -> int:
+    """The first 64 bits of a hash of ``text_key``: columns of numbers stand for the texts."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+
+
+def keep_apart(
+    train: np.ndarray, dev: np.ndarray | None, test: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
+    """Which rows of train and dev stay when no text may stand in two splits; test keeps all.
+
+    Rows of train and dev whose text is in test are dropped, then rows of train whose text is in dev.
+
+    Args:
+        train, dev, test: ``key_hash`` of each row, uint64; ``dev`` None where it will be cut from train.
 
     Returns:
-        train, dev, and how many rows were dropped, by reason.
+        bool masks for train and dev, and how many rows were dropped, by reason.
+    """
+    train_in_test = np.isin(train, test)
+    kept = ~train_in_test
+    dropped = {"train_in_test": int(train_in_test.sum()), "dev_in_test": 0, "train_in_dev": 0}
+    if dev is None:
+        return kept, None, dropped
+    kept_dev = ~np.isin(dev, test)
+    train_in_dev = kept & np.isin(train, dev[kept_dev])
+    dropped |= {"dev_in_test": int((~kept_dev).sum()), "train_in_dev": int(train_in_dev.sum())}
+    return kept & ~train_in_dev, kept_dev, dropped
+
+
+def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
+    """Rows of train that become dev: whole texts worth ``size`` rows, a row or two fewer where they do not add up.
+
+    Args:
+        keys: ``key_hash`` of each row, uint64 [n].
+        order: draw of each row's text, uint64 [n]; equal for equal texts.
+
+    Returns:
+        bool [n].
 
     Raises:
-        InputError: ``dev_size`` rows cannot be cut from train.
+        InputError: ``size`` rows cannot be cut.
     """
-    test_sentences = {sentence_key(e.sentence) for e in test}
-    kept = [e for e in train if sentence_key(e.sentence) not in test_sentences]
-    dropped = {"train_in_test": len(train) - len(kept)}
-    if dev is None:
-        kept, dev = _cut_dev(kept, dev_size, seed)
-        return kept, dev, {**dropped, "dev_in_test": 0, "train_in_dev": 0}
-    kept_dev = [e for e in dev if sentence_key(e.sentence) not in test_sentences]
-    dev_sentences = {sentence_key(e.sentence) for e in kept_dev}
-    kept_train = [e for e in kept if sentence_key(e.sentence) not in dev_sentences]
-    dropped |= {"dev_in_test": len(dev) - len(kept_dev), "train_in_dev": len(kept) - len(kept_train)}
-    return kept_train, kept_dev, dropped
+    chosen = np.zeros(len(keys), dtype=bool)
+    if not size:
+        return chosen
+    if size >= len(keys):
+        raise InputError(f"data.dev_size: {size} examples are to be cut from train, which has {len(keys)}")
+    _, first, text, rows = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    room, texts = size, []
+    for number in np.argsort(order[first], kind="stable").tolist():
+        if rows[number] <= room:
+            texts.append(number)
+            room -= int(rows[number])
+        if not room:
+            break
+    if not texts:
+        raise InputError(f"data.dev_size: every text of train has more than {size} examples; ask for more")
+    return np.isin(text, texts)
 
 
-def subset(examples: list[Example], size: int | None, seed: int, key: str, left_out: int = 0) -> list[Example]:
-    """A seeded draw of ``size`` examples in their old order; all of them with None.
+def subset(order: np.ndarray, size: int | None, key: str, left_out: int = 0) -> np.ndarray:
+    """A seeded draw of ``size`` of n rows in their old order, int64; all of them with None.
+
+    Args:
+        order: draw of each row, uint64 [n].
 
     Raises:
         InputError: there are fewer than ``size``; ``key`` is the recipe's name for the size, ``left_out`` the number of
-            rows that ``assign_splits`` dropped.
+            rows that ``keep_apart`` dropped.
     """
     if size is None:
-        return list(examples)
-    if size > len(examples):
-        more = f" ({left_out} more have a sentence that stands in another split, too)" if left_out else ""
-        raise InputError(f"data.{key}: {size} examples asked for, but there are {len(examples)}{more}")
-    drawn = {e.id for e in sorted(examples, key=lambda e: draw_order(seed, key, e.id))[:size]}
-    return [e for e in examples if e.id in drawn]
-
-
-def _cut_dev(train: list[Example], dev_size: int, seed: int) -> tuple[list[Example], list[Example]]:
-    if dev_size and dev_size >= len(train):
-        raise InputError(f"data.dev_size: {dev_size} examples are to be cut from train, which has {len(train)}")
-    groups: dict[str, list[Example]] = defaultdict(list)
-    for example in train:
-        groups[sentence_key(example.sentence)].append(example)
-    chosen: set[str] = set()
-    room = dev_size
-    for key in sorted(groups, key=lambda key: draw_order(seed, "dev", key)):
-        if len(groups[key]) <= room:
-            chosen |= {example.id for example in groups[key]}
-            room -= len(groups[key])
-        if not room:
-            break
-    if dev_size and not chosen:
-        raise InputError(f"data.dev_size: every sentence of train has more than {dev_size} examples; ask for more")
-    dev = [replace(example, split="dev") for example in train if example.id in chosen]
-    return [example for example in train if example.id not in chosen], dev
+        return np.arange(len(order))
+    if size > len(order):
+        more = f" ({left_out} more have a text that stands in another split, too)" if left_out else ""
+        raise InputError(f"data.{key}: {size} examples asked for, but there are {len(order)}{more}")
+    return np.sort(np.argsort(order, kind="stable")[:size])

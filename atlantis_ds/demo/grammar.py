@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from atlantis_ds.data.table import Example, sentence_key
+from atlantis_ds.data.relation import relation_fields
+from atlantis_ds.data.splits import text_key
 from atlantis_ds.demo.grammar_words import (
     ADJECTIVES,
     CLOSINGS,
@@ -27,18 +29,27 @@ GRAMMAR_VERSION = 1
 TRAIN_SIZE, DEV_SIZE, TEST_SIZE = 2400, 200, 600
 
 
-def grammar_corpus(train: int, dev: int, test: int, seed: int) -> list[Example]:
-    """A corpus of ``train + dev + test`` distinct sentences, in that order, with ``gold`` equal to ``label``.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sentence of the corpus, with the fields of a relation prompt."""
+
+    id: str
+    split: str
+    sentence: str
+    fields: dict[str, str]
+    label: str
+
+
+def grammar_corpus(train: int, dev: int, test: int, seed: int) -> Iterator[Row]:
+    """A corpus of ``train + dev + test`` distinct sentences, in that order.
 
     The same seed and sizes give the same corpus on every machine. Ids are ``grammar-SPLIT-INDEX``.
     """
-    examples = []
     stream = _sentences(f"{seed}:corpus")
     for split, size in (("train", train), ("dev", dev), ("test", test)):
         for index in range(size):
             sentence, e1, e2, label = next(stream)
-            examples.append(Example(f"grammar-{split}-{index:05d}", sentence, e1, e2, label, label, split))
-    return examples
+            yield Row(f"grammar-{split}-{index:05d}", split, sentence, relation_fields(sentence, e1, e2), label)
 
 
 def unlabelled_text(sentences: int, seed: int) -> list[str]:
@@ -56,7 +67,7 @@ def _sentences(seed: str) -> Iterator[tuple[str, tuple[int, int], tuple[int, int
     while True:
         relation = rng.choices(relations, shares)[0]
         sentence, e1, e2, label = _sentence(relation, rng)
-        key = sentence_key(sentence)
+        key = text_key(sentence)
         if key not in seen:
             seen.add(key)
             yield sentence, e1, e2, label

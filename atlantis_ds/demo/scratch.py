@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from atlantis_ds.config.schema import Recipe, Scratch
+from atlantis_ds.data.relation import TEMPLATE
 from atlantis_ds.demo.grammar import GRAMMAR_VERSION, unlabelled_text
 from atlantis_ds.events import append_log
 from atlantis_ds.files import fingerprint, finished, write_folder, write_json
@@ -82,7 +83,7 @@ def build_scratch_model(recipe: Recipe, folder: RunFolder, name: str, labels: li
 
 def _prompt_words(recipe: Recipe, labels: list[str]) -> list[str]:
     """Texts that make the labels and the fixed parts of the prompt short in tokens; no example is among them."""
-    fixed = re.sub(r"\{\w*\}", " ", recipe.prompt.template)
+    fixed = re.sub(r"\{\w*\}", " ", recipe.prompt.template or TEMPLATE)
     # The counts lift their words above the rare nouns of the grammar.
     return [*[f"{fixed} [E1] a [/E1] b [E2] c [/E2] .\nOptions:\n"] * 300, *labels * 100]
 

@@ -1,138 +1,183 @@
-"""Predict a label for every test example, sharded over ranks."""
+"""Predict a label, or write a response, for every test example; sharded over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import pyarrow as pa
 
-from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.config.schema import Evaluate, Model, Recipe
-from atlantis_ds.data.prepare import load_examples
-from atlantis_ds.data.table import Example
+from atlantis_ds.config.schema import Evaluate, Model
+from atlantis_ds.data.examples import Examples, load_examples
 from atlantis_ds.errors import InputError
-from atlantis_ds.evaluate.metrics import UNMAPPED
+from atlantis_ds.evaluate.answers import response_metrics
+from atlantis_ds.evaluate.generate import generate_greedy
+from atlantis_ds.evaluate.metrics import UNMAPPED, metrics
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import fingerprint, finished, read_json
-from atlantis_ds.lm.batch import token_budget_batches
-from atlantis_ds.lm.encode import Encoder
-from atlantis_ds.lm.likelihood import score_choices
+from atlantis_ds.lm.encode import Encoder, last_turn
+from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer, model_identity
-from atlantis_ds.progress import Steps, console
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.lm.tokens import Tokens, encode_split
+from atlantis_ds.progress import Steps
+from atlantis_ds.run import Run
 
 Advance = Callable[[int], None]
+VERSION = 2
+"""Goes up where the same model and examples give other predictions or figures than before."""
+BLOCK = 8192
+"""Examples whose tokens are in memory at one time."""
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, arm: str, ranks: Ranks) -> dict[str, Any]:
-    """Write ``eval/ARM/``: predictions, metrics, confusion matrix, and a file for the official scorer.
+def evaluate(run: Run, arm: str) -> dict[str, Any]:
+    """Write ``eval/ARM/``: predictions and metrics; for label sets a confusion matrix and the official scorer's file.
 
     Returns:
         what stands in ``metrics.json``.
 
     Raises:
-        InputError: the arm is not trained yet.
+        InputError: the arm is not trained yet, or the run has no test examples.
     """
+    recipe, folder, ranks = run.recipe, run.folder, run.ranks
     examples = load_examples(folder)
+    if not len(examples.test):
+        raise InputError("data.test: the recipe names no test examples, so nothing can be evaluated")
     path = folder.model(arm) / recipe.evaluate.checkpoint
     if not (folder.model(arm) / "training.json").exists() or not path.is_dir():
         raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
     model = Model(model_name_or_path=str(path))
-    info, mark = ranks.broadcast(_inputs(recipe, model, examples.fingerprint) if ranks.is_main else None)
+    info, mark = ranks.broadcast(_inputs(run, model, examples.fingerprint) if ranks.is_main else None)
     results = folder.evaluation(arm)
     if ranks.broadcast(finished(results / "metrics.json", mark)):
-        if ranks.is_main:
-            console.print(f"evaluate {arm}: already finished")
-        metrics: dict[str, Any] = read_json(results / "metrics.json")
-        return metrics
+        run.say(f"evaluate {arm}: already finished")
+        found: dict[str, Any] = read_json(results / "metrics.json")
+        return found
 
-    encoder = Encoder(load_tokenizer(model), load_config(model), recipe.prompt, examples.labels)
+    tokens = encode_split(run, examples, "test", model)
+    encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat)
     lm = load_scorer(model, recipe.evaluate.dtype, ranks.device)
-    mine = examples.test[ranks.rank :: ranks.world_size]
-    predict = rank_labels if recipe.evaluate.method == "rank" else generate_labels
+    mine = np.arange(len(examples.test))[ranks.rank :: ranks.world_size]
     with Steps(f"evaluate {arm}", len(mine), "examples", ranks.is_main, every=max(1, len(mine) // 5)) as steps:
-        labels = predict(lm, encoder, mine, recipe.evaluate, steps.advance)
-    parts = ranks.gather(list(zip((example.id for example in mine), labels)))
-    predicted = dict(pair for part in parts for pair in part)
-    metrics = {}
+        blocks = [
+            _predict(lm, encoder, examples, tokens, mine[start : start + BLOCK], recipe.evaluate, steps.advance)
+            for start in range(0, len(mine), BLOCK)
+        ]
+    parts = ranks.gather((mine, pa.concat_tables(blocks) if blocks else None))
+    figures: dict[str, Any] = {}
     if ranks.is_main:
+        order = np.argsort(np.concatenate([rows for rows, _ in parts]), kind="stable")
+        table = pa.concat_tables([table for _, table in parts if table is not None]).take(pa.array(order))
         speed = round(steps.rate * ranks.world_size, 2)
-        metrics = write_evaluation(
-            results,
-            examples.task,
-            [example.id for example in examples.test],
-            [example.gold or example.label for example in examples.test],
-            [predicted[example.id] for example in examples.test],
-            {
-                "fingerprint": mark,
-                "arm": arm,
-                "examples_per_s": speed,
-                **info,
-            },
-        )
-    shared: dict[str, Any] = ranks.broadcast(metrics)
+        about = {"fingerprint": mark, "arm": arm, "examples_per_s": speed, **info}
+        figures = _write(run, examples, table, results, about)
+    shared: dict[str, Any] = ranks.broadcast(figures)
     return shared
 
 
-def finished_evaluation(recipe: Recipe, folder: RunFolder, arm: str) -> dict[str, Any] | None:
+def finished_evaluation(run: Run, arm: str) -> dict[str, Any] | None:
     """What stands in ``metrics.json`` of the arm, where its model was evaluated as this recipe says; else None."""
-    path, results = folder.model(arm) / recipe.evaluate.checkpoint, folder.evaluation(arm) / "metrics.json"
+    folder = run.folder
+    path, results = folder.model(arm) / run.recipe.evaluate.checkpoint, folder.evaluation(arm) / "metrics.json"
     if not (results.exists() and path.is_dir() and (folder.model(arm) / "training.json").exists()):
         return None
     examples = read_json(folder.examples_info)["fingerprint"]
-    mark = _inputs(recipe, Model(model_name_or_path=str(path)), examples)[1]
+    mark = _inputs(run, Model(model_name_or_path=str(path)), examples)[1]
     return read_json(results) if finished(results, mark) else None
 
 
-def _inputs(recipe: Recipe, model: Model, examples: str) -> tuple[dict[str, Any], str]:
+def gold_of_test(examples: Examples) -> list[str]:
+    """What is right for each test example: its gold label or response, else its target; of a chat the last turn."""
+    pairs = zip(examples.test.golds.to_pylist(), examples.test.targets.to_pylist())
+    gold = [target if gold is None else gold for gold, target in pairs]
+    return [last_turn(text) for text in gold] if examples.chat else gold
+
+
+def _inputs(run: Run, model: Model, examples: str) -> tuple[dict[str, Any], str]:
     """What an evaluation is made from, and the fingerprint of it all, with ``examples``, the fingerprint of those."""
-    info = {"model": model_identity(model), "settings": recipe.evaluate.model_dump()}
-    return info, fingerprint([info, recipe.prompt.model_dump(), examples])
+    info = {"model": model_identity(model), "settings": run.recipe.evaluate.model_dump()}
+    return info, fingerprint([VERSION, info, examples])
+
+
+def _predict(
+    lm: Any, encoder: Encoder, examples: Examples, tokens: Tokens, rows: np.ndarray, options: Evaluate, advance: Advance
+) -> pa.Table:
+    """One row an example: ``predicted``; and for responses ``log_likelihood`` and ``tokens`` of the target."""
+    if examples.labels is None:
+        return _responses(lm, encoder, examples, tokens, rows, options, advance)
+    prompts = [tokens[row].prompt for row in rows.tolist()]
+    predict = rank_labels if options.method == "rank" else generate_labels
+    labels = predict(lm, encoder, prompts, examples.labels, options, advance)
+    return pa.table({"predicted": pa.array(labels, pa.string())})
+
+
+def _responses(
+    lm: Any, encoder: Encoder, examples: Examples, tokens: Tokens, rows: np.ndarray, options: Evaluate, advance: Advance
+) -> pa.Table:
+    pairs = [tokens[row] for row in rows.tolist()]
+    pad = encoder.tokenizer.eos_token_id
+    sums = score_pairs(lm, pairs, pad, options.tokens_per_batch).sum(dim=1)
+    prompts = [pair.prompt for pair in pairs]
+    if examples.chat:  # what stands before the last turn, also where several are learned
+        texts = zip(
+            *(column.take(pa.array(rows)).to_pylist() for column in (examples.test.prompts, examples.test.targets))
+        )
+        prompts = [encoder.last_prompt(prompt, target) for prompt, target in texts]
+    ends = {pad, *(pair.eos for pair in pairs)}
+    new = generate_greedy(lm, prompts, ends, pad, options.tokens_per_batch, options.max_new_tokens, advance)
+    predicted = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    counts = [sum(end - start for start, end in pair.turns) for pair in pairs]
+    return pa.table(
+        {
+            "predicted": pa.array([text.strip() for text in predicted], pa.string()),
+            "log_likelihood": pa.array(sums.tolist(), pa.float64()),
+            "tokens": pa.array(counts, pa.int64()),
+        }
+    )
+
+
+def _write(run: Run, examples: Examples, table: pa.Table, results: Path, about: dict[str, Any]) -> dict[str, Any]:
+    ids, gold = examples.test.ids.to_pylist(), gold_of_test(examples)
+    columns: dict[str, Any] = {
+        "id": ids,
+        "gold": gold,
+        **{name: table[name].to_pylist() for name in table.column_names},
+    }
+    predicted = columns["predicted"]
+    if examples.labels is not None:
+        figures = metrics(examples.labels, ids, gold, predicted, run.recipe.data.negative_label)
+    else:
+        likelihoods = columns["log_likelihood"], columns["tokens"]
+        figures, of_each = response_metrics(ids, gold, predicted, *likelihoods, run.recipe.evaluate.answer)
+        columns |= of_each
+    return write_evaluation(results, figures, columns, about, examples.labels is not None)
 
 
 def rank_labels(
-    lm: Any, encoder: Encoder, examples: Sequence[Example], options: Evaluate, advance: Advance
+    lm: Any, encoder: Encoder, prompts: list[list[int]], labels: list[str], options: Evaluate, advance: Advance
 ) -> list[str]:
-    """The label with the greatest log-likelihood, end-of-sequence token included, for each example."""
+    """The label with the greatest log-likelihood, end-of-sequence token included, for each prompt."""
     sums = score_choices(
         lm,
-        [encoder.prompt_ids(example) for example in examples],
-        [encoder.label_ids(label) for label in encoder.labels],
+        prompts,
+        [encoder.label_ids(label) for label in labels],
         encoder.tokenizer.eos_token_id,
         options.tokens_per_batch,
         lambda count, _: advance(count),
     )
-    return [encoder.labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
+    return [labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
 
 
-@torch.inference_mode()
 def generate_labels(
-    lm: Any, encoder: Encoder, examples: Sequence[Example], options: Evaluate, advance: Advance
+    lm: Any, encoder: Encoder, prompts: list[list[int]], labels: list[str], options: Evaluate, advance: Advance
 ) -> list[str]:
     """Greedy generation; text that is not a label, up to case and white space, gives ``UNMAPPED``."""
-    known = {_normal(label): label for label in encoder.labels}
-    prompts = [encoder.prompt_ids(example) for example in examples]
+    known = {_normal(label): label for label in labels}
     end = encoder.tokenizer.eos_token_id
-    predicted = [UNMAPPED] * len(examples)
-    for rows in token_budget_batches([len(ids) + options.max_new_tokens for ids in prompts], options.tokens_per_batch):
-        width = max(len(prompts[row]) for row in rows)
-        # Padded on the left, so that all continuations start at the same place.
-        ids = torch.tensor([[end] * (width - len(prompts[row])) + prompts[row] for row in rows], device=lm.device)
-        mask = torch.tensor([[0] * (width - len(prompts[r])) + [1] * len(prompts[r]) for r in rows], device=lm.device)
-        output = lm.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=options.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        new = output if encoder.is_encoder_decoder else output[:, width:]
-        for row, text in zip(rows, encoder.tokenizer.batch_decode(new, skip_special_tokens=True)):
-            predicted[row] = known.get(_normal(text), UNMAPPED)
-        advance(len(rows))
-    return predicted
+    new = generate_greedy(lm, prompts, {end}, end, options.tokens_per_batch, options.max_new_tokens, advance)
+    texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [known.get(_normal(text), UNMAPPED) for text in texts]
 
 
 def _normal(text: str) -> str:

@@ -35,7 +35,7 @@ class Batch:
     example: torch.Tensor
     """int64 [N]: row of the batch that each target belongs to."""
     is_eos: torch.Tensor
-    """int64 [N]: 1 where the target is the end-of-sequence token."""
+    """int64 [N]: 1 where the target is a token that ends a label, a response or a turn."""
     weight: torch.Tensor
     """float64 [B]: importance weights; 0 for padding examples."""
     shared: torch.Tensor | None = None
@@ -93,7 +93,6 @@ def collate(
 
     Causal inputs are padded on the right and need no attention mask: no position sees a later one.
     """
-    targets = [[*pair.label, pair.eos] for pair in examples]
     if config.is_encoder_decoder:
         decoder = [[config.decoder_start_token_id, *pair.label] for pair in examples]
         encoder = [pair.prompt for pair in examples]
@@ -109,19 +108,21 @@ def collate(
         width = max(map(len, sequences))
         inputs = {"input_ids": _pad(sequences, pad_token_id)}
         starts = [row * width + len(pair.prompt) - 1 for row, pair in enumerate(examples)]
-    return _batch(inputs, starts, targets, weights)
+    return _batch(inputs, starts, examples, weights)
 
 
 def _batch(
-    inputs: dict[str, Any], starts: list[int], targets: list[list[int]], weights: Sequence[float] | None
+    inputs: dict[str, Any], starts: list[int], examples: Sequence[Encoded], weights: Sequence[float] | None
 ) -> Batch:
-    """A batch whose example i has its targets predicted from position ``starts[i]`` on."""
+    """A batch whose example i has its label's first token predicted from position ``starts[i]``."""
+    turns = [(row, start, end) for row, pair in enumerate(examples) for start, end in pair.turns]
+    targets = [[*pair.label, pair.eos] for pair in examples]
     return Batch(
         inputs=inputs,
-        positions=_flat([range(start, start + len(ids)) for start, ids in zip(starts, targets)]),
-        targets=_flat(targets),
-        example=_flat([[row] * len(ids) for row, ids in enumerate(targets)]),
-        is_eos=_flat([[0] * (len(ids) - 1) + [1] for ids in targets]),
+        positions=_flat([range(starts[row] + start, starts[row] + end) for row, start, end in turns]),
+        targets=_flat([targets[row][start:end] for row, start, end in turns]),
+        example=_flat([[row] * (end - start) for row, start, end in turns]),
+        is_eos=_flat([[0] * (end - start - 1) + [1] for _, start, end in turns]),
         weight=torch.tensor([1.0] * len(targets) if weights is None else list(weights), dtype=torch.float64),
     )
 
@@ -161,7 +162,7 @@ def collate_to_train(
         "position_ids": torch.tensor([position_ids]),
         "attention_mask": sees[None, None],
     }
-    return _batch(inputs, starts, [[*pair.label, pair.eos] for pair in examples], weights)
+    return _batch(inputs, starts, examples, weights)
 
 
 @dataclass(frozen=True)

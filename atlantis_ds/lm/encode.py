@@ -1,31 +1,45 @@
-"""Examples into token ids. Prompt and label are tokenised apart, so that a label has the same ids everywhere."""
+"""Prompts and targets into token ids. The two are tokenised apart, so that a label has the same ids everywhere."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atlantis_ds.config.schema import Prompt
-from atlantis_ds.data.prompts import render_prompt
-from atlantis_ds.data.table import Example
 from atlantis_ds.errors import InputError
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One (prompt, label) pair as token ids.
+    """One (prompt, target) pair as token ids.
 
-    ``prompt`` goes before the label (causal) or into the encoder (encoder-decoder). ``label`` holds the label's own
-    tokens; ``eos`` is the end-of-sequence token that follows them.
+    ``prompt`` goes before the target (causal) or into the encoder (encoder-decoder). ``label`` holds the target's own
+    tokens; ``eos`` is the token that ends it.
     """
 
     prompt: list[int]
     label: list[int]
     eos: int
+    spans: tuple[Span, ...] = ()
+    """In a chat with several assistant turns to learn: where each lies in ``[*label, eos]``, its end token last. What
+    is between is context. Empty: all of it is one target."""
 
     def __len__(self) -> int:
         """Tokens that the model reads for this pair."""
         return len(self.prompt) + len(self.label)
+
+    @property
+    def turns(self) -> tuple[Span, ...]:
+        """``spans``, said of any pair."""
+        return self.spans or ((0, len(self.label) + 1),)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the target, without those that end it."""
+        return sum(end - start - 1 for start, end in self.turns)
 
 
 class Encoder:
@@ -34,50 +48,70 @@ class Encoder:
     Args:
         tokenizer: a transformers tokenizer with an end-of-sequence token.
         config: the model's config; decides between causal and encoder-decoder and gives the longest input.
-        prompt: template and options.
-        labels: the label set, for prompts that list it.
-        chat_template: write the prompt as a user's turn in the tokenizer's chat template, the answer's turn begun.
+        labels: the label set; room is left for its longest label. None for responses.
+        chat: prompts and targets are JSON lists of turns, for the tokenizer's own chat template.
+        as_turn: write a text prompt as a user's turn in the chat template, the answer's turn begun.
+        truncate: cut the beginning of prompts that are too long.
 
     Raises:
-        InputError: the tokenizer has no end-of-sequence token, or no chat template where one is asked for.
+        InputError: the tokenizer has no end-of-sequence token, or no chat template where one is needed.
     """
 
     def __init__(
-        self, tokenizer: Any, config: Any, prompt: Prompt, labels: list[str], chat_template: bool = False
+        self,
+        tokenizer: Any,
+        config: Any,
+        labels: Sequence[str] | None = None,
+        chat: bool = False,
+        as_turn: bool = False,
+        truncate: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.prompt = prompt
-        self.labels = labels
         self.is_encoder_decoder = bool(config.is_encoder_decoder)
         # T5 has relative positions and no limit of its own.
-        self.max_tokens = None if self.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+        self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer of {tokenizer.name_or_path}: it has no end-of-sequence token")
-        if chat_template and not tokenizer.chat_template:
-            raise InputError(f"models.reference.chat_template: {tokenizer.name_or_path}: no chat template there")
-        self.chat_template = chat_template
+        if (chat or as_turn) and not tokenizer.chat_template:
+            key = "models.reference.chat_template" if as_turn else "data"
+            raise InputError(f"{key}: the tokenizer of {tokenizer.name_or_path} has no chat template")
+        self.chat, self.as_turn, self.truncate = chat, as_turn, truncate
         self._label_ids: dict[str, list[int]] = {}
+        self.label_set = None if labels is None else [self.label_ids(label) for label in labels]
+        self._longest = max(map(len, self.label_set), default=0) if self.label_set is not None else 0
+        self._ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids}
+        self._ends |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def __call__(self, example: Example, label: str | None = None) -> Encoded:
-        """Encode an example with its own label, or with another one.
+    def pairs(self, prompts: Sequence[str], targets: Sequence[str]) -> Iterator[Encoded]:
+        """Encode examples, in order; one that is too long has ``fits`` say so, and is shortened with ``truncate``.
 
         Raises:
-            InputError: the label has no tokens, or the example is longer than the model can read.
+            InputError: a label has no tokens, or the chat template cannot write the turns.
         """
-        label = example.label if label is None else label
-        pair = Encoded(self.prompt_ids(example), self.label_ids(label), self.tokenizer.eos_token_id)
-        if self.max_tokens is not None and len(pair) > self.max_tokens:
-            raise InputError(f"example {example.id}: {len(pair)} tokens, but the model reads at most {self.max_tokens}")
-        return pair
+        if self.chat:
+            for prompt, target in zip(prompts, targets):
+                yield self._shortened(self._chat_pair(json.loads(prompt), json.loads(target)))
+            return
+        end = self.tokenizer.eos_token_id
+        known = self.label_set is not None
+        labels = [self.label_ids(t) for t in targets] if known else self._responses(targets)
+        for ids, label in zip(self.prompt_ids(prompts), labels):
+            yield self._shortened(Encoded(ids, label, end))
 
-    def prompt_ids(self, example: Example) -> list[int]:
-        text = render_prompt(example, self.prompt, self.labels)
-        if self.chat_template:
-            turn = [{"role": "user", "content": text}]
-            ids: list[int] = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-            return ids
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of text prompts."""
+        if self.as_turn:
+            turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            return [self.tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
         # The line end is part of a causal prompt: it keeps prompt and label from merging into one token.
-        return self.tokenizer(text if self.is_encoder_decoder else text + "\n")["input_ids"]
+        texts = [prompt if self.is_encoder_decoder else prompt + "\n" for prompt in prompts]
+        ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        return ids
+
+    def last_prompt(self, prompt: str, target: str) -> list[int]:
+        """Token ids of a chat up to its last turn, that turn begun: what a model is to answer."""
+        turns = [*json.loads(prompt), *json.loads(target)[:-1]]
+        return self._ids(self._render(turns, begin=True))
 
     def label_ids(self, label: str) -> list[int]:
         if label not in self._label_ids:
@@ -86,3 +120,85 @@ class Encoder:
                 raise InputError(f"label {label!r}: it has no tokens")
             self._label_ids[label] = ids
         return self._label_ids[label]
+
+    def excess(self, pair: Encoded) -> int:
+        """By how many tokens a pair, or its prompt with the longest label, is longer than the model reads; at least 0.
+
+        An encoder-decoder reads prompt and target apart; its limit, where it has one, is taken for the prompt.
+        """
+        if self.max_tokens is None:
+            return 0
+        behind = 0 if self.is_encoder_decoder else max(len(pair.label), self._longest)
+        return max(0, len(pair.prompt) + behind - self.max_tokens)
+
+    def _shortened(self, pair: Encoded) -> Encoded:
+        excess = self.excess(pair) if self.truncate else 0
+        if not excess or excess >= len(pair.prompt):
+            return pair
+        keeps = 1 if pair.prompt[0] == getattr(self.tokenizer, "bos_token_id", None) else 0
+        return Encoded([*pair.prompt[:keeps], *pair.prompt[keeps + excess :]], pair.label, pair.eos, pair.spans)
+
+    def _responses(self, targets: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(targets), add_special_tokens=False)["input_ids"]
+        if empty := next((target for target, tokens in zip(targets, ids) if not tokens), None):
+            raise InputError(f"response {empty!r:.60}: it has no tokens")
+        return ids
+
+    def _chat_pair(self, before: list[dict[str, str]], learned: list[dict[str, str]]) -> Encoded:
+        """A chat as the template writes it: each assistant turn, with the token that ends it, is a target.
+
+        The text of a turn is what the template adds to everything before it: that must not change what came before.
+        """
+        turns = [*before, *learned]
+        written = self._render(turns[: len(before)], begin=True)
+        prompt, ids, spans = self._ids(written), [], []
+        for at in range(len(before), len(turns)):
+            if turns[at]["role"] != "assistant":
+                continue
+            begun = self._render(turns[:at], begin=True)
+            ids += self._ids(self._added(written, begun))
+            written = self._render(turns[: at + 1], begin=False)
+            added = self._added(begun, written)
+            content = turns[at]["content"].strip()
+            stop = added.find(content) + len(content)
+            if stop < len(content):
+                raise InputError(f"chat template of {self.tokenizer.name_or_path}: it leaves out an assistant's words")
+            own, tail = self._ids(added[:stop]), self._ids(added[stop:])
+            end = next((place for place, id in enumerate(tail) if id in self._ends), None)
+            if end is None:
+                raise InputError(f"chat template of {self.tokenizer.name_or_path}: no token ends an assistant's turn")
+            spans.append((len(ids), len(ids) + len(own) + end + 1))
+            ids += own + tail
+        last = spans[-1][1]
+        return Encoded(prompt, ids[: last - 1], ids[last - 1], tuple(spans) if len(spans) > 1 else ())
+
+    def _render(self, turns: list[dict[str, str]], begin: bool) -> str:
+        import jinja2
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, add_generation_prompt=begin, tokenize=False)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"chat template of {self.tokenizer.name_or_path}: it refuses the turns: {reason}"
+            ) from None
+        return text
+
+    def _added(self, written: str, more: str) -> str:
+        if not more.startswith(written):
+            raise InputError(
+                f"chat template of {self.tokenizer.name_or_path}: it writes earlier turns in another way once a later "
+                "one follows; take data.train_on: last"
+            )
+        return more[len(written) :]
+
+    def _ids(self, text: str) -> list[int]:
+        # The template has written what begins and ends a sequence; nothing may be doubled.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def last_turn(target: str) -> str:
+    """The words of the last turn of a chat's target."""
+    words: str = json.loads(target)[-1]["content"]
+    return words

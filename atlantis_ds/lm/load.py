@@ -200,17 +200,26 @@ def hash_files(model: Model) -> dict[str, str]:
     return {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of all that decides what a tokenizer makes of a text."""
+    return fingerprint(
+        [
+            sorted(tokenizer.get_vocab().items()),
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            tokenizer.eos_token_id,
+        ]
+    )
+
+
 def model_identity(model: Model) -> dict[str, str]:
     """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
-    tokenizer = load_tokenizer(model)
-    tokenizer_hash = fingerprint(
-        [sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    )
+    tokens = tokenizer_hash(load_tokenizer(model))
     path = Path(str(model.model_name_or_path)).expanduser()
     if not path.is_dir():
         commit = getattr(load_config(model), "_commit_hash", None) or model.revision or "main"
-        return {"model": str(model.model_name_or_path), "revision": commit, "tokenizer": tokenizer_hash}
+        return {"model": str(model.model_name_or_path), "revision": commit, "tokenizer": tokens}
     hashes = hash_files(model)
     if base := adapter_base(model):
         hashes["base"] = fingerprint(model_identity(base))
-    return {"weights": fingerprint(hashes), "tokenizer": tokenizer_hash}
+    return {"weights": fingerprint(hashes), "tokenizer": tokens}

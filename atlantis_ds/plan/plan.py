@@ -12,8 +12,8 @@ from typing import Any
 from atlantis_ds.bundled import bundled_files
 from atlantis_ds.cluster.ranks import hush_libraries
 from atlantis_ds.config.schema import Model, Recipe, Train
-from atlantis_ds.data.prepare import Examples, load_examples, prepare
-from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.data.examples import Examples, load_examples
+from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_json
 from atlantis_ds.lm.load import load_tokenizer, model_source
@@ -172,16 +172,19 @@ def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
         def count(texts: list[str]) -> list[int]:
             return [round(len(text) / CHARACTERS_A_TOKEN) + 1 for text in texts]
 
-    return _lengths(examples, recipe, source, count)
+    return _lengths(examples, source, count)
 
 
-def _lengths(examples: Examples, recipe: Recipe, source: str, count: Callable[[list[str]], list[int]]) -> Lengths:
-    prompts = count([render_prompt(e, recipe.prompt, examples.labels) + "\n" for e in examples.train])
-    of_label = {label: tokens + 1 for label, tokens in zip(examples.labels, count(examples.labels))}
-    labels = [of_label[example.label] for example in examples.train]
-    sizes = len(examples.train), len(examples.test), len(examples.labels)
-    mean_prompt, mean_label = sum(prompts) / len(prompts), sum(labels) / len(labels)
-    return Lengths(source, *sizes, mean_prompt, max(prompts), mean_label, max(of_label.values()))
+def _lengths(examples: Examples, source: str, count: Callable[[list[str]], list[int]]) -> Lengths:
+    train = examples.train
+    prompts = count([prompt + "\n" for prompt in train.prompts.to_pylist()])
+    of_label = [tokens + 1 for tokens in count(examples.labels)] if examples.labels else []
+    targets = (
+        [of_label[code] for code in train.codes] if of_label else [n + 1 for n in count(train.targets.to_pylist())]
+    )
+    sizes = len(train), len(examples.test), len(of_label)
+    mean_prompt, mean_target = sum(prompts) / len(prompts), sum(targets) / len(targets)
+    return Lengths(source, *sizes, mean_prompt, max(prompts), mean_target, max(of_label or targets))
 
 
 def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> float:
@@ -232,7 +235,7 @@ def work_hours(
     every = ", all labels" if recipe.score.label_set else ""
     stages.append((f"score (large, small, reference{every}), 2ND", lengths.train * (sum(scored) + earlier)))
     stages.append((f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
-    if recipe.evaluate.method == "rank":
+    if recipe.task != "response" and recipe.evaluate.method == "rank":
         stages.append((f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))
     speed = gpus * GPUS[gpu][1] * 1e12 * UTILISATION
     return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]

@@ -11,20 +11,21 @@ import numpy as np
 import yaml
 
 from atlantis_ds import __version__
-from atlantis_ds.config.schema import Recipe
-from atlantis_ds.data.prepare import Examples, load_train_labels
+from atlantis_ds.data.examples import Examples
 from atlantis_ds.files import read_json, write_text
 from atlantis_ds.lm.load import load_config
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.reference import round_before
+from atlantis_ds.run import Run
 from atlantis_ds.train.jobs import Job
+from atlantis_ds.weights.arms import read_log_weights
 from atlantis_ds.weights.diagnostics import diagnose
-from atlantis_ds.weights.merge import read_log_weights
-from atlantis_ds.weights.score import round_before
+from atlantis_ds.weights.facts import weight_facts
 
 CARD = "README.md"
+TAGS = {"relation": "relation-extraction", "classification": "text-classification", "response": "text-generation"}
 
 
-def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any]:
+def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
     """What the card will say and only training knows, ready for JSON: ``training.json`` keeps it for later cards.
 
     Returns:
@@ -35,37 +36,37 @@ def training_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: J
     packages = ["torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
     return {
         "arm": job.name,
-        "recipe": recipe.model_dump(mode="json", exclude_unset=True),
+        "task": examples.task,
+        "recipe": run.recipe.model_dump(mode="json", exclude_unset=True),
         "settings": job.settings.model_dump(mode="json"),
         "base": job.model.model_dump(mode="json", exclude_defaults=True),
         "encoder_decoder": bool(load_config(job.model).is_encoder_decoder),
         "data": {
             "fingerprint": examples.train_fingerprint,
-            "train": len(job.examples),
+            "train": len(job.rows),
             "dev": len(examples.dev),
-            "labels": len(examples.labels),
+            "labels": len(examples.labels or ()),
         },
-        "weights": _weights_facts(recipe, folder, examples, job),
+        "weights": _weights_facts(run, examples, job),
         # Our own version needs no installed package: a checkout on PYTHONPATH trains as well.
         "versions": {"atlantis_ds": __version__} | {package: version(package) for package in packages},
     }
 
 
-def _weights_facts(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job) -> dict[str, Any] | None:
+def _weights_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any] | None:
     keys = ("ess", "ess_fraction", "pareto_k", "pareto_k_final", "pareto_k_threshold", "max")
     if job.arm is None:
-        before = round_before(recipe, folder)
+        before = round_before(run.recipe, run.folder)
         return {key: read_json(before.weights_info)[key] for key in ("options", *keys)} if before else None
-    options = recipe.arms[job.arm].weights or recipe.weights
+    options = run.recipe.arms[job.arm].weights or run.recipe.weights
     facts: dict[str, Any] = {"options": options.model_dump(mode="json")}
     if options.formula == "uniform":
         return facts
-    if options == recipe.weights:
-        diagnosis = read_json(folder.weights_info)
+    if options == run.recipe.weights:
+        diagnosis = read_json(run.folder.weights_info)
     else:
-        train = load_train_labels(folder)
-        log_weight, _ = read_log_weights(recipe, folder, train, options)
-        diagnosis = diagnose(np.asarray(job.weights), log_weight, train.labels, None, train.names)
+        log_weight, _ = read_log_weights(run, examples, options)
+        diagnosis = diagnose(np.asarray(job.weights), log_weight, weight_facts(examples.train, options))
     return facts | {key: diagnosis[key] for key in keys}
 
 
@@ -100,23 +101,24 @@ def card_text(
     settings, base, data = facts["settings"], facts["base"], facts["data"]
     adapter = settings["mode"] != "full" and not merged
     source = base["model_name_or_path"]
-    front = {"library_name": "peft" if adapter else "transformers", "tags": ["atlantis_ds", "relation-extraction"]}
+    front = {"library_name": "peft" if adapter else "transformers", "tags": ["atlantis_ds", TAGS[facts["task"]]]}
     if not Path(source).expanduser().is_dir():
         front["base_model"] = source
     form = "LoRA adapter" if adapter else "LoRA adapter merged into its base model" if merged else "all weights"
     where = f"{checkpoint}, optimizer step {facts['step'] if checkpoint == 'last' else facts['best_step']}"
     dev_loss = facts.get("dev_loss") if checkpoint == "last" else facts["best_loss"]
+    sizes = f"{data['train']} train, {data['dev']} dev" + (f"; {data['labels']} labels" if data["labels"] else "")
     rows = [
         ("form", form),
         ("trained from", f"`{source}`" + (f", revision `{base['revision']}`" if base.get("revision") else "")),
         ("checkpoint", where),
         ("data", f"fingerprint `{data['fingerprint']}`"),
-        ("examples", f"{data['train']} train, {data['dev']} dev; {data['labels']} labels"),
+        ("examples", sizes),
         ("training", f"fingerprint `{facts['fingerprint']}`"),
         ("mode", f"{settings['mode']}, {settings['dtype']}, `{settings['deepspeed']}`, {facts['world_size']} ranks"),
         ("hardware", facts.get("hardware", "not recorded")),
         ("batch", f"{settings['train_batch_size']} examples, loss divided by each {settings['reduction']}"),
-        ("dev loss", "no dev split" if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(label) in nats)"),
+        ("dev loss", "no dev split" if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(target) in nats)"),
     ]
     lines = [
         "---",
@@ -125,7 +127,7 @@ def card_text(
         "",
         f"# {facts['recipe']['name']}, {facts['arm']}",
         "",
-        f"Trained by atlantis_ds on the weighted loss (1/B) Σ W ℓ, with ℓ the {settings['loss']} of the label.",
+        f"Trained by atlantis_ds on the weighted loss (1/B) Σ W ℓ, with ℓ the {settings['loss']} of the target.",
         "",
         *_table(("what", ""), rows),
         "",
@@ -143,8 +145,7 @@ def card_text(
         *_use_lines(adapter, facts["encoder_decoder"]),
         "```",
         "",
-        "The label is predicted by its log-likelihood, end-of-sequence token included, after the prompt"
-        + ("." if facts["encoder_decoder"] else " and a line end."),
+        *_prompt_lines(facts),
         "",
         "## Recipe",
         "",
@@ -183,14 +184,25 @@ def _weights_lines(weights: Mapping[str, Any] | None) -> list[str]:
 def _score_lines(metrics: Mapping[str, Any] | None) -> list[str]:
     if metrics is None:
         return ["Not evaluated."]
-    official = "-" if metrics["official"] is None else f"{metrics['official']:.2f}"
-    rows = [
-        ("macro10 (macro-F1)", f"{metrics['macro10']:.4f}"),
-        ("official (percent)", official),
-        ("accuracy", f"{metrics['accuracy']:.4f}"),
-        ("examples", str(metrics["n"])),
-    ]
-    return _table(("metric", "value"), rows)
+    names = {
+        "macro_f1": "macro-F1",
+        "official": "official SemEval score (percent)",
+        "accuracy": "accuracy",
+        "perplexity": "perplexity, per token",
+        "exact_match": "exact match",
+        "token_f1": "token F1",
+    }
+    rows = [(name, f"{metrics[key]:.4f}") for key, name in names.items() if metrics.get(key) is not None]
+    return _table(("metric", "value"), [*rows, ("examples", str(metrics["n"]))])
+
+
+def _prompt_lines(facts: Mapping[str, Any]) -> list[str]:
+    what = (
+        "The response follows"
+        if facts["task"] == "response"
+        else "The label is predicted by its log-likelihood, end-of-sequence token included, after"
+    )
+    return [f"{what} the prompt" + ("." if facts["encoder_decoder"] else " and a line end (a chat: its template).")]
 
 
 def _use_lines(adapter: bool, encoder_decoder: bool) -> list[str]:

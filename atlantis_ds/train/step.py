@@ -8,6 +8,7 @@ and world size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,12 +131,16 @@ def step_rows(examples: int, batch_size: int, seed: int, step: int) -> np.ndarra
     Depends on its arguments alone, not on ranks or on what ran before: a resumed run sees the same rows.
     """
     epoch, position = divmod(step, steps_per_epoch(examples, batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(examples)
-    return order[position * batch_size : (position + 1) * batch_size]
+    return _order(examples, seed, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+@functools.lru_cache(1)
+def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def micro_batch_rows(
-    rows: np.ndarray, lengths: Sequence[int], batch_size: int, micro_batch_size: int, ranks: Ranks
+    rows: np.ndarray, lengths: Sequence[int] | np.ndarray, batch_size: int, micro_batch_size: int, ranks: Ranks
 ) -> list[list[tuple[int, bool]]]:
     """This rank's micro-batches of one global batch, as (row, counts) pairs.
 
@@ -145,7 +150,7 @@ def micro_batch_rows(
     (weight 0).
     """
     accumulation = accumulation_steps(batch_size, micro_batch_size, ranks.world_size)
-    by_length = sorted(rows.tolist(), key=lambda row: (-lengths[row], row))
+    by_length = sorted(rows.tolist(), key=lambda row: (-int(lengths[row]), row))
     places = accumulation * ranks.world_size * micro_batch_size
     filled = [(row, True) for row in by_length] + [(by_length[-1], False)] * (places - len(by_length))
     micro_batches = [filled[start : start + micro_batch_size] for start in range(0, places, micro_batch_size)]

@@ -7,32 +7,40 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from atlantis_ds.cluster.preemption import stop_asked
 from atlantis_ds.cluster.ranks import Ranks
-from atlantis_ds.config.schema import Recipe
-from atlantis_ds.data.prepare import Examples
+from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
-from atlantis_ds.events import append_log
 from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
-from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods
-from atlantis_ds.lm.load import hash_files, load_config, load_tokenizer
-from atlantis_ds.progress import Steps, console, since_process_start
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.lm.load import hash_files, load_tokenizer
+from atlantis_ds.lm.tokens import Tokens, encode_split
+from atlantis_ds.progress import Steps, since_process_start
+from atlantis_ds.run import Run
 from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
-from atlantis_ds.train.step import loss_of_step, micro_batch_rows, optimizer_step, step_rows, steps_per_epoch
+from atlantis_ds.train.step import (
+    StepResult,
+    loss_of_step,
+    micro_batch_rows,
+    optimizer_step,
+    step_rows,
+    steps_per_epoch,
+)
 
 
-def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: Ranks) -> None:
+def fit(run: Run, examples: Examples, job: Job) -> None:
     """Train ``job`` into ``model/NAME/{last,best}``; resume where a checkpoint is, skip what is finished.
 
     Raises:
@@ -40,131 +48,224 @@ def fit(recipe: Recipe, folder: RunFolder, examples: Examples, job: Job, ranks: 
         RunError: too many steps in a row without a finite loss or gradient; the last good checkpoint stays.
         Preempted: the job was asked to stop; a checkpoint of the last step is there.
     """
-    settings, seed = job.settings, job.seed
-    done = folder.model(job.name) / "training.json"
-    with ThreadPoolExecutor(1) as thread:
-        if ranks.is_main:  # takes as long as importing what trains the model; the fingerprint finds the hashes there
-            thread.submit(hash_files, job.model)
-        if not done.exists():
-            import deepspeed  # noqa: F401
-
-            if settings.mode != "full":
-                import peft  # noqa: F401
-    mark = ranks.broadcast(job.fingerprint(recipe, examples) if ranks.is_main else None)
-    if ranks.broadcast(finished(done, mark)):
-        if ranks.is_main:
-            console.print(f"train {job.name}: already finished")
+    done = run.folder.model(job.name) / "training.json"
+    mark = _fingerprint(run, examples, job, import_ahead=not done.exists())
+    if run.ranks.broadcast(finished(done, mark)):
+        run.say(f"train {job.name}: already finished")
         return
     if done.exists():
         raise InputError(f"{done.parent}: trained with other data or settings; choose another `name` or remove it")
+    trainer = Trainer(run, examples, job, mark)
+    trainer.train()
+    trainer.finish()
 
-    tokenizer = load_tokenizer(job.model)
-    encoder = Encoder(tokenizer, load_config(job.model), recipe.prompt, examples.labels)
-    pairs = [encoder(example) for example in job.examples]
-    dev = [encoder(example) for example in examples.dev]
-    lengths = [len(pair) for pair in pairs]
-    an_epoch = steps_per_epoch(len(pairs), settings.train_batch_size)
-    total = max(1, math.ceil(settings.num_train_epochs * an_epoch))
-    every_eval, every_save = settings.eval_steps or an_epoch, settings.save_steps or an_epoch
-    if ranks.is_main:
-        accumulation = accumulation_steps(
-            settings.train_batch_size, settings.per_device_train_batch_size, ranks.world_size
+
+def _fingerprint(run: Run, examples: Examples, job: Job, import_ahead: bool) -> str:
+    """The job's fingerprint, from rank 0; the files are read while the libraries are imported."""
+    with ThreadPoolExecutor(1) as thread:
+        if run.ranks.is_main:  # the fingerprint finds the hashes there
+            thread.submit(hash_files, job.model)
+        if import_ahead:
+            import deepspeed  # noqa: F401
+
+            if job.settings.mode != "full":
+                import peft  # noqa: F401
+    mark: str = run.ranks.broadcast(job.fingerprint(run, examples) if run.ranks.is_main else None)
+    return mark
+
+
+@dataclass
+class State:
+    """Where a training is; every checkpoint holds it."""
+
+    fingerprint: str
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    dev_loss: float | None = None
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+class Trainer:
+    """One training job on all ranks: engine, tokens and state; see ``train`` for the way of a step."""
+
+    def __init__(self, run: Run, examples: Examples, job: Job, mark: str) -> None:
+        self.run, self.examples, self.job, self.settings = run, examples, job, job.settings
+        self.tokens = encode_split(run, examples, job.split, job.model, job.column)
+        self.lengths = self.tokens.lengths[job.rows]
+        self.dev = encode_split(run, examples, "dev", job.model)
+        self.tokenizer = load_tokenizer(job.model)
+        self.an_epoch = steps_per_epoch(len(job.rows), self.settings.train_batch_size)
+        self.total = max(1, math.ceil(self.settings.num_train_epochs * self.an_epoch))
+        self._say_what_is_trained()
+        self.engine = start_engine(self.settings, job.model, self.total, job.seed, run.ranks)
+        self.checkpoints = run.folder.checkpoints(job.name)
+        found = resume(self.engine, self.checkpoints, mark, run.ranks) or {}
+        self.state = State(
+            **{key: found[key] for key in State.__dataclass_fields__ if key in found} or {"fingerprint": mark}
         )
-        console.print(
-            f"train {job.name}: {len(pairs)} examples, {total} optimizer steps of {settings.train_batch_size} "
-            f"({ranks.world_size} ranks x {accumulation} micro-batches x {settings.per_device_train_batch_size}), "
+
+    def train(self) -> None:
+        """All steps that are left: step → log → dev loss → checkpoint."""
+        self._say_where_it_begins()
+        settings, state = self.settings, self.state
+        every_eval, every_save = settings.eval_steps or self.an_epoch, settings.save_steps or self.an_epoch
+        title = f"train {self.job.name}"
+        with Steps(title, self.total, "steps", self.run.ranks.is_main, settings.logging_steps) as steps:
+            steps.resume(state.step)
+            while state.step < self.total:
+                result = self.step()
+                if len(self.dev) and (state.step % every_eval == 0 or state.step == self.total):
+                    self.evaluate()
+                best = f", dev {state.best_loss:.4f}" if state.best_loss else ""
+                steps.advance(note=f"loss {result.loss:.4f}{best}")
+                if (state.step % every_save == 0 or result.stop) and state.step < self.total:
+                    self.save(stop=result.stop)
+
+    def step(self) -> StepResult:
+        """One optimizer step on one global batch."""
+        start = time.monotonic()
+        settings, state, job, ranks = self.settings, self.state, self.job, self.run.ranks
+        places = step_rows(len(job.rows), settings.train_batch_size, job.seed, state.step)
+        rows = job.rows[places]
+        examples = settings.reduction == "example"
+        denominator = len(rows) if examples else int(self.tokens.targets[rows].sum())
+        # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
+        torch.manual_seed(hash((job.seed, state.step, ranks.rank)) & 0x7FFFFFFF)
+        rate = self.engine.get_lr()[0]
+        loss, stop = loss_of_step(settings, state.step, self.total), stop_asked(self.run.folder, ranks.is_main)
+        batches = self._micro_batches(places)
+        result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
+        seconds = time.monotonic() - start
+        state.step += 1
+        state.seconds += seconds
+        state.skipped += result.skipped
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+        if ranks.is_main:
+            self.run.log(
+                event="train",
+                arm=job.name,
+                step=state.step,
+                loss=_finite(result.loss),
+                grad_norm=_finite(result.grad_norm),
+                learning_rate=rate,
+                examples_per_s=round(len(rows) / seconds, 2),
+                tokens_per_s=round(int(self.tokens.lengths[rows].sum()) / seconds, 1),
+            )
+        if result.skipped:
+            self._note_skipped(rows)
+        return result
+
+    def evaluate(self) -> None:
+        """The dev loss; the model with the lowest so far is saved as ``best``."""
+        state, name = self.state, self.job.name
+        budget = self.run.recipe.score.tokens_per_batch
+        loss = mean_loss(self.engine, self.dev, self.tokenizer.eos_token_id, budget, self.run.ranks)
+        if self.run.ranks.is_main:
+            self.run.log(event="dev", arm=name, step=state.step, loss=_finite(loss))
+        state.dev_loss = _finite(loss)
+        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
+            state.best_loss, state.best_step = loss, state.step
+            save_model(self.engine, self.tokenizer, self.run.folder.model(name) / "best", self.run.ranks)
+
+    def save(self, stop: bool) -> None:
+        """A checkpoint of this step.
+
+        Raises:
+            Preempted: the job was asked to ``stop``.
+        """
+        save_checkpoint(
+            self.engine, self.checkpoints, asdict(self.state), self.settings.save_total_limit, self.run.ranks
+        )
+        if stop:
+            raise Preempted(
+                f"train {self.job.name}: stopped after step {self.state.step} of {self.total}, checkpoint written; "
+                "the same command goes on from here"
+            )
+
+    def finish(self) -> None:
+        """Save the model and what is known of its training, ``training.json`` last; remove the checkpoints."""
+        run, job, state = self.run, self.job, self.state
+        save_model(self.engine, self.tokenizer, run.folder.model(job.name) / "last", run.ranks)
+        self.engine.destroy()
+        if run.ranks.is_main:
+            summary = {
+                **asdict(state),
+                **training_facts(run, self.examples, job),
+                "examples": len(job.rows),
+                "examples_per_s": round(self._examples_seen() / state.seconds, 2),
+                "world_size": run.ranks.world_size,
+                "hardware": run.ranks.hardware,
+            }
+            write_cards(run.folder.model(job.name), summary)
+            write_json(run.folder.model(job.name) / "training.json", summary)
+            # The model is there; optimizer states several times its size are of no more use.
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        run.ranks.barrier()
+
+    def _micro_batches(self, places: np.ndarray) -> list[Batch]:
+        """This rank's part of a global batch; ``places`` are indices into the job's rows and weights."""
+        job, settings = self.job, self.settings
+        micro_batch_size = settings.per_device_train_batch_size
+        return [
+            collate_to_train(
+                [self.tokens[int(job.rows[place])] for place, _ in micro],
+                self.engine.module.config,
+                self.tokenizer.eos_token_id,
+                [float(job.weights[place]) if counts else 0.0 for place, counts in micro],
+            )
+            for micro in micro_batch_rows(
+                places, self.lengths, settings.train_batch_size, micro_batch_size, self.run.ranks
+            )
+        ]
+
+    def _say_what_is_trained(self) -> None:
+        settings, ranks = self.settings, self.run.ranks
+        micro = settings.per_device_train_batch_size
+        accumulation = accumulation_steps(settings.train_batch_size, micro, ranks.world_size)
+        self.run.say(
+            f"train {self.job.name}: {len(self.job.rows)} examples, {self.total} optimizer steps of "
+            f"{settings.train_batch_size} ({ranks.world_size} ranks x {accumulation} micro-batches x {micro}), "
             f"{settings.mode}, {settings.dtype}"
         )
-    engine = start_engine(settings, job.model, total, seed, ranks)
-    state = resume(engine, folder.checkpoints(job.name), mark, ranks) or {
-        "step": 0,
-        "fingerprint": mark,
-        "best_loss": None,
-        "seconds": 0.0,
-        "skipped": 0,
-        "skipped_in_a_row": 0,
-    }
-    if state["step"] and ranks.is_main:
-        console.print(f"train {job.name}: going on from step {state['step']}")
 
-    if ranks.is_main:
+    def _say_where_it_begins(self) -> None:
+        name, step = self.job.name, self.state.step
+        if step:
+            self.run.say(f"train {name}: going on from step {step}")
         waited = round(since_process_start(), 1)
-        console.print(f"train {job.name}: first batch {waited} s after this program began")
-        append_log(folder.log, event="start", arm=job.name, step=state["step"], steps=total, since_process_start=waited)
-    with Steps(f"train {job.name}", total, "steps", ranks.is_main, settings.logging_steps) as steps:
-        steps.resume(state["step"])
-        for step in range(state["step"], total):
-            start = time.monotonic()
-            rows = step_rows(len(pairs), settings.train_batch_size, seed, step)
-            batches = _micro_batches(job, pairs, lengths, rows, engine, ranks)
-            targets = sum(len(pairs[row].label) + 1 for row in rows)
-            denominator = len(rows) if settings.reduction == "example" else targets
-            # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
-            torch.manual_seed(hash((seed, step, ranks.rank)) & 0x7FFFFFFF)
-            rate = engine.get_lr()[0]
-            loss, stop = loss_of_step(settings, step, total), stop_asked(folder, ranks.is_main)
-            result = optimizer_step(engine, batches, denominator, ranks, loss, settings.gce_q, stop)
-            seconds = time.monotonic() - start
-            state = {
-                **state,
-                "step": step + 1,
-                "seconds": state["seconds"] + seconds,
-                "skipped": state["skipped"] + result.skipped,
-                "skipped_in_a_row": state["skipped_in_a_row"] + 1 if result.skipped else 0,
-            }
-            if ranks.is_main:
-                append_log(
-                    folder.log,
-                    event="train",
-                    arm=job.name,
-                    step=step + 1,
-                    loss=_finite(result.loss),
-                    grad_norm=_finite(result.grad_norm),
-                    learning_rate=rate,
-                    examples_per_s=round(len(rows) / seconds, 2),
-                    tokens_per_s=round(sum(lengths[row] for row in rows) / seconds, 1),
-                )
-            if result.skipped:
-                _note_skipped(folder, job, rows, state, ranks)
-            if dev and (state["step"] % every_eval == 0 or state["step"] == total):
-                dev_loss = mean_loss(engine, dev, tokenizer.eos_token_id, recipe.score.tokens_per_batch, ranks)
-                if ranks.is_main:
-                    append_log(folder.log, event="dev", arm=job.name, step=step + 1, loss=_finite(dev_loss))
-                state["dev_loss"] = _finite(dev_loss)
-                if math.isfinite(dev_loss) and (state["best_loss"] is None or dev_loss < state["best_loss"]):
-                    state["best_loss"], state["best_step"] = dev_loss, step + 1
-                    save_model(engine, tokenizer, folder.model(job.name) / "best", ranks)
-            note = f"loss {result.loss:.4f}" + (f", dev {state['best_loss']:.4f}" if state["best_loss"] else "")
-            steps.advance(note=note)
-            if (state["step"] % every_save == 0 or result.stop) and state["step"] < total:
-                save_checkpoint(engine, folder.checkpoints(job.name), state, settings.save_total_limit, ranks)
-                if result.stop:
-                    raise Preempted(
-                        f"train {job.name}: stopped after step {state['step']} of {total}, checkpoint written; "
-                        "the same command goes on from here"
-                    )
+        self.run.say(f"train {name}: first batch {waited} s after this program began")
+        if self.run.ranks.is_main:
+            self.run.log(event="start", arm=name, step=step, steps=self.total, since_process_start=waited)
 
-    save_model(engine, tokenizer, folder.model(job.name) / "last", ranks)
-    engine.destroy()
-    if ranks.is_main:
-        summary = {
-            **state,
-            **training_facts(recipe, folder, examples, job),
-            "examples": len(pairs),
-            "examples_per_s": round(_examples_seen(state["step"], len(pairs), settings) / state["seconds"], 2),
-            "world_size": ranks.world_size,
-            "hardware": ranks.hardware,
-        }
-        write_cards(folder.model(job.name), summary)
-        write_json(done, summary)
-        # The model is there; optimizer states several times its size are of no more use.
-        shutil.rmtree(folder.checkpoints(job.name), ignore_errors=True)
-    ranks.barrier()
+    def _examples_seen(self) -> int:
+        epochs, rest = divmod(self.state.step, self.an_epoch)
+        return int(epochs * len(self.job.rows) + rest * self.settings.train_batch_size)
+
+    def _note_skipped(self, rows: np.ndarray) -> None:
+        """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""
+        name, state = self.job.name, self.state
+        split = getattr(self.examples, self.job.split)
+        ids = [split.ids[row].as_py() for row in rows.tolist()]
+        if self.run.ranks.is_main:
+            self.run.log(event="skipped", arm=name, step=state.step, ids=ids)
+        if state.skipped_in_a_row >= self.settings.max_skipped_steps:
+            saved = complete_checkpoints(self.checkpoints)
+            raise RunError(
+                f"train {name}: {state.skipped_in_a_row} steps in a row had no finite loss or gradient; step "
+                f"{state.step} held the examples {', '.join(ids)}; "
+                f"last good checkpoint: {saved[-1] if saved else 'none yet'}"
+            )
 
 
-def mean_loss(engine: Any, pairs: Sequence[Encoded], pad_token_id: int, tokens_per_batch: int, ranks: Ranks) -> float:
+def mean_loss(
+    engine: Any, pairs: Tokens | Sequence[Encoded], pad_token_id: int, tokens_per_batch: int, ranks: Ranks
+) -> float:
     """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
-    batches = token_budget_batches([len(pair) for pair in pairs], tokens_per_batch)
+    batches = token_budget_batches([len(pairs[row]) for row in range(len(pairs))], tokens_per_batch)
     engine.eval()
     local = 0.0
     for first in range(0, len(batches), ranks.world_size):
@@ -176,41 +277,6 @@ def mean_loss(engine: Any, pairs: Sequence[Encoded], pad_token_id: int, tokens_p
         local -= log_likelihood if mine < len(batches) else 0.0
     engine.train()
     return ranks.sum(local)[0] / len(pairs)
-
-
-def _micro_batches(
-    job: Job, pairs: list[Encoded], lengths: list[int], rows: Any, engine: Any, ranks: Ranks
-) -> list[Batch]:
-    settings = job.settings
-    places = micro_batch_rows(rows, lengths, settings.train_batch_size, settings.per_device_train_batch_size, ranks)
-    return [
-        collate_to_train(
-            [pairs[row] for row, _ in micro],
-            engine.module.config,
-            pairs[0].eos,
-            [job.weights[row] if counts else 0.0 for row, counts in micro],
-        )
-        for micro in places
-    ]
-
-
-def _examples_seen(steps: int, examples: int, settings: Any) -> int:
-    epochs, rest = divmod(steps, steps_per_epoch(examples, settings.train_batch_size))
-    return int(epochs * examples + rest * settings.train_batch_size)
-
-
-def _note_skipped(folder: RunFolder, job: Job, rows: Any, state: dict[str, Any], ranks: Ranks) -> None:
-    """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""
-    ids = [job.examples[row].id for row in rows]
-    if ranks.is_main:
-        append_log(folder.log, event="skipped", arm=job.name, step=state["step"], ids=ids)
-    if state["skipped_in_a_row"] >= job.settings.max_skipped_steps:
-        saved = complete_checkpoints(folder.checkpoints(job.name))
-        raise RunError(
-            f"train {job.name}: {state['skipped_in_a_row']} steps in a row had no finite loss or gradient; step "
-            f"{state['step']} held the examples {', '.join(ids)}; "
-            f"last good checkpoint: {saved[-1] if saved else 'none yet'}"
-        )
 
 
 def _finite(value: float) -> float | None:

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from atlantis_ds.config.schema import Recipe
-from atlantis_ds.data.prepare import Examples, load_examples, load_train_labels
-from atlantis_ds.data.prompts import marked_sentence
+from atlantis_ds.data.examples import Examples, Split, load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_atomic, write_json, write_text
-from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.diagnostics import plot_weights
+from atlantis_ds.run import Run
+from atlantis_ds.weights.arms import lowest_first, read_weights
+from atlantis_ds.weights.diagnostics import CLASS_RATIO, noun, plot_weights
 from atlantis_ds.weights.formulas import Scores
-from atlantis_ds.weights.merge import load_scores, lowest_first, read_weights
+from atlantis_ds.weights.shards import read_shards
 
-COLUMNS = ("id", "sentence", "label", "suggested_label", "p_label", "p_suggested", "weight", "gold")
+COLUMNS = ("id", "prompt", "target", "suggested_label", "p_label", "p_suggested", "weight", "gold", "group")
 SHOWN = 50
 """Rows of a list on the page; the CSV file has all."""
+ROWS_AT_ONCE = 10_000
 
 
-def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Suggestions:
+    """What the reference model would say of n examples; see ``suggestions``."""
+
+    labels: np.ndarray
+    """int32 [n] into the label set: the likeliest label."""
+    p_label: np.ndarray
+    """float64 [n]: its probability of the example's own label among those of the set."""
+    p_suggested: np.ndarray
+    """float64 [n]: that of the likeliest."""
+
+
+def write_diagnosis(run: Run) -> dict[str, Any]:
     """Write ``diagnosis/`` in the run folder: ``diagnosis.json``, ``diagnosis.html``, ``weights.png`` and
     ``label_errors.csv``, all training examples with those of the lowest weights first.
 
@@ -35,59 +51,173 @@ def write_diagnosis(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     Raises:
         InputError: the weights are missing, or are not those of the run's scores and examples.
     """
+    folder = run.folder
     examples = load_examples(folder)
     diagnosis = read_json(folder.weights_info)
-    train = load_train_labels(folder)
-    scores = load_scores(recipe, folder, train)
     table, info = read_weights(folder)
     if info["fingerprint"] != diagnosis["fingerprint"]:
         raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
+    if not table["id"].cast(pa.string()).equals(examples.train.ids):
+        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
     weights = table["weight"].to_numpy()
-    rows = likely_errors(examples, weights, table["log_weight"].to_numpy(), scores)
+    order = lowest_first(weights, table["log_weight"].to_numpy())
+    listed = Listing(examples, weights, suggestions(read_shards(run, examples)))
     target = folder.root / "diagnosis"
-    _write_csv(target / "label_errors.csv", rows)
+    _write_csv(target / "label_errors.csv", listed.entries(order))
     plot_weights(target / "weights.png", weights, diagnosis)
-    write_text(target / "diagnosis.html", _page(recipe.name, diagnosis, rows, target / "weights.png"))
+    lowest, highest = (list(listed.entries(rows)) for rows in (order[:SHOWN], order[::-1][:SHOWN]))
+    write_text(target / "diagnosis.html", _page(run.recipe.name, diagnosis, lowest, highest, target / "weights.png"))
     write_json(target / "diagnosis.json", diagnosis)
     return diagnosis
 
 
-def likely_errors(
-    examples: Examples, weights: np.ndarray, log_weight: np.ndarray, scores: Scores
-) -> list[dict[str, Any]]:
-    """All examples, lowest weight first, with the label that the reference model would give.
+def suggestions(chunks: Iterable[Scores]) -> Suggestions | None:
+    """The label that the reference model finds likeliest for each example, end-of-sequence token included, as in
+    ranking; None where the label set was not scored.
 
     Args:
-        examples: of the run, n of them to train on.
-        weights: float64 [n].
-        log_weight: float64 [n], before stabilising: decides between equal weights.
-        scores: of the training examples.
-
-    Returns:
-        dicts with the keys ``COLUMNS``. ``p_label`` and ``p_suggested`` are the reference model's probabilities among
-        the labels of the set, end-of-sequence token included, as in ranking; None, as ``suggested_label`` is, where
-        the label set was not scored.
+        chunks: the scores of all examples, some at a time: [n, K] numbers are never in memory together.
     """
-    every = scores.label_set
-    chances = best = None
-    if every is not None:
+    found = []
+    for scores in chunks:
+        every = scores.label_set
+        if every is None:
+            return None
         log_likelihood = every.reference + every.eos_reference
         chances = np.exp(log_likelihood - np.logaddexp.reduce(log_likelihood, axis=1, keepdims=True))
-        best = chances.argmax(axis=1)
-    rows = []
-    for row in lowest_first(weights, log_weight).tolist():
-        example = examples.train[row]
-        entry = {"id": example.id, "sentence": marked_sentence(example), "label": example.label, "gold": example.gold}
-        entry |= {"weight": float(weights[row]), "suggested_label": None, "p_label": None, "p_suggested": None}
-        if every is not None and chances is not None and best is not None:
-            entry["suggested_label"] = examples.labels[best[row]]
-            entry["p_label"] = float(chances[row, scores.labels[row]])
-            entry["p_suggested"] = float(chances[row, best[row]])
-        rows.append({name: entry[name] for name in COLUMNS})
-    return rows
+        best = chances.argmax(axis=1).astype(np.int32)
+        rows = np.arange(len(best))
+        found.append((best, chances[rows, scores.labels], chances[rows, best]))
+    return Suggestions(*(np.concatenate(parts) for parts in zip(*found)))
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+class Listing:
+    """The training examples as rows for people to read, made only where they are asked for."""
+
+    def __init__(self, examples: Examples, weights: np.ndarray, suggested: Suggestions | None) -> None:
+        """
+        Args:
+            examples: of the run, n of them to train on.
+            weights: float64 [n].
+            suggested: for the training examples, None where there is no label set or it was not scored.
+        """
+        self._train, self._weights, self._suggested = examples.train, weights, suggested
+        self._labels = examples.labels or []
+        self._show_prompt = prompt_view(examples.train.prompts, examples.chat)
+        self._show_target: Callable[[str], str] = turns_text if examples.chat else str
+
+    def entries(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The examples of these rows, in this order: dicts with the keys ``COLUMNS``.
+
+        ``suggested_label``, ``p_label`` and ``p_suggested`` are None where the label set was not scored, ``gold`` and
+        ``group`` where they are not known.
+        """
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[start : start + ROWS_AT_ONCE]
+            said = self._suggested
+            labels, p_label, p_suggested = [[None] * len(some)] * 3
+            if said is not None:
+                labels = [self._labels[number] for number in said.labels[some]]
+                p_label, p_suggested = said.p_label[some].tolist(), said.p_suggested[some].tolist()
+            ids, prompts, targets, golds, groups = taken(self._train, some)
+            for row in zip(
+                ids,
+                map(self._show_prompt, prompts),
+                map(self._show_target, targets),
+                labels,
+                p_label,
+                p_suggested,
+                self._weights[some].tolist(),
+                (None if gold is None else self._show_target(gold) for gold in golds),
+                groups,
+            ):
+                yield dict(zip(COLUMNS, row))
+
+
+def taken(split: Split, rows: np.ndarray) -> list[list[Any]]:
+    """Ids, prompts, targets, golds and groups of the rows, in their order, as lists of str or None.
+
+    Chunk by chunk: Arrow's own ``take`` joins the chunks of a text column first, and cannot above 2 GB.
+    """
+    columns = [split.ids, split.prompts, split.targets, split.golds, split.groups]
+    order = np.argsort(rows, kind="stable")
+    ascending, start, found = rows[order], 0, []
+    for batch in pa.table(columns, names=["id", "prompt", "target", "gold", "group"]).to_batches():
+        end = start + batch.num_rows
+        inside = slice(*np.searchsorted(ascending, [start, end]))
+        if inside.start < inside.stop:
+            found.append(batch.take(pa.array(ascending[inside] - start)))
+        start = end
+    place = np.argsort(order).tolist()
+    lists = [column.to_pylist() for column in pa.Table.from_batches(found).columns]
+    return [[values[at] for at in place] for values in lists]
+
+
+def prompt_view(prompts: pa.ChunkedArray, chat: bool) -> Callable[[str], str]:
+    """A function that shows a prompt without what all ``prompts`` begin and end with; a chat as lines."""
+    if chat:
+        skip = common_turns(prompts)
+        return lambda text: turns_text(text, skip)
+    start, end = distinct_part(prompts)
+    return lambda text: text[start : len(text) - end].strip()
+
+
+def distinct_part(prompts: pa.ChunkedArray) -> tuple[int, int]:
+    """How many characters all prompts begin with, and how many they end with, back to a blank or line end.
+
+    At least one character of every prompt is left; (0, 0) where all are equal.
+    """
+    low, high = _bounds(prompts)
+    if low == high:
+        return 0, 0
+    shortest = pc.min(pc.utf8_length(prompts)).as_py()
+    start = _whole_words(_common_start(low, high)[: shortest - 1])
+    backwards = None
+    for chunk in prompts.chunks:
+        # To turn all texts round takes longer than to see that a chunk ends as those before it.
+        if backwards is None or not pc.all(pc.ends_with(chunk, backwards[::-1])).as_py():
+            ends = _bounds(pc.utf8_reverse(chunk))
+            backwards = _common_start(*ends, *([] if backwards is None else [backwards]))
+    end = _whole_words((backwards or "")[: shortest - 1])
+    return start, end if start + end < shortest else 0
+
+
+def common_turns(prompts: pa.ChunkedArray) -> int:
+    """How many turns all chats begin with, but for the last of the shortest. ``prompts`` are JSON lists of turns."""
+    start = _common_start(*_bounds(prompts))
+    decoder, at, turns = json.JSONDecoder(), 1, 0
+    while True:
+        try:
+            _, at = decoder.raw_decode(start, at)
+        except ValueError:  # this turn is not the same in all
+            return turns
+        if start[at : at + 2] != ", ":
+            return turns
+        at, turns = at + 2, turns + 1
+
+
+def turns_text(text: str, skip: int = 0) -> str:
+    """The turns of a chat, from JSON, as lines ``role: content``, without the first ``skip``."""
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in json.loads(text)[skip:])
+
+
+def _bounds(texts: pa.Array | pa.ChunkedArray) -> tuple[str, str]:
+    """The first and the last in alphabetical order: what both begin with, all begin with."""
+    bounds = pc.min_max(texts).as_py()
+    return bounds["min"] or "", bounds["max"] or ""
+
+
+def _common_start(*texts: str) -> str:
+    low, high = min(texts), max(texts)
+    return low[: next((at for at, (one, other) in enumerate(zip(low, high)) if one != other), len(low))]
+
+
+def _whole_words(text: str) -> int:
+    """Length of the text up to its last white space, that included."""
+    return next((at for at in range(len(text), 0, -1) if text[at - 1].isspace()), 0)
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -97,96 +227,33 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, write)
 
 
-def _page(name: str, diagnosis: dict[str, Any], rows: Sequence[dict[str, Any]], picture: Path) -> str:
+def _page(
+    name: str,
+    diagnosis: dict[str, Any],
+    lowest: Sequence[dict[str, Any]],
+    highest: Sequence[dict[str, Any]],
+    picture: Path,
+) -> str:
     """One HTML file with all in it: no script, no other file, no network."""
     import jinja2
 
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_TEMPLATE)
-    return template.render(
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("atlantis_ds", "weights"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["cut"] = _cut
+    what = noun(diagnosis)
+    errors = "likely label errors" if what == "label" else "likely wrong responses"
+    return environment.get_template("diagnosis.html").render(
         name=name,
         diagnosis=diagnosis,
+        what=what,
+        ratio=CLASS_RATIO,
         picture=base64.b64encode(picture.read_bytes()).decode(),
         options={key: value for key, value in diagnosis["options"].items() if value is not None},
-        lists=[("Lowest weights: likely label errors", rows[:SHOWN]), ("Highest weights", rows[: -SHOWN - 1 : -1])],
+        lists=[(f"Lowest weights: {errors}", lowest), ("Highest weights", highest)],
     )
 
 
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Weights of {{ name }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #e3e8ee; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.warning { background: #fff4e5; border-left: 4px solid #d9822b; padding: .5rem .8rem; margin: .4rem 0; }
-.good { background: #eaf6ee; border-left: 4px solid #2f855a; padding: .5rem .8rem; }
-.wrong { color: #b3261e; }
-img { max-width: 100%; }
-</style>
-</head>
-<body>
-<h1>Weights of {{ name }}</h1>
-{% for warning in diagnosis.warnings %}
-<p class="warning">{{ warning }}</p>
-{% else %}
-<p class="good">No warnings: effective sample size, tail and class shares are within their bounds.</p>
-{% endfor %}
-<table>
-<tr><td>effective sample size</td><td class="n">{{ "{:,.1f}".format(diagnosis.ess) }} of {{ diagnosis.n }}
-  ({{ "{:.1%}".format(diagnosis.ess_fraction) }})</td></tr>
-{% for title, key in [("before", "pareto_k"), ("after", "pareto_k_final")] %}
-<tr><td>Pareto k-hat {{ title }} stabilising (good below {{ "{:.2f}".format(diagnosis.pareto_k_threshold) }})</td>
-<td class="n">{{ "–" if diagnosis[key] is none else "{:.2f}".format(diagnosis[key]) }}</td></tr>
-{% endfor %}
-<tr><td>largest weight (the mean is 1)</td><td class="n">{{ "{:.4g}".format(diagnosis.max) }}</td></tr>
-<tr><td>weight on the heaviest 1% of examples</td>
-<td class="n">{{ "{:.1%}".format(diagnosis.top_percent_share) }}</td></tr>
-{% for quantile, value in diagnosis.quantiles.items() %}
-<tr><td>quantile {{ quantile }}</td><td class="n">{{ "{:.3g}".format(value) }}</td></tr>
-{% endfor %}
-{% if diagnosis.gold %}
-<tr><td>known gold labels</td><td class="n">{{ diagnosis.gold.known }}</td></tr>
-{% for title, key in [("wrong labels", "share_wrong"), ("weight on wrong labels", "weight_share_wrong"),
-  ("wrong in the lowest tenth of the weights", "lowest_tenth_wrong")] if diagnosis.gold[key] is not none %}
-<tr><td>{{ title }}</td><td class="n">{{ "{:.1%}".format(diagnosis.gold[key]) }}</td></tr>
-{% endfor %}
-{% for title, key in [("overall", "auroc_correct"), ("within class", "auroc_correct_within_class")]
-  if diagnosis.gold[key] is not none %}
-<tr><td>AUROC for right labels, {{ title }}</td><td class="n">{{ "{:.3f}".format(diagnosis.gold[key]) }}</td></tr>
-{% endfor %}
-{% endif %}
-</table>
-<p>Options of the weights: {% for key, value in options.items() %}<code>{{ key }}: {{ value }}</code>
-{% endfor %}</p>
-<img alt="Distribution of the weights; shares of labels and label lengths"
-  src="data:image/png;base64,{{ picture }}">
-{% for title, shares in [("Labels", diagnosis.classes), ("Tokens of the label", diagnosis.label_lengths)] if shares %}
-<h2>{{ title }}</h2>
-<table>
-<tr><th></th><th>share of data</th><th>share of weight</th><th>ratio</th></tr>
-{% for row in shares %}
-<tr><td>{{ row.label }}</td><td class="n">{{ "{:.1%}".format(row.data_share) }}</td>
-<td class="n">{{ "{:.1%}".format(row.weight_share) }}</td>
-<td class="n{{ "" if 0.5 <= row.ratio <= 2 else " wrong" }}">{{ "{:.2f}".format(row.ratio) }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-{% for title, rows in lists %}
-<h2>{{ title }}</h2>
-<table>
-<tr><th>weight</th><th>label</th><th>reference would say</th><th>gold</th><th>sentence</th><th>id</th></tr>
-{% for row in rows %}
-<tr><td class="n">{{ "{:.3g}".format(row.weight) }}</td>
-<td{% if row.gold is not none and row.gold != row.label %} class="wrong"{% endif %}>{{ row.label }}</td>
-<td>{% if row.suggested_label %}{{ row.suggested_label }} ({{ "{:.0%}".format(row.p_suggested) }}){% endif %}</td>
-<td>{{ row.gold or "" }}</td><td>{{ row.sentence }}</td><td>{{ row.id }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-<p>All examples, lowest weight first, are in <code>label_errors.csv</code>.</p>
-</body>
-</html>
-"""
+def _cut(text: str | None, length: int) -> str:
+    text = text or ""
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -7,36 +7,32 @@ from it is written at once as a *part*, and a shard is whole when all its parts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
 from atlantis_ds.cluster.preemption import leave_if_asked, stop_asked
-from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Model, Recipe, Score
-from atlantis_ds.data.prepare import Examples, load_examples
-from atlantis_ds.data.splits import fold_of
-from atlantis_ds.data.table import Example
+from atlantis_ds.data.examples import Examples, load_examples
 from atlantis_ds.errors import InputError
-from atlantis_ds.events import append_log
 from atlantis_ds.files import fingerprint, finished, read_json, read_table, write_json, write_table
-from atlantis_ds.progress import Steps, console
+from atlantis_ds.lm.tokens import encode_split
+from atlantis_ds.progress import Steps
+from atlantis_ds.reference import trained_references
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.weights.shards import COLUMNS, LABEL_SET, scoring_inputs, shard_path
 
 if TYPE_CHECKING:
-    from atlantis_ds.lm.encode import Encoded, Encoder
+    from atlantis_ds.lm.encode import Encoded
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.likelihood import Progress
-
-COLUMNS = ("large", "small", "reference")
-LABEL_SET = "label_set_"
-"""Begins the names of columns that hold a list: one value for each label of the label set."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +51,6 @@ class Pass:
         return self.column if self.fold is None else f"{self.column}-{self.fold}"
 
 
-def reference_name(folder: RunFolder, fold: int, folds: int) -> str:
-    """Name of a fine-tuned reference among the trained models."""
-    name = "reference" if folds == 1 else f"reference-{fold}-of-{folds}"
-    return f"{name}-round-{folder.round}" if folder.round else name
-
-
-def round_before(recipe: Recipe, folder: RunFolder) -> RunFolder | None:
-    """The round whose weights the folder's reference is trained on; None for the first."""
-    before = (folder.round or recipe.models.reference.rounds) - 1
-    return RunFolder(folder.root, before) if before else None
-
-
 def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     """The models to score with, in order."""
     from atlantis_ds.lm.load import model_source
@@ -75,14 +59,7 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     reference = recipe.models.reference
     if reference.kind == "checkpoint":
         return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
-    for fold in range(reference.folds):
-        path = folder.model(reference_name(folder, fold, reference.folds)) / "last"
-        if not path.is_dir():
-            raise InputError(f"{path}: no fine-tuned reference there; run `train --arm reference` first")
-        trusted = model_source(recipe, folder, "reference").trust_remote_code
-        model = Model(model_name_or_path=str(path), trust_remote_code=trusted)
-        passes.append(Pass("reference", model, fold if reference.folds > 1 else None))
-    return passes
+    return passes + [Pass("reference", model, fold) for fold, model in trained_references(recipe, folder)]
 
 
 def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
@@ -100,34 +77,7 @@ def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
     return [sorted(mine) for mine in shards]
 
 
-def shard_path(folder: RunFolder, shard: int, of: int) -> Path:
-    return folder.scores / f"shard-{shard:05d}-of-{of:05d}.parquet"
-
-
-def cut_shards(examples: Sequence[Example], shard_size: int) -> list[Sequence[Example]]:
-    return [examples[start : start + shard_size] for start in range(0, len(examples), shard_size)]
-
-
-def scoring_inputs(recipe: Recipe, examples: str, labels: list[str]) -> dict[str, Any]:
-    """All that the scores depend on, less the models: what ``merge`` can check without them.
-
-    Args:
-        examples: fingerprint of the training examples.
-        labels: the label set.
-    """
-    return {
-        "examples": examples,
-        "prompt": recipe.prompt.model_dump(),
-        "labels": labels,
-        "dtype": recipe.score.dtype,
-        "tokens_per_batch": recipe.score.tokens_per_batch,
-        "shard_size": recipe.score.shard_size,
-        "label_set": recipe.score.label_set,
-        "chat_template": recipe.models.reference.chat_template,
-    }
-
-
-def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int] = (1, 1)) -> None:
+def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     """Write ``scores/shard-*.parquet`` for all training examples; do only what is missing.
 
     Args:
@@ -140,14 +90,15 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.load import model_identity
 
+    recipe, folder, ranks = run.recipe, run.folder, run.ranks
     examples = load_examples(folder)
     passes = scoring_passes(recipe, folder)
-    shards = cut_shards(examples.train, recipe.score.shard_size)
-    inputs = scoring_inputs(recipe, examples.train_fingerprint, examples.labels)
+    inputs = scoring_inputs(recipe, examples)
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
     if models["small"] == models["large"]:
         passes[1] = replace(passes[1], same_as="large")
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
+    shards = Shards(examples, recipe.score.shard_size)
     manifest: dict[str, Any] = {
         "fingerprint": fingerprint(inputs),
         "shards": len(shards),
@@ -163,16 +114,33 @@ def score(recipe: Recipe, folder: RunFolder, ranks: Ranks, part: tuple[int, int]
         if ranks.is_main
         else None
     )
-    if ranks.is_main:
-        console.print(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
+    run.say(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
     frozen = Frozen(recipe.score, ranks)
     for scoring in [scoring for scoring in passes if todo and not scoring.same_as]:
-        _score_pass(recipe, folder, ranks, examples, shards, todo, scoring, manifest, frozen)
+        _score_pass(run, shards, todo, scoring, manifest, frozen)
         leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
     frozen.free()
     for shard in todo[ranks.rank :: ranks.world_size]:
         _join_parts(folder, passes, shards, shard, manifest)
     ranks.barrier()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The training examples cut into shards, in their order."""
+
+    examples: Examples
+    size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.examples.train) // self.size)
+
+    def rows(self, shard: int) -> np.ndarray:
+        """Row numbers of a shard's examples, int64."""
+        return np.arange(shard * self.size, min((shard + 1) * self.size, len(self.examples.train)))
+
+    def ids(self, shard: int) -> pa.Array:
+        return self.examples.train.ids.slice(shard * self.size, self.size).combine_chunks()
 
 
 def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
@@ -191,24 +159,9 @@ def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
 
 
 def _score_pass(
-    recipe: Recipe,
-    folder: RunFolder,
-    ranks: Ranks,
-    examples: Examples,
-    shards: list[Sequence[Example]],
-    todo: list[int],
-    scoring: Pass,
-    manifest: dict[str, Any],
-    frozen: Frozen,
+    run: Run, shards: Shards, todo: list[int], scoring: Pass, manifest: dict[str, Any], frozen: Frozen
 ) -> None:
-    from atlantis_ds.lm.encode import Encoder
-    from atlantis_ds.lm.load import load_config, load_tokenizer
-
-    folds = recipe.models.reference.folds
-    rows = {
-        shard: [e for e in shards[shard] if scoring.fold is None or fold_of(e, folds, recipe.seed) == scoring.fold]
-        for shard in todo
-    }
+    recipe, folder, ranks, examples = run.recipe, run.folder, run.ranks, shards.examples
     missing = ranks.broadcast(
         [s for s in todo if not finished(_part_path(folder, s, len(shards), scoring), manifest["fingerprint"])]
         if ranks.is_main
@@ -216,14 +169,17 @@ def _score_pass(
     )
     if not missing:
         return
-    costs = [sum(len(e.sentence) for e in rows[shard]) for shard in missing]
+    chat = scoring.column == "reference" and recipe.models.reference.chat_template
+    encoded = encode_split(run, examples, "train", scoring.model, as_turn=chat)
+    folds = None if scoring.fold is None else examples.train.folds(recipe.models.reference.folds)
+    rows = {shard: _of_fold(shards.rows(shard), folds, scoring.fold) for shard in missing}
+    costs = [float(encoded.lengths[rows[shard]].sum()) for shard in missing]
     assigned = [[missing[i] for i in indices] for indices in assign_shards(costs, ranks.world_size)]
     mine = assigned[ranks.rank]
     sharded = frozen.choose(scoring.model, scoring.name)
     if not mine and not sharded:
         return
-    chat = scoring.column == "reference" and recipe.models.reference.chat_template
-    encoder = Encoder(load_tokenizer(scoring.model), load_config(scoring.model), recipe.prompt, examples.labels, chat)
+    labels = _label_ids(scoring.model, examples.labels) if recipe.score.label_set else None
     model = frozen.load(scoring.model)
     # A sharded model needs all ranks in every forward: they go shard by shard, one that has none left with a stand-in.
     turns: list[int | None] = [*mine, *[None] * (max(map(len, assigned)) - len(mine) if sharded else 0)]
@@ -239,24 +195,28 @@ def _score_pass(
         def agree(forwards: int) -> int:
             return max(ranks.gather(forwards))
 
-        def read(shard: int | None) -> Tokens:
-            chosen = rows[shard] if shard is not None else []
-            return _encode(encoder, chosen or (examples.train[:1] if sharded else []), recipe.score.label_set)
-
-        for shard, tokens_of_shard in _read_ahead(read, turns):
-            chosen = rows[shard] if shard is not None else []
-            columns = _score_tokens(
-                model, tokens_of_shard, recipe.score, progress if chosen else None, agree if sharded else None
+        for shard in turns:
+            chosen = rows[shard] if shard is not None else np.empty(0, dtype=np.int64)
+            # Without examples of this fold a sharded model still runs: all ranks meet in every forward.
+            read = chosen if len(chosen) or not sharded else np.zeros(1, dtype=np.int64)
+            columns = _score_rows(
+                model,
+                [encoded[row] for row in read.tolist()],
+                examples.train.codes[read],
+                labels,
+                recipe.score,
+                progress if len(chosen) else None,
+                agree if sharded else None,
             )
             if shard is not None:
-                table = pa.table(columns).slice(0, len(chosen))
+                ids = examples.train.ids.take(pa.array(chosen)).combine_chunks()
+                table = pa.table({"id": ids, **{name: values[: len(chosen)] for name, values in columns.items()}})
                 path = _part_path(folder, shard, len(shards), scoring)
                 write_table(path, table, {"fingerprint": manifest["fingerprint"]})
             stop = stop_asked(folder, look=True)
             if any(ranks.gather(stop)) if sharded else stop:
                 break
-    append_log(
-        folder.log,
+    run.log(
         event="score",
         model=scoring.name,
         rank=ranks.rank,
@@ -267,78 +227,62 @@ def _score_pass(
     )
 
 
+def _of_fold(rows: np.ndarray, folds: np.ndarray | None, fold: int | None) -> np.ndarray:
+    return rows if folds is None else rows[folds[rows] == fold]
+
+
 def _part_path(folder: RunFolder, shard: int, of: int, scoring: Pass) -> Path:
     return folder.scores / "parts" / f"shard-{shard:05d}-of-{of:05d}.{scoring.same_as or scoring.name}.parquet"
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The examples of a shard as token ids."""
+def _label_ids(model: Model, labels: list[str] | None) -> list[list[int]] | None:
+    from atlantis_ds.lm.encode import Encoder
+    from atlantis_ds.lm.load import load_config, load_tokenizer
 
-    ids: list[str]
-    pairs: list[Encoded]
-    own: list[int]
-    """Number of each example's own label in the label set; not filled without ``label_ids``."""
-    label_ids: list[list[int]] | None
-    """The label set, where all of it is scored."""
-    eos: int
+    return Encoder(load_tokenizer(model), load_config(model), labels).label_set
 
 
-def _encode(encoder: Encoder, examples: Sequence[Example], label_set: bool) -> Tokens:
-    ids, eos = [example.id for example in examples], encoder.tokenizer.eos_token_id
-    if not label_set:
-        return Tokens(ids, [encoder(example) for example in examples], [], None, eos)
-    labels = [encoder.label_ids(label) for label in encoder.labels]
-    longest = encoder.labels[max(range(len(labels)), key=lambda i: len(labels[i]))]
-    number = {label: index for index, label in enumerate(encoder.labels)}
-    pairs = [encoder(example, longest) for example in examples]  # no label may be too long for the model
-    return Tokens(ids, pairs, [number[example.label] for example in examples], labels, eos)
-
-
-def _read_ahead(
-    read: Callable[[int | None], Tokens], shards: Sequence[int | None]
-) -> Iterator[tuple[int | None, Tokens]]:
-    """Each shard with its tokens, made in a thread while the model is at work on the shard before it."""
-    with ThreadPoolExecutor(1) as thread:
-        following = [thread.submit(read, shard) for shard in shards[:1]]
-        for place, shard in enumerate(shards):
-            tokens = following.pop().result()
-            following += [thread.submit(read, next_shard) for next_shard in shards[place + 1 : place + 2]]
-            yield shard, tokens
-
-
-def _score_tokens(
+def _score_rows(
     model: Any,
-    tokens: Tokens,
+    pairs: list[Encoded],
+    own: np.ndarray,
+    labels: list[list[int]] | None,
     settings: Score,
     progress: Progress | None,
     agree: Callable[[int], int] | None,
 ) -> dict[str, Any]:
-    """Columns of a part: ``id``, ``logp``, ``eos``, ``tokens``; with ``score.label_set`` those of every label, too."""
+    """Columns of a part: ``logp``, ``eos``, ``tokens``; with ``labels``, the token ids of the set, those of every one.
+
+    Args:
+        own: int32 [n], each example's own label in the label set.
+    """
     from atlantis_ds.lm.likelihood import score_choices, score_pairs
 
-    pairs, labels, budget = tokens.pairs, tokens.label_ids, settings.tokens_per_batch
-    columns: dict[str, Any] = {"id": pa.array(tokens.ids, pa.string())}
+    budget = settings.tokens_per_batch
+    columns: dict[str, Any] = {}
+    end = pairs[0].eos if pairs else 0
     if labels is None:
-        sums = score_pairs(model, pairs, tokens.eos, budget, progress, agree)
-        lengths = [len(pair.label) for pair in pairs]
+        sums = score_pairs(model, pairs, end, budget, progress, agree)
+        lengths = [pair.tokens for pair in pairs]
     else:
-        choices = score_choices(model, [pair.prompt for pair in pairs], labels, tokens.eos, budget, progress, agree)
+        choices = score_choices(model, [pair.prompt for pair in pairs], labels, end, budget, progress, agree)
         columns |= {
             f"{LABEL_SET}logp": pa.array(choices[:, :, 0].tolist(), pa.list_(pa.float64())),
             f"{LABEL_SET}eos": pa.array(choices[:, :, 1].tolist(), pa.list_(pa.float64())),
             f"{LABEL_SET}tokens": pa.array([[len(ids) for ids in labels]] * len(pairs), pa.list_(pa.int64())),
         }
-        sums = choices[range(len(pairs)), tokens.own]
-        lengths = [len(labels[label]) for label in tokens.own]
-    return columns | {"logp": sums[:, 0].numpy(), "eos": sums[:, 1].numpy(), "tokens": pa.array(lengths, pa.int64())}
+        sums = choices[range(len(pairs)), own.tolist()]
+        lengths = [len(labels[label]) for label in own.tolist()]
+    return columns | {
+        "logp": pa.array(sums[:, 0].numpy()),
+        "eos": pa.array(sums[:, 1].numpy()),
+        "tokens": pa.array(lengths, pa.int64()),
+    }
 
 
-def _join_parts(
-    folder: RunFolder, passes: list[Pass], shards: list[Sequence[Example]], shard: int, manifest: dict[str, Any]
-) -> None:
+def _join_parts(folder: RunFolder, passes: list[Pass], shards: Shards, shard: int, manifest: dict[str, Any]) -> None:
     paths = [_part_path(folder, shard, len(shards), scoring) for scoring in passes]
-    ids = pa.array([example.id for example in shards[shard]], pa.string())
+    ids = shards.ids(shard)
     columns: dict[str, Any] = {"id": ids}
     for column in COLUMNS:
         parts = [read_table(path)[0] for scoring, path in zip(passes, paths) if scoring.column == column]

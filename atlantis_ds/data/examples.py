@@ -1,0 +1,179 @@
+"""The prepared examples of a run: one memory-mapped Arrow file a split, read by every stage and rank without copies."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from atlantis_ds.config.schema import Task
+from atlantis_ds.errors import InputError
+from atlantis_ds.files import read_json, write_atomic
+from atlantis_ds.run_folder import RunFolder
+
+SPLITS = ("train", "dev", "test")
+ROWS = 8192
+"""Rows of a record batch, and of one file of tokens."""
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("gold", pa.string()),
+        pa.field("group", pa.string()),
+        pa.field("fold", pa.uint64(), nullable=False),
+    ]
+)
+"""``prompt`` is text, and so is ``target`` (a label or response); in a chat both are JSON lists of turns. ``gold`` is
+the true target where it is known. ``fold`` is a seeded draw, equal for equal texts: modulo the number of folds it is
+the example's fold."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The n examples of one split, as columns."""
+
+    table: pa.Table
+    labels: list[str] | None
+    """The label set; None for responses."""
+    digest: str
+    """Of ids, prompts and targets: what scores and trainings depend on."""
+    gold_digest: str
+    """Of ids, prompts and gold targets."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        return self.table["id"]
+
+    @property
+    def prompts(self) -> pa.ChunkedArray:
+        return self.table["prompt"]
+
+    @property
+    def targets(self) -> pa.ChunkedArray:
+        return self.table["target"]
+
+    @property
+    def golds(self) -> pa.ChunkedArray:
+        """Null where the true target is not known."""
+        return self.table["gold"]
+
+    @property
+    def groups(self) -> pa.ChunkedArray:
+        return self.table["group"]
+
+    @functools.cached_property
+    def codes(self) -> np.ndarray:
+        """int32 [n]: each target's number in the label set."""
+        return self._numbers("target")
+
+    @functools.cached_property
+    def gold_codes(self) -> np.ndarray:
+        """int32 [n]: the same of the gold labels; -1 where none is known."""
+        return self._numbers("gold")
+
+    @functools.cached_property
+    def correct(self) -> np.ndarray:
+        """int8 [n]: 1 where the target is the gold one, 0 where it is not, -1 where none is known."""
+        equal = pc.equal(self.targets, self.golds)
+        return np.asarray(pc.fill_null(equal.cast(pa.int8()), -1).to_numpy(), dtype=np.int8)
+
+    def folds(self, number: int) -> np.ndarray:
+        """int64 [n]: each example's fold, of ``number``; equal texts share one."""
+        return np.asarray(self.table["fold"].to_numpy() % np.uint64(number), dtype=np.int64)
+
+    def _numbers(self, column: str) -> np.ndarray:
+        names = pa.array(self.labels or [], pa.string())
+        found = pc.fill_null(pc.index_in(self.table[column], value_set=names), -1)
+        return np.asarray(found.to_numpy(), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The prepared examples of a run."""
+
+    train: Split
+    dev: Split
+    test: Split
+    labels: list[str] | None
+    """The label set in its order; None for responses."""
+    task: Task
+    chat: bool
+    """Whether prompts and targets are lists of turns."""
+    fingerprint: str
+    train_fingerprint: str
+    """Of what is scored and trained on: the seed, the label set, the training and dev examples; not of test or gold."""
+    info: dict[str, Any]
+    """``examples.json``: counts, what was left out, notes."""
+
+
+def load_examples(folder: RunFolder) -> Examples:
+    """The examples that ``prepare`` wrote.
+
+    Raises:
+        InputError: a file is missing or broken, or the files do not belong together.
+    """
+    info = read_json(folder.examples_info)
+    if not isinstance(info, dict) or not {"train_fingerprint", "labels", "task", "digests"} <= info.keys():
+        raise InputError(f"{folder.examples_info}: not written by this version; remove examples/ and run prepare again")
+    splits = {
+        split: Split(_map(folder.split(split), info["fingerprint"]), info["labels"], *info["digests"][split])
+        for split in SPLITS
+    }
+    return Examples(
+        **splits,
+        labels=info["labels"],
+        task=info["task"],
+        chat=info["chat"],
+        fingerprint=info["fingerprint"],
+        train_fingerprint=info["train_fingerprint"],
+        info=info,
+    )
+
+
+def _map(path: Path, fingerprint: str) -> pa.Table:
+    table, found = map_table(path)
+    if found.get("fingerprint") != fingerprint:
+        raise InputError(f"{path}: does not belong to examples.json; remove examples/ and run prepare again")
+    return table
+
+
+def map_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Memory-map an Arrow file of the run folder.
+
+    Returns:
+        the table, and the ``info`` it was written with.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        return table.replace_schema_metadata(None), json.loads((table.schema.metadata or {})[b"atlantis_ds"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path}: broken Arrow file ({reason}); remove it and run the stage again") from None
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], info: dict[str, Any]) -> None:
+    """Write an Arrow file batch by batch, with ``info`` in its metadata; whole or absent."""
+    schema = schema.with_metadata({"atlantis_ds": json.dumps(info, sort_keys=True)})
+
+    def write(temporary: Path) -> None:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+
+    write_atomic(path, write)

@@ -1,0 +1,208 @@
+"""Rows of any source into examples of the recipe's task: the one place that knows all formats.
+
+A format or task more is a reader that yields ``Found`` and a branch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from atlantis_ds.config.schema import Columns, Data, Recipe
+from atlantis_ds.data.relation import read_semeval, read_spert, row_fields, semeval_row, spert_examples
+from atlantis_ds.data.rows import BadRow, Found, Problems, label_text, whole_text
+from atlantis_ds.data.sources import Row, expand, read_hub_rows, read_rows
+from atlantis_ds.demo.grammar import DEV_SIZE, TEST_SIZE, TRAIN_SIZE, grammar_corpus
+from atlantis_ds.errors import InputError
+
+RESPONSES = ("response", "completion", "output", "answer")
+"""Names that a response column usually has, when the recipe names none."""
+ABSTAIN = "-1"
+"""What weak labellers write for "no label"."""
+
+
+def read_split(recipe: Recipe, split: str, problems: Problems) -> Iterator[Found] | None:
+    """The examples of one split as the source has them; None where the recipe names no such split.
+
+    Raises:
+        InputError: a file is missing or cannot be read as a whole; a column that the recipe names is not there.
+    """
+    data = recipe.data
+    if data.format == "grammar":
+        return _grammar(recipe, split)
+    if data.hub_id:
+        rows = read_hub_rows(data.hub_id, split, problems)
+        return None if rows is None else _of_rows(recipe, split, rows, problems)
+    paths = getattr(data, split)
+    if paths is None:
+        return None
+    files = expand(paths, f"data.{split}")
+    if data.format == "semeval2010_task8":
+        return (found for file in files for found in read_semeval(file, problems))
+    if data.format == "spert":
+        return (f for file in files for f in read_spert(file, split, data.negatives, recipe.seed, problems))
+    return _of_rows(recipe, split, read_rows(files, problems), problems)
+
+
+def first_examples(recipe: Recipe, split: str, count: int = 3) -> list[Found]:
+    """The first few examples of a split, for ``check``; empty where there is no such split.
+
+    Raises:
+        InputError: as ``read_split``, and where one of them cannot be read.
+    """
+
+    def refuse(where: str, what: str) -> None:
+        raise InputError(f"{where}: {what}")
+
+    return list(islice(read_split(recipe, split, refuse) or (), count))
+
+
+def _grammar(recipe: Recipe, split: str) -> Iterator[Found]:
+    data = recipe.data
+    sizes = data.train_size or TRAIN_SIZE, data.dev_size or DEV_SIZE, data.test_size or TEST_SIZE
+    for row in grammar_corpus(*sizes, recipe.seed):
+        if row.split == split:
+            yield Found(f"grammar {row.id}", row.id, row.fields, row.sentence, row.label, row.label)
+
+
+def _of_rows(recipe: Recipe, split: str, rows: Iterator[Row], problems: Problems) -> Iterator[Found]:
+    data, first = recipe.data, True
+    for row in rows:
+        if first and data.format is None:
+            _refuse_missing_columns(recipe, row, split)
+        first = False
+        try:
+            if data.format == "spert":
+                id = f"conll04-{split}-{row.values.get('orig_id', row.number)}"
+                yield from spert_examples(row.values, row.where, id, data.negatives, recipe.seed)
+            elif data.format == "semeval2010_task8":
+                fields, sentence, label = semeval_row(row.values)
+                yield Found(row.where, f"semeval-{split}-{row.number}", fields, sentence, label, label)
+            elif recipe.task == "response":
+                yield _response(data, row)
+            else:
+                yield _labelled(recipe, row)
+        except BadRow as problem:
+            problems(row.where, str(problem))
+
+
+def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
+    data = recipe.data
+    named = {key: getattr(data.columns, key) for key in data.columns.model_fields_set}
+    for key, column in named.items():
+        if column not in row.values and (split == "train" or key not in ("label", "group")):
+            if key == "gold" and split != "test":
+                continue  # gold labels of the test rows alone are common
+            raise _no_column(row, key, column)
+    label = data.columns.label
+    if split == "train" and recipe.task != "response" and label not in row.values and "relation" not in row.values:
+        raise _no_column(row, "label", label)
+
+
+def _no_column(row: Row, key: str, column: str) -> InputError:
+    known = ", ".join(row.values)
+    return InputError(f"{row.where}: data.columns.{key}: there is no column {column!r}; the row has {known}")
+
+
+def _labelled(recipe: Recipe, row: Row) -> Found:
+    """A row of a relation or classification task."""
+    columns, values = recipe.data.columns, row.values
+    if recipe.task == "relation":
+        fields, key = row_fields(values)
+        fields = {**_text_fields(columns, values, skip=("tokens", "token", "e1", "e2", "h", "t")), **fields}
+        if "relation" in values and columns.label not in values:
+            values = {**values, columns.label: values["relation"]}
+    else:
+        fields = _text_fields(columns, values)
+        key = "\t".join(fields.values())
+        if not key.strip():
+            raise BadRow("the row has no text beside its label")
+    known = recipe.data.labels or []
+    target, gold = (
+        None if label == ABSTAIN and ABSTAIN not in known else label
+        for label in (label_text(values.get(columns.label)), label_text(values.get(columns.gold)))
+    )
+    return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values))
+
+
+def _response(data: Data, row: Row) -> Found:
+    columns, values = data.columns, row.values
+    messages = columns.messages or ("messages" if "messages" in values and not columns.response else None)
+    if messages:
+        prompt, target = split_turns(values.get(messages), data.train_on)
+        fields, key = {"messages": prompt}, prompt
+        gold = values.get(columns.gold)
+        if gold is not None:
+            turn = {"role": "assistant", "content": _some_text(gold, columns.gold)}
+            gold = json.dumps([*json.loads(target)[:-1], turn], ensure_ascii=False)
+        return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values))
+    response = columns.response or next((name for name in RESPONSES if name in values), None)
+    if response is None:
+        raise BadRow(f"no column for the response; name it as data.columns.response (there are {', '.join(values)})")
+    fields = _text_fields(columns, values, skip=(response,))
+    said, true = (
+        None if values.get(name) is None else _some_text(values[name], name) for name in (response, columns.gold)
+    )
+    key = "\t".join(fields.values())
+    return Found(row.where, _id(columns, values), fields, key, said, true, _group(columns, values))
+
+
+def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
+    """A chat cut in two: what comes before, and what is learned, as JSON lists of turns.
+
+    ``last``: the last assistant turn. ``all``: everything from the first assistant turn on; what others say between
+    is context there. Turns after the last assistant turn are left out.
+
+    Raises:
+        BadRow: not a list of {role, content} turns, or no assistant turn, or nothing before it.
+    """
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise BadRow("the messages are not a list of {role, content} turns with texts")
+    turns = [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in messages]
+    spoken = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not spoken:
+        raise BadRow("no assistant turn to learn")
+    cut = spoken[-1] if train_on == "last" else spoken[0]
+    if not cut:
+        raise BadRow("the chat begins with the assistant: nothing comes before what is learned")
+    if any(not turns[at]["content"].strip() for at in spoken if at >= cut):
+        raise BadRow("an assistant turn is empty")
+    before, learned = turns[:cut], turns[cut : spoken[-1] + 1]
+    return json.dumps(before, ensure_ascii=False), json.dumps(learned, ensure_ascii=False)
+
+
+def _text_fields(columns: Columns, values: dict[str, Any], skip: tuple[str, ...] = ()) -> dict[str, str]:
+    """Every column without a meaning of its own, as text; an empty cell is the empty text."""
+    taken = {columns.id, columns.label, columns.gold, columns.group, columns.response, columns.messages, *skip}
+    return {
+        name: whole_text(value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str))
+        for name, value in values.items()
+        if name not in taken
+    }
+
+
+def _some_text(value: Any, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"`{column}` is empty or not a text")
+    return whole_text(value)
+
+
+def _id(columns: Columns, values: dict[str, Any]) -> str | int | None:
+    id = values.get(columns.id)
+    if id is None and columns.id not in values:
+        return None
+    if type(id) not in (int, str) or not str(id).strip():
+        raise BadRow(f"`{columns.id}` is missing or not a text or whole number")
+    return whole_text(id) if isinstance(id, str) else id
+
+
+def _group(columns: Columns, values: dict[str, Any]) -> str | None:
+    group = values.get(columns.group)
+    if isinstance(group, list):  # several rules: their combination is a group
+        group = "; ".join(str(name) for name in group)
+    return None if group is None or not str(group).strip() else whole_text(str(group))

@@ -1,0 +1,36 @@
+"""One run: its recipe, its folder, and the ranks that work on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from atlantis_ds.config.schema import Recipe
+from atlantis_ds.events import append_log
+from atlantis_ds.progress import console
+from atlantis_ds.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from atlantis_ds.cluster.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage is given."""
+
+    recipe: Recipe
+    folder: RunFolder
+    ranks: Ranks
+
+    def say(self, text: str) -> None:
+        """One line for people, from rank 0."""
+        if self.ranks.is_main:
+            console.print(text)
+
+    def log(self, **event: Any) -> None:
+        """One event into ``log.jsonl``, from the rank that calls it."""
+        append_log(self.folder.log, **event)
+
+    def of_round(self, number: int) -> Run:
+        """The same run in an earlier round of its reference."""
+        return replace(self, folder=RunFolder(self.folder.root, number))

@@ -1,0 +1,126 @@
+"""The weights of one arm: the run's own, another formula's from the same scores, or a hard selection."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from atlantis_ds.config.schema import Recipe, Weights
+from atlantis_ds.data.examples import Examples
+from atlantis_ds.errors import InputError
+from atlantis_ds.files import fingerprint, read_json, read_table
+from atlantis_ds.progress import Steps
+from atlantis_ds.run import Run
+from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.weights.formulas import combine, evidence, stabilise
+from atlantis_ds.weights.shards import read_shards
+
+WEIGHTS_VERSION = 3
+"""Goes up where the same scores and options give other weights or other diagnostics than before."""
+
+
+def arm_weights(run: Run, examples: Examples, arm: str) -> np.ndarray:
+    """The weights of one arm: float64 [n], mean 1, in the order of the training examples; 0 for what it leaves out.
+
+    Uniform weights need no scores. The recipe's own are read from ``weights.parquet``; other formulas are computed
+    from the same scores.
+
+    Raises:
+        InputError: the weights are missing or were merged from other scores or options; the arm's file of ids to
+            leave out is missing or names an unknown id, or nothing is left.
+    """
+    options = run.recipe.arms[arm]
+    weights, log_weight = _merged_weights(run, examples, options.weights or run.recipe.weights)
+    kept = np.ones(len(weights))
+    if options.drop_lowest:
+        if np.ptp(weights) == 0:
+            raise InputError(f"arm {arm}: all its weights are equal, so `drop_lowest` has nothing to go by")
+        kept[lowest_first(weights, log_weight)[: round(options.drop_lowest * len(weights))]] = 0
+        weights = np.ones(len(weights))
+    if options.drop_ids:
+        kept[_rows_of_ids(Path(options.drop_ids), examples)] = 0
+    if kept.all():
+        return weights
+    if not (weights * kept).any():
+        raise InputError(f"arm {arm}: no example is left to train on")
+    return weights * kept / np.mean(weights * kept)
+
+
+def _rows_of_ids(path: Path, examples: Examples) -> np.ndarray:
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
+    rows = pc.index_in(pa.array(ids, pa.string()), value_set=examples.train.ids.combine_chunks())
+    if rows.null_count:
+        unknown = ids[rows.is_null().to_pylist().index(True)]
+        raise InputError(f"{path}: id {unknown} is no training example of this run")
+    return rows.to_numpy()
+
+
+def lowest_first(weights: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
+    """Row numbers, int64 [n], lowest weight first; weights that a bound made equal by what they were before."""
+    return np.lexsort((log_weight, weights))
+
+
+def read_weights(folder: RunFolder) -> tuple[pa.Table, dict[str, Any]]:
+    """``weights.parquet`` (``id``, ``log_weight``, ``weight``) and what it was made from.
+
+    Raises:
+        InputError: it is missing or broken, or was merged from other scores than lie beside it now.
+    """
+    table, info = read_table(folder.weights)
+    if (folder.scores / "scores.json").exists() and info["scores"] != scores_fingerprint(folder):
+        raise InputError(f"{folder.weights}: merged from other scores than those in scores/; run `merge` again")
+    return table, info
+
+
+def _merged_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, and log weights before stabilising, float64 [n] each."""
+    if options.formula == "uniform":
+        return np.ones(len(examples.train)), np.zeros(len(examples.train))
+    if options != run.recipe.weights:
+        log_weight = read_log_weights(run, examples, options)[0]
+        return stabilise(log_weight, examples.train.codes, options), log_weight
+    folder = run.folder
+    table, info = read_weights(folder)
+    if info["fingerprint"] != weights_fingerprint(run.recipe, options, info["scores"]):
+        raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
+    if not table["id"].cast(pa.string()).equals(examples.train.ids):
+        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+    return table["weight"].to_numpy(), table["log_weight"].to_numpy()
+
+
+def read_log_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.ndarray, np.ndarray]:
+    """Log weights before stabilising, read shard by shard: memory holds a few numbers an example, however many labels.
+
+    Returns:
+        log weights, float64 [n], and the number of tokens of each target under the large model, int32 [n].
+
+    Raises:
+        InputError: see ``read_shards``.
+    """
+    models = np.empty((3, len(examples.train)))
+    tokens = np.empty(len(examples.train), dtype=np.int32)
+    shards = math.ceil(len(examples.train) / run.recipe.score.shard_size)
+    done = 0
+    with Steps("merge", shards, "shards", show=shards >= 100, every=shards // 10) as steps:
+        for chunk in read_shards(run, examples):
+            rows = slice(done, done + len(chunk.labels))
+            models[:, rows], tokens[rows] = evidence(chunk, options), chunk.tokens_large
+            done = rows.stop
+            steps.advance()
+    return combine(models, examples.train.codes, options, run.recipe.seed), tokens
+
+
+def scores_fingerprint(folder: RunFolder) -> str:
+    return str(read_json(folder.scores / "scores.json")["fingerprint"])
+
+
+def weights_fingerprint(recipe: Recipe, options: Weights, scores: str) -> str:
+    return fingerprint([WEIGHTS_VERSION, scores, options.model_dump(), recipe.seed])
