@@ -20,7 +20,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["atlantis_ds", "atlantis_ds.*"]), *(f"atlantis_ds.{name}" for name in BUNDLED)],
     package_dir={f"atlantis_ds.{name}": name for name in BUNDLED},
-    package_data={f"atlantis_ds.{name}": patterns for name, patterns in BUNDLED.items()},
+    package_data={
+        "atlantis_ds.weights": ["*.html"],
+        **{f"atlantis_ds.{name}": patterns for name, patterns in BUNDLED.items()},
+    },
     install_requires=[
         "accelerate",
         "arviz-stats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -46,20 +47,27 @@ def noisy_labels(
     return noisy
 
 
-def noisy_responses(order: np.ndarray, noise: Noise) -> np.ndarray:
-    """Give ``round(rate * n)`` examples, drawn at random, the response of the next one drawn.
+def noisy_responses(order: np.ndarray, text_of: Callable[[int], str], noise: Noise) -> np.ndarray:
+    """Give ``round(rate * n)`` examples, drawn at random, the response of another one drawn, in another text.
 
     Args:
         order: draw of each row's id, uint64 [n].
+        text_of: the response of a row.
 
     Returns:
         int64 [n]: the row whose response each example gets.
+
+    Raises:
+        InputError: the responses drawn are all the same text.
     """
     source = np.arange(len(order))
-    chosen = _choose(noise, source, order, len(order))
-    if len(chosen) == 1:
-        raise InputError("data.noise.rate: one response alone has no other one to take; raise the rate")
-    source[chosen] = np.roll(chosen, -1)
+    chosen = _choose(noise, source, order, len(order)).tolist()
+    for at, row in enumerate(chosen):
+        others = itertools.chain(chosen[at + 1 :], chosen[:at])
+        other = next((other for other in others if text_of(other) != text_of(row)), None)
+        if other is None:
+            raise InputError("data.noise.rate: the responses drawn are all the same; there is no wrong one to give")
+        source[row] = other
     return source
 
 

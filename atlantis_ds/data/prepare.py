@@ -412,7 +412,8 @@ def _targets(recipe: Recipe, train: Read, rows: np.ndarray, labels: list[str] | 
     else:
         return _Targets(None, None, labels or []), 0
     if labels is None:
-        source = rows[noisy_responses(noise_order, noise)]
+        own = train.table["target"]
+        source = rows[noisy_responses(noise_order, lambda row: own[int(rows[row])].as_py(), noise)]
         return _Targets(None, source, []), int((source != rows).sum())
     whole = Split(train.table, labels, "", "")
     codes, gold = whole.codes[rows], whole.gold_codes[rows]

@@ -89,16 +89,21 @@ def _of_rows(recipe: Recipe, split: str, rows: Iterator[Row], problems: Problems
 
 
 def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
-    data = recipe.data
-    named = {key: getattr(data.columns, key) for key in data.columns.model_fields_set}
-    for key, column in named.items():
-        if column not in row.values and (split == "train" or key not in ("label", "group")):
-            if key == "gold" and split != "test":
-                continue  # gold labels of the test rows alone are common
-            raise _no_column(row, key, column)
-    label = data.columns.label
-    if split == "train" and recipe.task != "response" and label not in row.values and "relation" not in row.values:
-        raise _no_column(row, "label", label)
+    """The columns that the recipe names must be there, and one to train on or to be right by.
+
+    Rows of one split may lack what another has: often only test rows have gold labels, only train rows a group, and
+    rows outside train need no weak label where they have a gold one.
+    """
+    columns, there = recipe.data.columns, row.values
+    for key in sorted(columns.model_fields_set):
+        needed = key not in ("gold", "group", "label") or (key != "gold" and split == "train")
+        if needed and getattr(columns, key) not in there:
+            raise _no_column(row, key, getattr(columns, key))
+    if "gold" in columns.model_fields_set and split == "test" and columns.gold not in there:
+        raise _no_column(row, "gold", columns.gold)
+    labels = {columns.label, "relation"} | ({columns.gold} if split != "train" else set())
+    if recipe.task != "response" and not labels & there.keys():
+        raise _no_column(row, "label", columns.label)
 
 
 def _no_column(row: Row, key: str, column: str) -> InputError:

@@ -209,7 +209,7 @@ def _score_pass(
                 agree if sharded else None,
             )
             if shard is not None:
-                ids = examples.train.ids.take(pa.array(chosen)).combine_chunks()
+                ids = shards.ids(shard).take(pa.array(chosen - shard * shards.size))
                 table = pa.table({"id": ids, **{name: values[: len(chosen)] for name, values in columns.items()}})
                 path = _part_path(folder, shard, len(shards), scoring)
                 write_table(path, table, {"fingerprint": manifest["fingerprint"]})
