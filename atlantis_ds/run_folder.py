@@ -83,9 +83,9 @@ def no_run(root: Path) -> InputError:
 
 
 def missing_folder(path: str | None) -> str | None:
-    """What to say of a model given as a folder that is not there; None for one that is, and for a Hugging Face id."""
+    """What to say of a model or data set given as a folder that is not there; None for one that is, and for a hub id."""
     if path is None or Path(path).expanduser().is_dir():
         return None
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        return f"{path}: no such model folder"
+        return f"{path}: no such folder"
     return None

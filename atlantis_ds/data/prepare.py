@@ -34,7 +34,7 @@ from atlantis_ds.data.splits import cut_dev, draws, keep_apart, key_hash, subset
 from atlantis_ds.demo.grammar import GRAMMAR_VERSION
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import file_hash, fingerprint, finished, read_json, write_json
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.run_folder import RunFolder, missing_folder
 
 VERSION = 2
 """Goes up where the same recipe and files give other examples than before."""
@@ -201,10 +201,15 @@ def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
 def look_at_data(recipe: Recipe) -> None:
     """Read the first rows of each split and render their prompts: what ``check`` does on a login node.
 
+    Of a data set of the hub nothing is fetched; a local folder must be there.
+
     Raises:
         InputError: a file is missing, a column is not there, or a row is bad; an unknown label, where the set is given.
     """
-    for split in SPLITS if recipe.data.format != "grammar" else ():
+    if recipe.data.hub_id and (problem := missing_folder(recipe.data.hub_id)):
+        raise InputError(f"data.hub_id: {problem}")
+    files = recipe.data.format != "grammar" and not recipe.data.hub_id
+    for split in SPLITS if files else ():
         template = None
         for found in first_examples(recipe, split):
             try:
