@@ -83,7 +83,7 @@ def no_run(root: Path) -> InputError:
 
 
 def missing_folder(path: str | None) -> str | None:
-    """What to say of a model or data set given as a folder that is not there; None for one that is, and for a hub id."""
+    """What to say of a model or data set given as a folder that is not there; None where it is, and for a hub id."""
     if path is None or Path(path).expanduser().is_dir():
         return None
     if path.startswith((".", "/", "~")) or path.count("/") > 1:

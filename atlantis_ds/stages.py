@@ -90,7 +90,8 @@ def _encode_ahead(run: Run, examples: Examples) -> None:
             run.say(f"prepare: models.{name} is not at hand, its tokens are left for later ({missing})")
             continue
         model = model_source(run.recipe, run.folder, name)
-        for split in SPLITS if name != "small" else ("train",):
+        splits = {"large": SPLITS, "small": ("train",), "reference": ("train", "dev")}[name]
+        for split in splits:
             encode_split(run, examples, split, model, as_turn=chat)
 
 

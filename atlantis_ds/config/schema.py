@@ -7,7 +7,6 @@ The string under each key is its help text.
 from __future__ import annotations
 
 import re
-import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -57,6 +56,12 @@ class Columns(Section):
     """What made the label: a rule, an annotator, a source."""
 
 
+def _implied_task(task: Any, format: Any, response: Any, messages: Any) -> Any:
+    if task or format:
+        return task or "relation"
+    return "response" if response or messages else "classification"
+
+
 class Data(Section):
     task: Task | None = None
     """relation: two marked entities; classification: any text and a closed label set; response: a prompt and a free
@@ -98,6 +103,12 @@ class Data(Section):
     noise: Noise = Noise()
     """Wrong labels put into train, with gold kept beside. A wrong response is that of another example."""
 
+    @property
+    def kind(self) -> Task:
+        """``task``, or what the section implies where it names none."""
+        found: Task = _implied_task(self.task, self.format, self.columns.response, self.columns.messages)
+        return found
+
     @model_validator(mode="after")
     def _source(self) -> Data:
         files = [key for key in ("train", "dev", "test") if getattr(self, key) is not None]
@@ -115,7 +126,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _task(self) -> Data:
-        task = task_of(self.model_dump(exclude_unset=True))
+        task = self.kind
         if self.format and task != "relation":
             raise ValueError(f"`format: {self.format}` holds relations; remove `task`, or the format")
         if task == "response":
@@ -381,17 +392,13 @@ class Evaluate(Section):
         return self
 
 
-def task_of(data: Any) -> Task | None:
-    """The task of a recipe's ``data`` section as it was written; None where it is not a section at all."""
-    if not isinstance(data, dict):
+def _task_of(tree: Any) -> Any:
+    """The task of a recipe's ``data`` section before it is validated; None where that is not a section at all."""
+    if not isinstance(tree, dict):
         return None
-    if task := data.get("task"):
-        return task if task in typing.get_args(Task) else None
-    if data.get("format") is not None:
-        return "relation"
-    columns = data.get("columns")
-    named = isinstance(columns, dict) and (columns.get("response") or columns.get("messages"))
-    return "response" if named else "classification"
+    columns = tree.get("columns")
+    columns = columns if isinstance(columns, dict) else {}
+    return _implied_task(tree.get("task"), tree.get("format"), columns.get("response"), columns.get("messages"))
 
 
 RESPONSE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -424,12 +431,12 @@ class Recipe(Section):
 
     @property
     def task(self) -> Task:
-        return task_of(self.data.model_dump(exclude_unset=True)) or "classification"
+        return self.data.kind
 
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_task(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict) or task_of(tree.get("data")) != "response":
+        if not isinstance(tree, dict) or _task_of(tree.get("data")) != "response":
             return tree
         sections = {key: {**values, **(tree.get(key) or {})} for key, values in RESPONSE_DEFAULTS.items()}
         arms = {

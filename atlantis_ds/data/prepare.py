@@ -309,7 +309,7 @@ def _read_batches(
                 seen.add(hash(id))
             read.whole_ids &= not isinstance(found.id, str)
         except BadRow as problem:
-            read.bad(str(getattr(problem, "at", None) or found.where), str(problem))
+            read.bad(problem.at or found.where, str(problem))
             continue
         rows.append((id, prompt, target, found.gold, found.group, text_key(found.key)))
         if len(rows) == ROWS:
@@ -337,9 +337,7 @@ def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
     if labels is not None:
         for label, kind in ((target, "label"), (found.gold, "gold label")):
             if label is not None and label not in labels:
-                problem = BadRow(f"unknown {kind} {label!r}; {_known(label, labels)}")
-                problem.at = found.label_at  # type: ignore[attr-defined]
-                raise problem
+                raise BadRow(f"unknown {kind} {label!r}; {_known(label, labels)}", found.label_at)
     return target
 
 

@@ -18,7 +18,15 @@ Problems = Callable[[str, str], None]
 
 
 class BadRow(ValueError):
-    """What is wrong with one row; whoever reads the file adds where it stands."""
+    """What is wrong with one row; whoever reads the file adds where it stands.
+
+    Args:
+        at: the place of the fault, where it is not in the row's own line.
+    """
+
+    def __init__(self, what: str, at: str | None = None) -> None:
+        super().__init__(what)
+        self.at = at
 
 
 @dataclass(frozen=True, slots=True)
