@@ -40,7 +40,8 @@ SCHEMA = pa.schema(
         pa.field("spans", pa.list_(pa.int32())),  # see Encoded.spans: start, end, start, end
     ]
 )
-SHOWN = 10
+ROWS_AT_ONCE = 256
+"""Rows that are encoded at once: a tokenizer holds some 200 bytes a token until they are done."""
 
 
 class Tokens:
@@ -185,15 +186,25 @@ def write_part(task: _Task, part: tuple[int, Path]) -> list[str]:
     labels = None if task.labels is None else tuple(task.labels)
     encoder = _encoder(task.model, labels, task.chat, task.as_turn, task.on_too_long == "truncate_prompt")
     table = map_table(task.examples)[0].slice(number * ROWS, ROWS)
-    pairs = list(encoder.pairs(table["prompt"].to_pylist(), table[task.column].to_pylist()))
-    excess = [encoder.excess(pair) for pair in pairs]
-    if any(excess):
-        limit = encoder.max_tokens or 0
-        return [
-            f"example {table['id'][row].as_py()}: {limit + over} tokens, but the model reads at most {limit}"
-            for row, over in enumerate(excess)
-            if over
+    long: list[str] = []
+    batches = []
+    for first in range(0, len(table), ROWS_AT_ONCE):
+        rows = table.slice(first, ROWS_AT_ONCE)
+        pairs = list(encoder.pairs(rows["prompt"].to_pylist(), rows[task.column].to_pylist()))
+        long += [
+            f"example {rows['id'][row].as_py()}: {encoder.max_tokens + over} tokens, but the model reads at most "
+            f"{encoder.max_tokens}"
+            for row, pair in enumerate(pairs)
+            if encoder.max_tokens is not None and (over := encoder.excess(pair))
         ]
+        batches.append(_batch(pairs))
+    if not long:
+        whole = pa.Table.from_batches(batches).combine_chunks()  # ``_Part`` reads one batch a file
+        write_arrow(path, SCHEMA, iter(whole.to_batches()), {"rows": len(whole)})
+    return long
+
+
+def _batch(pairs: list[Encoded]) -> pa.RecordBatch:
     columns = [
         pa.array([[*pair.prompt, *pair.label] for pair in pairs], SCHEMA.field("ids").type),
         pa.array([len(pair.prompt) for pair in pairs], pa.int32()),
@@ -201,8 +212,7 @@ def write_part(task: _Task, part: tuple[int, Path]) -> list[str]:
         pa.array([sum(end - start for start, end in pair.turns) for pair in pairs], pa.int32()),
         pa.array([[place for span in pair.spans for place in span] for pair in pairs], SCHEMA.field("spans").type),
     ]
-    write_arrow(path, SCHEMA, iter([pa.record_batch(columns, schema=SCHEMA)]), {"rows": len(pairs)})
-    return []
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def too_long(model: Model, labels: list[str] | None, chat: bool) -> Any:
