@@ -97,7 +97,7 @@ def write_recipe(folder: Path) -> Path:
         "weights": {"formula": "product", "temper": 0.5},
         "arms": {"atlantis": {}},
         "train": {
-            "deepspeed": str(ROOT / "ds_configs" / "zero3.json"),
+            "deepspeed": "zero3.json",
             "dtype": "float32",
             "learning_rate": 2e-3,
             "num_train_epochs": 1,

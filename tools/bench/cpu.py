@@ -162,7 +162,7 @@ class Bench:
             "name": "run",
             "runs_dir": folder,
             "data": {
-                "format": "conll04",
+                "format": "spert",
                 "train": self.conll["data"],
                 "test": self.conll["data"].replace("train.json", "test.json"),
                 "train_size": 8,
@@ -171,7 +171,7 @@ class Bench:
             "models": {name: {"model_name_or_path": str(self.options.model)} for name in ("large", "small")},
             "train": {
                 "mode": "lora",
-                "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+                "deepspeed": "zero2.json",
                 "dtype": "float32",
                 "num_train_epochs": 1,
                 "train_batch_size": 8,

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,7 +27,6 @@ from atlantis_ds.train import engine as engine_module
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 
-ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ACCUMULATION, WARM_UP, STEPS = 4, 2, 4
 PROMPT, LONGEST_LABEL = (110, 294), 9
@@ -46,7 +44,7 @@ class LeftOut(Exception):
 
 def settings(mode: str, micro: int) -> Train:
     sizes = {"train_batch_size": micro * ACCUMULATION, "per_device_train_batch_size": micro}
-    return Train(mode=mode, deepspeed=str(ZERO2), dtype="bfloat16", learning_rate=1e-5, **sizes)
+    return Train(mode=mode, deepspeed="zero2.json", dtype="bfloat16", learning_rate=1e-5, **sizes)
 
 
 def fitting(mode: str, config: Any, micro: int, device: torch.device) -> int:

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def score_ours(setting: Setting) -> dict[str, Any]:
 
 
 def rank_tree(setting: Setting) -> dict[str, Any]:
-    prompts = [setting.encoder.prompt_ids(example) for example in setting.examples]
+    prompts = setting.encoder.prompt_ids(setting.prompts)
     labels = [setting.encoder.label_ids(label) for label in setting.labels]
     lm, eos, budget = setting.lm.eval(), setting.tokenizer.eos_token_id, setting.options["tokens_per_batch"]
     score_choices(lm, prompts[:2], labels, eos, budget)
@@ -54,10 +53,10 @@ def rank_tree(setting: Setting) -> dict[str, Any]:
 
 
 def rank_pairs(setting: Setting) -> dict[str, Any]:
-    pairs = [setting.encoder(example, label) for example in setting.examples for label in setting.labels]
+    pairs = setting.every_pair()
     lm, eos, budget = setting.lm.eval(), setting.tokenizer.eos_token_id, setting.options["tokens_per_batch"]
     score_pairs(lm, pairs[:2], eos, budget)
-    found, sums = clocked(lambda: score_pairs(lm, pairs, eos, budget), len(setting.examples), sum(map(len, pairs)))
+    found, sums = clocked(lambda: score_pairs(lm, pairs, eos, budget), len(setting.prompts), sum(map(len, pairs)))
     return {**found, "values": sums[:, 0].tolist()}
 
 
@@ -86,10 +85,9 @@ def train_ours(setting: Setting) -> dict[str, Any]:
 
     pairs = setting.pairs()
     lengths, size, eos = [len(pair) for pair in pairs], setting.options["batch_size"], pairs[0].eos
-    config = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
     train = Train(
         mode=setting.options["mode"],
-        deepspeed=str(config),
+        deepspeed="zero2.json",
         dtype=setting.options["dtype"],
         train_batch_size=size,
         per_device_train_batch_size=size,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ import pyarrow as pa
 import yaml
 
 from atlantis_ds.config.loading import load_recipe
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.table import SCHEMA
+from atlantis_ds.config.schema import Recipe
+from atlantis_ds.data.examples import ROWS, SCHEMA, SPLITS, Examples, load_examples, write_arrow
+from atlantis_ds.data.prepare import examples_fingerprint
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.files import write_json, write_table
 from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.merge import shard_schema
-from atlantis_ds.weights.score import scoring_inputs, shard_path
+from atlantis_ds.weights.shards import scoring_inputs, shard_path, shard_schema
 
 RECIPE = {
     "name": "run",
@@ -61,28 +63,45 @@ def main() -> None:
 def generate(path: Path, folder: RunFolder, n: int, size: int) -> None:
     """Examples, and scores between -30 and 0 for labels of 4 to 12 tokens; a fifth of the labels is wrong."""
     recipe = load_recipe(path)
-    rng = np.random.default_rng(0)
-    labels = np.array(SEMEVAL_LABELS)
-    ids = pa.array(np.char.add("example-", np.arange(n).astype("U8")), pa.string())
-    gold = rng.integers(len(labels), size=n)
-    given = np.where(rng.random(n) < 0.2, rng.integers(len(labels), size=n), gold)
-    spans = [pa.array(np.full(n, value), pa.int32()) for value in (0, 1, 2, 3)]
-    names = pa.array(labels)
-    columns = [ids, pa.array(["a b c d"] * n), *spans, names.take(pa.array(given)), names.take(pa.array(gold))]
-    info = {"fingerprint": "generated", "labels": labels.tolist(), "task": "grammar"}
-    write_table(folder.examples, pa.table([*columns, pa.array(["train"] * n)], schema=SCHEMA), info)
-    write_json(folder.examples_info, info)
-
+    examples = write_examples(recipe, folder, n)
     of = math.ceil(n / size)
-    inputs = scoring_inputs(recipe, "generated", labels.tolist())
-    write_json(folder.scores / "scores.json", {"fingerprint": "made", "shards": of, "rows": n, "inputs": inputs})
-    schema = shard_schema(label_set=False)
+    manifest = {"fingerprint": "made", "shards": of, "rows": n, "inputs": scoring_inputs(recipe, examples)}
+    write_json(folder.scores / "scores.json", manifest)
+    rng, schema = np.random.default_rng(0), shard_schema(label_set=False)
     for shard in range(of):
-        part = ids.slice(shard * size, size)
-        rows = len(part)
-        drawn = [rng.integers(4, 13, rows) if field.type == pa.int64() else -30 * rng.random(rows) for field in schema]
-        table = pa.table([part, *drawn[1:]], schema=schema)
+        ids = examples.train.ids.slice(shard * size, size).combine_chunks()
+        table = pa.table([ids, *some_scores(rng, schema, len(ids))], schema=schema)
         write_table(shard_path(folder, shard, of), table, {"fingerprint": "made", "shard": shard, "of": of})
+
+
+def some_scores(rng: np.random.Generator, schema: pa.Schema, rows: int) -> list[np.ndarray]:
+    """Columns of a shard, but for the ids."""
+    return [
+        rng.integers(4, 13, rows) if field.type == pa.int64() else -30 * rng.random(rows) for field in list(schema)[1:]
+    ]
+
+
+def write_examples(recipe: Recipe, folder: RunFolder, n: int) -> Examples:
+    """The examples of a run as `prepare` writes them, without reading any data."""
+    rng, labels = np.random.default_rng(0), pa.array(SEMEVAL_LABELS)
+    mark = examples_fingerprint(recipe)
+
+    def batches(rows: int) -> Iterator[pa.RecordBatch]:
+        for first in range(0, rows, ROWS):
+            count = min(ROWS, rows - first)
+            gold = rng.integers(len(labels), size=count)
+            given = np.where(rng.random(count) < 0.2, rng.integers(len(labels), size=count), gold)
+            ids = pa.array([f"example-{first + row}" for row in range(count)])
+            texts, fold = pa.array(["a b c d"] * count), rng.integers(2**64, size=count, dtype=np.uint64)
+            names = [labels.take(pa.array(codes)) for codes in (given, gold)]
+            yield pa.record_batch([ids, texts, *names, pa.nulls(count, pa.string()), pa.array(fold)], schema=SCHEMA)
+
+    for split in SPLITS:
+        write_arrow(folder.split(split), SCHEMA, batches(n if split == "train" else 0), {"fingerprint": mark})
+    info = {"fingerprint": mark, "train_fingerprint": "made", "digests": {split: ["made", "made"] for split in SPLITS}}
+    info |= {"labels": SEMEVAL_LABELS, "task": "relation", "chat": False, "whole_ids": False}
+    write_json(folder.examples_info, info)
+    return load_examples(folder)
 
 
 if __name__ == "__main__":

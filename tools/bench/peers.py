@@ -20,14 +20,13 @@ LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-l
 def score_lm_eval(setting: Setting) -> dict[str, Any]:
     """lm-eval's Hugging Face model; given the ids, both sides score the very same tokens."""
     texts = [prompt for prompt, _ in setting.texts()]
-    return _lm_eval(setting, texts, setting.pairs(), len(setting.examples))
+    return _lm_eval(setting, texts, setting.pairs(), len(setting.prompts))
 
 
 def rank_lm_eval(setting: Setting) -> dict[str, Any]:
     """A multiple-choice task in lm-eval: the log-likelihood of each (prompt, label) pair."""
-    pairs = [setting.encoder(example, label) for example in setting.examples for label in setting.labels]
     texts = [prompt for prompt, _ in setting.texts() for _ in setting.labels]
-    return _lm_eval(setting, texts, pairs, len(setting.examples))
+    return _lm_eval(setting, texts, setting.every_pair(), len(setting.prompts))
 
 
 def _lm_eval(setting: Setting, texts: list[str], pairs: list[Encoded], examples: int) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def train_trl(setting: Setting, packing: bool = False) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     rows = Dataset.from_list([{"prompt": prompt, "completion": label} for prompt, label in setting.texts()])
-    tokens = sum(map(len, setting.pairs())) / len(setting.examples)
+    tokens = sum(map(len, setting.pairs())) / len(setting.prompts)
     size = round(setting.options["batch_size"] * tokens / 256) if packing else setting.options["batch_size"]
     arguments = _arguments(setting, SFTConfig, packing=packing, max_length=256, per_device_train_batch_size=size)
     trainer = SFTTrainer(_model(setting), args=arguments, train_dataset=rows, processing_class=setting.tokenizer)

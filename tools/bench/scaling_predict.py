@@ -8,29 +8,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
+import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from merge import RECIPE
+from data_scale import anonymous
+from merge import RECIPE, some_scores, write_examples
 from scaling_model import Link, Step, bytes_sent, nccl_latency, read_model, traffic
 
 from atlantis_ds.config.schema import Model, Recipe, Train
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.prepare import load_examples
-from atlantis_ds.data.table import SCHEMA, to_table
-from atlantis_ds.demo.grammar import grammar_corpus
-from atlantis_ds.files import write_json, write_table
+from atlantis_ds.data.examples import load_examples
+from atlantis_ds.files import write_table
 from atlantis_ds.lm.frozen import replica_bytes
 from atlantis_ds.plan.memory import GIB, training_memory, usable
 from atlantis_ds.plan.plan import GPUS, SIZES, UTILISATION, forward_flops
 from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
 from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.merge import shard_schema
+from atlantis_ds.weights.shards import shard_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 NODE = 8
@@ -146,28 +144,23 @@ def predict_scoring(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_loading(place: Path, n: int = 100_000) -> tuple[float, float]:
-    """Seconds and bytes an example of ``load_examples``, which every task runs over all examples, here on one core."""
-    some = grammar_corpus(2000, 1, 1, seed=0)[:2000]
-    table = to_table([replace(some[i % 2000], id=f"example-{i}", split="train") for i in range(n)])
+    """Seconds and bytes an example of what every task does over all examples, here on one core: it maps their files,
+    numbers their labels, and keeps two numbers of the tokens of each."""
     recipe = Recipe.model_validate({**RECIPE, "runs_dir": str(place)})
     folder = RunFolder(place / recipe.name)
-    info = {"fingerprint": "generated", "labels": list(SEMEVAL_LABELS), "task": "grammar"}
-    write_table(folder.examples, table.cast(SCHEMA), info)
-    write_json(folder.examples_info, info)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_examples(recipe, folder, n)
+    before = anonymous(os.getpid())
     start = time.perf_counter()
-    kept = load_examples(folder)
+    train = load_examples(folder).train
+    kept = train.codes.nbytes + 2 * 4 * n
     seconds = time.perf_counter() - start
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    return seconds / len(kept.train), grown / len(kept.train)
+    return seconds / n, max(kept, anonymous(os.getpid()) - before) / n
 
 
 def shard_bytes(place: Path, rows: int = 16384) -> float:
     """Bytes an example of a score shard, as written."""
-    import numpy as np
-
-    rng, schema = np.random.default_rng(0), shard_schema(label_set=False)
+    schema = shard_schema(label_set=False)
     ids = pa.array([f"example-{i}" for i in range(rows)], pa.string())
-    drawn = [rng.integers(4, 13, rows) if field.type == pa.int64() else -30 * rng.random(rows) for field in schema]
-    write_table(place / "shard.parquet", pa.table([ids, *drawn[1:]], schema=schema), {})
+    table = pa.table([ids, *some_scores(np.random.default_rng(0), schema, rows)], schema=schema)
+    write_table(place / "shard.parquet", table, {})
     return (place / "shard.parquet").stat().st_size / rows

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from atlantis_ds.config.schema import Prompt
-from atlantis_ds.data.formats import read_conll04, read_semeval
 from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.data.relation import read_semeval, read_spert
+from atlantis_ds.data.rows import Found
+from atlantis_ds.errors import InputError
 from atlantis_ds.lm.encode import Encoded, Encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,15 +49,19 @@ class Setting:
             config.layer_types = ["full_attention"] * config.num_hidden_layers
             config.vocab_size = options.get("vocab_size", config.vocab_size)
             self.lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        read = read_semeval if options["data"].endswith(".TXT") else read_conll04
-        examples = read(options["data"], "train")
-        self.labels = sorted({example.label for example in examples})
-        self.examples = sorted(examples, key=lambda e: e.id)[: options["examples"]]
+        found = list(read_file(Path(options["data"])))
+        self.labels = sorted({example.target for example in found})
+
+        def render(template: str, example: Found) -> str:
+            return render_prompt(template, example.fields, Prompt(), self.labels)
+
+        solved = [next(e for e in reversed(found) if e.target == label) for label in self.labels]
+        shots = "".join(f"{render(TEMPLATE, e)}\n{e.target}\n\n" for e in solved[: options.get("shots", 0)])
         question = MEANINGS if options.get("meanings") else TEMPLATE
-        solved = [next(e for e in reversed(examples) if e.label == label) for label in self.labels]
-        shots = [render_prompt(e, Prompt(template=TEMPLATE), self.labels) + f"\n{e.label}\n\n" for e in solved]
-        self.prompt = Prompt(template="".join(shots[: options.get("shots", 0)]) + question)
-        self.encoder = Encoder(self.tokenizer, self.lm.config, self.prompt, self.labels)
+        examples = sorted(found, key=attrgetter("id"))[: options["examples"]]
+        self.prompts = [shots + render(question, example) for example in examples]
+        self.targets = [example.target for example in examples]
+        self.encoder = Encoder(self.tokenizer, self.lm.config, self.labels)
 
     def having(self, **options: Any) -> Setting:
         self.options = {**self.options, **options}
@@ -67,11 +74,25 @@ class Setting:
         def fold(ids: list[int]) -> list[int]:
             return [token % size for token in ids]
 
-        encoded = [self.encoder(example) for example in self.examples]
+        encoded = self.encoder.pairs(self.prompts, self.targets)
         return [Encoded(fold(pair.prompt), fold(pair.label), pair.eos % size) for pair in encoded]
 
+    def every_pair(self) -> list[Encoded]:
+        """Each example with each label, the labels of an example one after another."""
+        prompts = [prompt for prompt in self.prompts for _ in self.labels]
+        return list(self.encoder.pairs(prompts, self.labels * len(self.prompts)))
+
     def texts(self) -> list[tuple[str, str]]:
-        return [(render_prompt(e, self.prompt, self.labels) + "\n", e.label) for e in self.examples]
+        return [(f"{prompt}\n", target) for prompt, target in zip(self.prompts, self.targets)]
+
+
+def read_file(path: Path) -> Iterator[Found]:
+    """The examples of a file of SemEval-2010 Task 8 or CoNLL04."""
+
+    def refuse(where: str, what: str) -> None:
+        raise InputError(f"{where}: {what}")
+
+    return read_semeval(path, refuse) if path.suffix == ".TXT" else read_spert(path, "train", 0, 0, refuse)
 
 
 def peak_gib(reset: bool = False) -> float:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.config.schema import Weights
-from atlantis_ds.data.prepare import load_train_labels
+from atlantis_ds.data.examples import load_examples
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.diagnostics import diagnose
+from atlantis_ds.weights.facts import weight_facts
 from atlantis_ds.weights.formulas import log_weights, stabilise
-from atlantis_ds.weights.merge import load_scores
+from atlantis_ds.weights.shards import load_scores
 
 FORMULAS = ("product", "ratio", "influence", "reference")
 CHANGES = (
@@ -45,8 +48,9 @@ def main() -> None:
     for root in map(Path, sys.argv[1:]):
         folder = RunFolder(root)
         recipe = load_recipe(folder.recipe)
-        train = load_train_labels(folder)
-        scores = load_scores(recipe, folder, train)
+        examples = load_examples(folder)
+        train = examples.train
+        scores = load_scores(Run(recipe, folder, Ranks.alone()), examples)
         base = recipe.weights
         rows = [("raw", Weights(formula=formula)) for formula in FORMULAS]
         rows += [
@@ -58,8 +62,8 @@ def main() -> None:
             rows += [("the recipe's", base.model_copy(update={"formula": f})) for f in FORMULAS if f != base.formula]
         for said, options in rows:
             log_weight = log_weights(scores, options, recipe.seed)
-            weight = stabilise(log_weight, train.labels, options)
-            found = diagnose(weight, log_weight, train.labels, train.gold, train.names)
+            weight = stabilise(log_weight, train.codes, options)
+            found = diagnose(weight, log_weight, weight_facts(train, options))
             known = found["gold"] or {}
             auroc, within, wrong = (
                 known.get(key) for key in ("auroc_correct", "auroc_correct_within_class", "weight_share_wrong")

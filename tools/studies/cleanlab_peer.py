@@ -26,7 +26,8 @@ from sklearn.metrics import roc_auc_score
 def main() -> None:
     run = Path(sys.argv[1])
     labels = json.loads((run / "examples" / "examples.json").read_text())["labels"]
-    examples = {row["id"]: row for row in pq.read_table(run / "examples" / "examples.parquet").to_pylist()}
+    with pa.ipc.open_file(run / "examples" / "train.arrow") as file:
+        examples = {row["id"]: row for row in file.read_all().to_pylist()}
     shards = pa.concat_tables([pq.read_table(path) for path in sorted((run / "scores").glob("shard-*.parquet"))])
     ids = shards["id"].to_pylist()
     log_likelihood = np.add(
@@ -34,8 +35,8 @@ def main() -> None:
         np.array(shards["label_set_eos_reference"].to_pylist()),
     )
     chances = np.exp(log_likelihood - np.logaddexp.reduce(log_likelihood, axis=1, keepdims=True))
-    given = np.array([labels.index(examples[id]["label"]) for id in ids])
-    right = np.array([examples[id]["label"] == examples[id]["gold"] for id in ids])
+    given = np.array([labels.index(examples[id]["target"]) for id in ids])
+    right = np.array([examples[id]["target"] == examples[id]["gold"] for id in ids])
     weights = dict(zip(*(pq.read_table(run / "weights.parquet")[name].to_pylist() for name in ("id", "weight"))))
     rankings = {"weights of this run": np.array([weights[id] for id in ids])}
     for method in ("self_confidence", "normalized_margin", "confidence_weighted_entropy"):

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from atlantis_ds.data.formats import read_semeval
-from atlantis_ds.data.table import Example
 from atlantis_ds.evaluate.metrics import relation_of
 
 RELATIONS = (
@@ -34,35 +32,41 @@ DEV_EVERY = 10
 def main() -> None:
     source, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
-    rows = read_semeval(source / "semeval2010_task8" / "TRAIN_FILE.TXT", "train")
-    test = read_semeval(source / "semeval2010_task8" / "TEST_FILE_FULL.TXT", "test")
+    rows = read(source / "semeval2010_task8" / "TRAIN_FILE.TXT")
+    test = read(source / "semeval2010_task8" / "TEST_FILE_FULL.TXT")
     dev = rows[::DEV_EVERY]
     train = [row for at, row in enumerate(rows) if at % DEV_EVERY]
     patterns = map(json.loads, (source / "semeval_weak" / "train.jsonl").read_text(encoding="utf-8").splitlines())
     weak = {str(row["id"]): row["weak"] for row in patterns if row["weak"] is not None}
-    write(out / "train.jsonl", ((example, example.label) for example in train))
-    write(out / "dev.jsonl", ((example, example.label) for example in dev))
-    write(out / "test.jsonl", ((example, example.label) for example in test))
-    write(out / "weak.jsonl", ((example, weak[example.id]) for example in train if example.id in weak))
+    write(out / "train.jsonl", ((row, row["label"]) for row in train))
+    write(out / "dev.jsonl", ((row, row["label"]) for row in dev))
+    write(out / "test.jsonl", ((row, row["label"]) for row in test))
+    write(out / "weak.jsonl", ((row, weak[row["id"]]) for row in train if row["id"] in weak))
 
 
-def write(path: Path, rows: Iterable[tuple[Example, str]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for example, label in rows:
-            row = {"label": relation_of(label), "gold": relation_of(example.label)}
-            if set(row.values()) <= set(RELATIONS):
-                row = {"id": example.id, "sentence": marked(example)} | row
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(path)
+def read(path: Path) -> list[dict[str, str]]:
+    """The records of an official file: id, label, and the sentence with signs around the marks of its entities."""
+    records = (record.splitlines() for record in path.read_text(encoding="utf-8").split("\n\n") if record.strip())
+    return [{"id": first.split("\t")[0], "sentence": signed(first), "label": label} for first, label, *_ in records]
 
 
-def marked(example: Example) -> str:
+def signed(line: str) -> str:
     """The sentence with the marks of the format, and around them signs for the model to read."""
-    text, (a, b), (c, d) = example.sentence, example.e1, example.e2
+    sentence = line.split("\t")[1].strip()[1:-1].strip()  # without its quote marks
     # Signs that stay in the sentence (Zhou and Chen 2022, "entity marker (punct)"): 4 tokens in place of 16.
-    for (start, end), name, sign in sorted([((a, b), "e1", "@"), ((c, d), "e2", "#")], reverse=True):
-        text = f"{text[:start]}{sign} <{name}>{text[start:end]}</{name}> {sign}{text[end:]}"
-    return text
+    for name, sign in (("e1", "@"), ("e2", "#")):
+        sentence = sentence.replace(f"<{name}>", f"{sign} <{name}>").replace(f"</{name}>", f"</{name}> {sign}")
+    return sentence
+
+
+def write(path: Path, rows: Iterable[tuple[dict[str, str], str]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row, label in rows:
+            labels = {"label": relation_of(label), "gold": relation_of(row["label"])}
+            if set(labels.values()) <= set(RELATIONS):
+                written = {"id": row["id"], "sentence": row["sentence"]} | labels
+                file.write(json.dumps(written, ensure_ascii=False) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ import json
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 run, data = map(Path, sys.argv[1:])
-split = {
-    (row["split"], row["id"])
-    for row in pq.read_table(run / "examples" / "examples.parquet", columns=["id", "split"]).to_pylist()
-}
 lines: dict[str, list[dict[str, str]]] = {}
 for name, file in (("train", "weak.jsonl"), ("dev", "dev.jsonl")):
+    with pa.ipc.open_file(run / "examples" / f"{name}.arrow") as examples:
+        ids = set(examples.read_all()["id"].to_pylist())
     with (data / file).open(encoding="utf-8") as text:
-        lines[name] = [line for line in map(json.loads, text) if (name, line["id"]) in split]
+        lines[name] = [line for line in map(json.loads, text) if line["id"] in ids]
 gold = [line | {"id": f"gold-{line['id']}"} for line in lines["dev"]]
 for file, rows in (("dev200.jsonl", lines["dev"]), ("mixed.jsonl", lines["train"] + gold)):
     (data / file).write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
