@@ -99,6 +99,10 @@ def test_csv_cells_are_texts_and_empty_ones_missing(tmp_path):
     assert good(write(tmp_path / "long.csv", f"text\n{long}\n")) == [{"text": long}]
 
 
+def test_a_csv_column_without_a_name_gets_its_number(tmp_path):
+    assert good(write(tmp_path / "pandas.csv", ",text,\n0,a,b\n")) == [{"column 1": "0", "text": "a", "column 3": "b"}]
+
+
 def tables(folder: Path, table: pa.Table) -> list[Path]:
     """The same rows as Parquet, an Arrow file, an Arrow stream, and Feather."""
     pq.write_table(table, folder / "a.parquet")
@@ -205,7 +209,7 @@ def test_a_quote_mark_that_is_never_closed(tmp_path):
     ("name", "content", "what"),
     [
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: two columns have the name `a`; rename one"),
-        ("a.tsv", "a\t\tb\n1\t2\t3\n", "a.tsv:1: column 2 has no name"),
+        ("a.csv", ",column 1\n1,2\n", "a.csv:1: two columns have the name `column 1`; rename one"),
         ("a.csv", 'a,"b"c\n', "a.csv:1: the header cannot be read: "),
         ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9); convert the file"),
         ("a.csv", b"a\nb\ncaf\xe9\n", "a.csv:3: not UTF-8 (byte 0xe9); convert the file"),

@@ -6,10 +6,12 @@ and noise are made of those; a second pass writes the rows that stay.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
-from atlantis_ds.config.schema import Recipe
+from atlantis_ds.config.schema import Data, Recipe
 from atlantis_ds.data.examples import ROWS, SCHEMA, SPLITS, Examples, Split, load_examples, map_table, write_arrow
 from atlantis_ds.data.noise import noisy_labels, noisy_responses
 from atlantis_ds.data.prompts import render_prompt, template_for
@@ -110,7 +112,8 @@ def prepare(recipe: Recipe, folder: RunFolder, judges: Sequence[Judges] = ()) ->
     """
     expected = examples_fingerprint(recipe)
     if finished(folder.examples_info, expected):
-        return load_examples(folder)
+        with contextlib.suppress(InputError):  # a file is missing or broken: all are written anew
+            return load_examples(folder)
     place = folder.examples / ".reading"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -118,12 +121,20 @@ def prepare(recipe: Recipe, folder: RunFolder, judges: Sequence[Judges] = ()) ->
         return _prepare(recipe, folder, place, expected, judges)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # bad input leaves no empty folders behind; others stay
+            folder.examples.rmdir()
+            folder.root.rmdir()
 
 
 def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judges: Sequence[Judges]) -> Examples:
     labels = label_set(recipe)
     train, dev, test = (_read(recipe, split, labels, place) for split in SPLITS)
     assert train is not None
+    for split, read in (("dev", dev), ("test", test)):
+        if read is not None and len(read) and is_chat(read.template) != is_chat(train.template):
+            raise InputError(
+                f"data.{split}: chats and single prompts cannot be mixed: train has the one, {split} the other"
+            )
     rows, dropped = _split_rows(recipe, train, dev, test)
     sources = {"train": train, "dev": train if dev is None else dev, "test": test}
     if judges:
@@ -199,7 +210,7 @@ def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def look_at_data(recipe: Recipe) -> None:
-    """Read the first rows of each split and render their prompts: what ``check`` does on a login node.
+    """Read the first rows of each split and fill in the template: what ``check`` does on a login node.
 
     Of a data set of the hub nothing is fetched; a local folder must be there.
 
@@ -208,16 +219,17 @@ def look_at_data(recipe: Recipe) -> None:
     """
     if recipe.data.hub_id and (problem := missing_folder(recipe.data.hub_id)):
         raise InputError(f"data.hub_id: {problem}")
+    labels = _known_labels(recipe.data)
     files = recipe.data.format != "grammar" and not recipe.data.hub_id
     for split in SPLITS if files else ():
         template = None
         for found in first_examples(recipe, split):
             try:
                 template = template or _template(recipe, found)
-                render_prompt(template, found.fields, recipe.prompt, recipe.data.labels)
-                _target(found, split, recipe.data.labels)
+                _key(template, found)
+                _target(found, split, labels)
             except BadRow as problem:
-                raise InputError(f"{found.where}: {problem}") from None
+                raise InputError(f"{problem.at or found.where}: {problem}") from None
 
 
 def label_set(recipe: Recipe) -> list[str] | None:
@@ -229,21 +241,18 @@ def label_set(recipe: Recipe) -> list[str] | None:
     data = recipe.data
     if recipe.task == "response":
         return None
-    if data.labels is not None:
-        if not data.labels or len(set(data.labels)) < len(data.labels) or not all(map(str.strip, data.labels)):
-            raise InputError("data.labels: give at least one label, each once and none empty")
-        return data.labels
-    if data.format in ("semeval2010_task8", "grammar"):
-        return list(SEMEVAL_LABELS)
+    if (known := _known_labels(data)) is not None:
+        return known
     found: set[str] = set()
     for example in read_split(recipe, "train", lambda where, what: None) or ():
         found |= {label for label in (example.target, example.gold) if label is not None}
         if len(found) > data.max_labels:
             raise InputError(
-                f"data.labels: more than {data.max_labels} different labels in train, the last {example.target!r:.60}; "
-                "raise data.max_labels, or set data.task: response where the targets are free text"
+                f"data.labels: more than {data.max_labels} different labels in train, such as "
+                f"{example.target or example.gold!r:.60}; raise data.max_labels, or set data.task: response where the "
+                "targets are free text"
             )
-    whole = all(label.lstrip("-").isdigit() for label in found)
+    whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
     labels = sorted(found, key=lambda label: (int(label) if whole else 0, label))
     if data.negatives and NO_RELATION in labels:  # last, where the drawn pairs put it
         labels.remove(NO_RELATION)
@@ -253,6 +262,15 @@ def label_set(recipe: Recipe) -> list[str] | None:
             f"data.negative_label: {data.negative_label!r} is no label of train ({', '.join(labels[:10])})"
         )
     return labels
+
+
+def _known_labels(data: Data) -> list[str] | None:
+    """The label set that the recipe or its format names; None where the data have to tell."""
+    if data.labels is None:
+        return list(SEMEVAL_LABELS) if data.format in ("semeval2010_task8", "grammar") else None
+    if not data.labels or len(set(data.labels)) < len(data.labels) or not all(map(str.strip, data.labels)):
+        raise InputError("data.labels: give at least one label, each once and none empty")
+    return data.labels
 
 
 def _read(recipe: Recipe, split: str, labels: list[str] | None, place: Path) -> Read | None:
@@ -273,9 +291,11 @@ def _read(recipe: Recipe, split: str, labels: list[str] | None, place: Path) -> 
     read.table = map_table(path)[0]
     read.keys = np.concatenate([read.keys, *keys])
     if not len(read) and split != "dev":
-        where = recipe.data.hub_id or getattr(recipe.data, split)
-        also = f" ({read.unlabelled} rows have no label)" if read.unlabelled else ""
-        raise InputError(f"data.{split}: {where}: holds no example{also}")
+        paths = recipe.data.hub_id or getattr(recipe.data, split)
+        where = paths if isinstance(paths, str) else ", ".join(paths)
+        why = [(read.unlabelled, "have no label"), (bad.count, "cannot be read")]
+        also = " and ".join(f"{count} rows {what}" for count, what in why if count)
+        raise InputError(f"data.{split}: {where}: holds no example" + (f" ({also})" if also else ""))
     return read
 
 
@@ -292,26 +312,25 @@ def _read_batches(
         rows.clear()
         return made
 
-    for number, found in enumerate(source):
+    for found in source:
         try:
             target = _target(found, split, labels)
             if target is None:
                 read.unlabelled += 1
                 continue
             read.template = read.template or _template(recipe, found)
+            key = _key(read.template, found)
             prompt = render_prompt(read.template, found.fields, recipe.prompt, labels)
-            if not prompt.strip():
-                raise BadRow("the prompt is empty")
-            id = str(number) if found.id is None else str(found.id)
+            id = str(found.number if found.id is None else found.id)
             if hash(id) in seen:
                 raise BadRow(f"the id {id!r} comes twice in {split}")
             if found.id is not None:
                 seen.add(hash(id))
-            read.whole_ids &= not isinstance(found.id, str)
+            read.whole_ids &= not isinstance(found.id, str) and len(id) < 19  # an int64 surely
         except BadRow as problem:
             read.bad(problem.at or found.where, str(problem))
             continue
-        rows.append((id, prompt, target, found.gold, found.group, text_key(found.key)))
+        rows.append((id, prompt, target, found.gold, found.group, text_key(key)))
         if len(rows) == ROWS:
             yield batch()
     if rows:
@@ -319,9 +338,26 @@ def _read_batches(
 
 
 def _template(recipe: Recipe, found: Found) -> str:
-    if "messages" in found.fields and recipe.task == "response" and recipe.prompt.template is None:
+    """The template of a split, by the columns of its first row; one that does not fit them is no fault of the row."""
+    if "messages" in found.fields and recipe.task == "response":
+        if recipe.prompt.template is not None:
+            raise InputError(
+                f"{found.where}: prompt.template: a chat is written by the tokenizer's own chat template; remove it"
+            )
         return "{messages}"
-    return template_for(recipe.task, recipe.prompt, found.fields)
+    try:
+        return template_for(recipe.task, recipe.prompt, found.fields)
+    except BadRow as problem:
+        raise InputError(f"{found.where}: {problem}") from None
+
+
+def _key(template: str, found: Found) -> str:
+    """What makes the example the same as another one. Raises BadRow: the prompt would hold nothing of the row."""
+    names = set(re.findall(r"\{(\w+)\}", template))
+    named = [text for name, text in found.fields.items() if name in names]
+    if not any(map(str.strip, named)):
+        raise BadRow(f"the prompt is empty: nothing stands in {', '.join(sorted(names - {'options'}))}")
+    return found.key if found.key is not None else "\t".join(named)
 
 
 def is_chat(template: str | None) -> bool:

@@ -101,8 +101,15 @@ def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
             raise _no_column(row, key, getattr(columns, key))
     if "gold" in columns.model_fields_set and split == "test" and columns.gold not in there:
         raise _no_column(row, "gold", columns.gold)
-    labels = {columns.label, "relation"} | ({columns.gold} if split != "train" else set())
-    if recipe.task != "response" and not labels & there.keys():
+    if recipe.task == "response":
+        if _messages(columns, there) is None and _said(columns, there) is None:
+            raise InputError(
+                f"{row.where}: no column for the response; name it as data.columns.response (the row has "
+                f"{', '.join(there)})"
+            )
+        return
+    labels = {columns.label} | ({"relation"} if recipe.task == "relation" else set())
+    if not (labels | ({columns.gold} if split != "train" else set())) & there.keys():
         raise _no_column(row, "label", columns.label)
 
 
@@ -114,44 +121,51 @@ def _no_column(row: Row, key: str, column: str) -> InputError:
 def _labelled(recipe: Recipe, row: Row) -> Found:
     """A row of a relation or classification task."""
     columns, values = recipe.data.columns, row.values
+    key: str | None
     if recipe.task == "relation":
         fields, key = row_fields(values)
         fields = {**_text_fields(columns, values, skip=("tokens", "token", "e1", "e2", "h", "t")), **fields}
         if "relation" in values and columns.label not in values:
             values = {**values, columns.label: values["relation"]}
     else:
-        fields = _text_fields(columns, values)
-        key = "\t".join(fields.values())
-        if not key.strip():
-            raise BadRow("the row has no text beside its label")
+        fields, key = _text_fields(columns, values), None
     known = recipe.data.labels or []
     target, gold = (
         None if label == ABSTAIN and ABSTAIN not in known else label
         for label in (label_text(values.get(columns.label)), label_text(values.get(columns.gold)))
     )
-    return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values))
+    return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values), row.number)
 
 
 def _response(data: Data, row: Row) -> Found:
     columns, values = data.columns, row.values
-    messages = columns.messages or ("messages" if "messages" in values and not columns.response else None)
-    if messages:
+    id, group = _id(columns, values), _group(columns, values)
+    if messages := _messages(columns, values):
         prompt, target = split_turns(values.get(messages), data.train_on)
         fields, key = {"messages": prompt}, prompt
         gold = values.get(columns.gold)
         if gold is not None:
             turn = {"role": "assistant", "content": _some_text(gold, columns.gold)}
             gold = json.dumps([*json.loads(target)[:-1], turn], ensure_ascii=False)
-        return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values))
-    response = columns.response or next((name for name in RESPONSES if name in values), None)
+        return Found(row.where, id, fields, key, target, gold, group, row.number)
+    response = _said(columns, values)
     if response is None:
-        raise BadRow(f"no column for the response; name it as data.columns.response (there are {', '.join(values)})")
+        raise BadRow(f"no column for the response (there are {', '.join(values)})")
     fields = _text_fields(columns, values, skip=(response,))
     said, true = (
         None if values.get(name) is None else _some_text(values[name], name) for name in (response, columns.gold)
     )
-    key = "\t".join(fields.values())
-    return Found(row.where, _id(columns, values), fields, key, said, true, _group(columns, values))
+    return Found(row.where, id, fields, None, said, true, group, row.number)
+
+
+def _messages(columns: Columns, values: dict[str, Any]) -> str | None:
+    """The column that holds a chat; None where responses stand in a column of their own."""
+    return columns.messages or ("messages" if "messages" in values and not columns.response else None)
+
+
+def _said(columns: Columns, values: dict[str, Any]) -> str | None:
+    """The column that holds the responses."""
+    return columns.response or next((name for name in RESPONSES if name in values), None)
 
 
 def split_turns(messages: Any, train_on: str) -> tuple[str, str]:

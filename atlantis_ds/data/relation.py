@@ -91,6 +91,8 @@ def read_semeval(path: Path, problems: Problems) -> Iterator[Found]:
             problems(f"{path}:{number}", str(problem))
             while at < len(lines) and lines[at].strip():
                 at += 1
+            if at + 1 < len(lines) and lines[at + 1].startswith("Comment"):  # of this record, behind an empty label
+                at += 2
             continue
         # A problem with the label is found later, and stands on the line behind.
         yield Found(
@@ -222,8 +224,10 @@ def parse_marked(marked: str) -> tuple[str, Span, Span]:
 
 
 def _read_text(path: Path) -> str:
-    from atlantis_ds.data.sources import read_text
+    from atlantis_ds.data.sources import BINARY, read_text
 
+    if path.suffix.lower() in BINARY:
+        raise InputError(f"{path}: not a text file; give the folder that holds it as data.hub_id")
     return read_text(path)
 
 

@@ -36,15 +36,18 @@ class Found:
     where: str
     """The file and line, for messages."""
     id: str | int | None
-    """None where the rows have no ids: the row's number takes its place."""
+    """None where the rows have no ids: ``number`` takes its place."""
     fields: dict[str, str]
     """What a prompt template may name."""
-    key: str
-    """The text that makes two examples the same one for splits and folds; see ``splits.text_key``."""
+    key: str | None
+    """The text that makes two examples the same one for splits and folds, see ``splits.text_key``; None for the fields
+    that the prompt names."""
     target: str | None
     """Label or response to train on; None where a weak labeller abstained."""
     gold: str | None
     group: str | None = None
+    number: int = 0
+    """Position of its row in the split, from 0."""
     label_at: str | None = None
     """Where the label stands, where it is not in the row's own line."""
 

@@ -67,8 +67,8 @@ def expand(paths: str | list[str], key: str) -> list[Path]:
 def read_rows(files: list[Path], problems: Problems) -> Iterator[Row]:
     """Read the rows of some files, by their suffix: JSON Lines, JSON, CSV, TSV (each also as .gz), Parquet, Arrow.
 
-    In CSV and TSV an empty cell is None; in Parquet and Arrow NaN is None, and class labels written by ``datasets``
-    are their names.
+    In CSV and TSV an empty cell is None, and a column without a name, as pandas writes its index, is ``column N`` (from
+    1); in Parquet and Arrow NaN is None, and class labels written by ``datasets`` are their names.
 
     Args:
         problems: called with the place of a row that cannot be read and with what is wrong; the row is left out.
@@ -196,6 +196,7 @@ def _csv(path: Path) -> Read:
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: the header cannot be read: {error}") from None
+    header = [name if name.strip() else f"column {number}" for number, name in enumerate(header, start=1)]
     _unique(f"{path}:{reader.line_num}", header)
     number = 0
     cells: list[str] | None = header
