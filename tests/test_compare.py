@@ -280,10 +280,12 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
 
 
 def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.cluster.ranks import Ranks
     from atlantis_ds.config.loading import load_recipe
-    from atlantis_ds.data.prepare import load_examples
+    from atlantis_ds.data.examples import load_examples
     from atlantis_ds.errors import InputError
-    from atlantis_ds.weights.merge import arm_weights
+    from atlantis_ds.run import Run
+    from atlantis_ds.weights.arms import arm_weights
 
     bad = tmp_path / "bad.txt"
     arms = {
@@ -295,23 +297,24 @@ def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Pat
     for stage in ("prepare", "score", "merge"):
         succeed("local", 1, stage, path)
     recipe, folder = load_recipe(path), RunFolder(tmp_path / "run")
-    examples = load_examples(folder)
-    soft = arm_weights(recipe, folder, examples, "all")
-    hard = arm_weights(recipe, folder, examples, "hard")
+    examples, run = load_examples(folder), Run(recipe, folder, Ranks.alone())
+    ids = examples.train.ids.to_pylist()
+    soft = arm_weights(run, examples, "all")
+    hard = arm_weights(run, examples, "hard")
     dropped = hard == 0
     assert dropped.sum() == round(0.2 * len(soft)) and soft[dropped].max() <= soft[~dropped].min()
     assert np.unique(hard[~dropped]).size == 1 and hard.mean() == pytest.approx(1)
-    bad.write_text(f"{examples.train[3].id}\n\n {examples.train[5].id} \n")
-    listed = arm_weights(recipe, folder, examples, "listed")
+    bad.write_text(f"{ids[3]}\n\n {ids[5]} \n")
+    listed = arm_weights(run, examples, "listed")
     assert np.flatnonzero(listed == 0).tolist() == [3, 5] and listed.mean() == pytest.approx(1)
     bad.write_text("nobody here\n")
     with pytest.raises(InputError, match="id nobody here is no training example"):
-        arm_weights(recipe, folder, examples, "listed")
+        arm_weights(run, examples, "listed")
     for command in ("compare", "run"):
         refuse(launch("local", 1, command, path), "id nobody here is no training example")
     assert not list(folder.root.glob("model/*")), "the last arm is refused before the first one trains"
-    bad.write_text("\n".join(example.id for example in examples.train))
+    bad.write_text("\n".join(ids))
     with pytest.raises(InputError, match="no example is left"):
-        arm_weights(recipe, folder, examples, "listed")
+        arm_weights(run, examples, "listed")
     bad.unlink()
     refuse(launch("local", 1, "check", path), "arms.listed.drop_ids", "no such file")

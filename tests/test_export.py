@@ -15,9 +15,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from atlantis_ds.config.schema import Prompt
-from atlantis_ds.data.prepare import load_examples
-from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.data.examples import load_examples
 from atlantis_ds.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +84,7 @@ def train_on_two_ranks(place: Path, mode: str, base: Path, label_of: dict[str, s
     recipe: dict[str, Any] = {
         "name": "tiny",
         "runs_dir": str(place / "runs"),
-        "data": {"format": "jsonl", **{split: str(place / f"{split}.jsonl") for split in ("train", "dev", "test")}},
+        "data": {"task": "relation", **{split: str(place / f"{split}.jsonl") for split in ("train", "dev", "test")}},
         "prompt": {"template": TEMPLATE},
         "models": {"large": model, "small": model, "reference": {"kind": "checkpoint", **model}},
         "weights": {"formula": "product", "temper": 0.5},
@@ -132,7 +130,7 @@ def trained(request: pytest.FixtureRequest) -> tuple[Path, RunFolder, str]:
 def plain_predictions(folder: RunFolder, model: Path, kind: str, place: Path) -> list[str]:
     """What a process without atlantis_ds predicts for the test split, from the saved model alone."""
     examples = load_examples(folder)
-    prompts = [render_prompt(example, Prompt(template=TEMPLATE), examples.labels) for example in examples.test]
+    prompts = examples.test.prompts.to_pylist()
     (place / "questions.json").write_text(json.dumps({"prompts": prompts, "labels": examples.labels}))
     environment = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
     script = [sys.executable, "-c", PLAIN, model, kind, place / "questions.json", place / "answers.json"]
@@ -150,7 +148,7 @@ def test_plain_libraries_predict_what_evaluation_did(trained: tuple[Path, RunFol
     model = folder.model("atlantis") / "best"
     predicted = plain_predictions(folder, model, "adapter" if mode == "lora" else "model", tmp_path)
     assert predicted == evaluated(folder, "atlantis")
-    gold = [example.label for example in load_examples(folder).test]
+    gold = load_examples(folder).test.targets.to_pylist()
     # A model that always says the same, or an adapter that was lost, would prove nothing.
     assert sum(map(str.__eq__, predicted, gold)) > 0.7 * len(gold)
 
@@ -167,7 +165,7 @@ def test_export_predicts_what_evaluation_did(trained: tuple[Path, RunFolder, str
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read a model may read all of it"
     card = (out / "README.md").read_text()
     assert ("merged into its base model" in card) == (mode == "lora")
-    assert "library_name: transformers" in card and "| macro10 (macro-F1) |" in card
+    assert "library_name: transformers" in card and "| macro-F1 |" in card
     assert plain_predictions(folder, out, "model", tmp_path) == evaluated(folder, "atlantis")
     assert [path.name for path in out.parent.iterdir()] == ["on the way"], "nothing is left beside it"
 
@@ -207,9 +205,9 @@ def test_card_states_what_the_model_is(trained: tuple[Path, RunFolder, str]) -> 
             assert f"`temper: {0.5 if arm == 'atlantis' else 0.6}`" in card
             assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["train"]["mode"] == mode
             assert f"transformers {training['versions']['transformers']}" in card
-        assert f"| macro10 (macro-F1) | {metrics['macro10']:.4f} |" in best
+        assert f"| macro-F1 | {metrics['macro_f1']:.4f} |" in best
         assert "| official (percent) | - |" in best, "this task has no official score"
-        assert "Not evaluated." in last and "macro10" not in last, "the scores are those of another checkpoint"
+        assert "Not evaluated." in last and "macro-F1" not in last, "the scores are those of another checkpoint"
         assert f"| dev loss | {training['best_loss']:.4f} (" in best
         assert f"| dev loss | {training['dev_loss']:.4f} (" in last
     ess = f"| effective sample size | {weights['ess']:.1f} ("

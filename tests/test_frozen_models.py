@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WriteRecipe, events, succeed
 
+from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.config.schema import Model
-from atlantis_ds.data.prepare import load_examples, prepare
-from atlantis_ds.data.splits import fold_of
+from atlantis_ds.data.examples import load_examples
+from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 
 SCORES = ["logp_large", "logp_small", "logp_reference"]
@@ -75,16 +77,16 @@ def test_adapters_on_one_base_score_as_separate_models(lora_run: Path, base_mode
     from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
 
     run = RunFolder(lora_run / "run")
-    recipe, examples = load_recipe(lora_run / "recipe.yaml"), load_examples(run)
+    examples = load_examples(run)
     alone = []
     for path in (base_model, *(run.model(f"reference-{fold}-of-2") / "last" for fold in (0, 1))):
         model = Model(model_name_or_path=str(path))
-        encoder = Encoder(load_tokenizer(model), load_config(model), recipe.prompt, examples.labels)
+        encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels)
         lm = load_scorer(model, "float32", torch.device("cpu"))  # merges the adapter
-        pairs = [encoder(example) for example in examples.train]
+        pairs = list(encoder.pairs(examples.train.prompts.to_pylist(), examples.train.targets.to_pylist()))
         alone.append(score_pairs(lm, pairs, encoder.tokenizer.eos_token_id, 256)[:, 0].numpy())
     base, *folds = alone
-    of = np.array([fold_of(example, 2, recipe.seed) for example in examples.train])
+    of = examples.train.folds(2)
     assert np.abs(folds[0] - folds[1]).mean() > 0.1 and np.abs(folds[0] - base).mean() > 0.1
     found = scores(run.root)
     np.testing.assert_allclose(found["logp_small"], base, atol=1e-4, rtol=0)
@@ -147,9 +149,8 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
     on_dev = "models.reference={kind: finetuned, on: dev, folds: 1}"
     recipe, folder = load_recipe(tiny_recipe(tmp_path), [on_dev]), RunFolder(tmp_path / "run")
     examples = prepare(recipe, folder)
-    (job,) = reference_jobs(recipe, folder, examples)
-    assert [example.id for example in job.examples] == [example.id for example in examples.dev]
-    assert all(example.label == example.gold for example in job.examples)
+    (job,) = reference_jobs(Run(recipe, folder, Ranks.alone()), examples)
+    assert (job.split, job.column) == ("dev", "gold") and job.rows.tolist() == list(range(len(examples.dev)))
     for wrong, said in (
         ({"on": "dev", "folds": 2}, "`on: dev` needs `folds: 1`"),
         ({"folds": 1, "rounds": 2}, "`rounds` needs kind: finetuned and `folds` of 2 or more"),
@@ -180,14 +181,14 @@ def test_second_round_trains_on_the_weights_of_the_first(tiny_recipe: WriteRecip
     table, alone = (pq.read_table(path) for path in (earlier.weights, RunFolder(tmp_path / "one" / "run").weights))
     assert table.equals(alone), "the first round is a run of one round"
     weight = dict(zip(*table.select(["id", "weight"]).to_pydict().values()))
-    settings, examples = load_recipe(two), load_examples(run)
-    for fold, job in enumerate(reference_jobs(settings, run, examples)):
-        seen = [example for example in examples.train if fold_of(example, 2, settings.seed) != fold]
-        expected = np.array([weight[example.id] for example in seen])
-        assert expected.std() > 0.1 and job.examples == seen
+    this, examples = Run(load_recipe(two), run, Ranks.alone()), load_examples(run)
+    for fold, job in enumerate(reference_jobs(this, examples)):
+        seen = np.flatnonzero(examples.train.folds(2) != fold)
+        expected = np.array([weight[examples.train.ids[row].as_py()] for row in seen.tolist()])
+        assert expected.std() > 0.1 and job.rows.tolist() == seen.tolist()
         np.testing.assert_array_equal(job.weights, expected / expected.mean())
         done = json.loads((run.model(job.name) / "training.json").read_text())
-        assert done["fingerprint"] == job.fingerprint(settings, examples), "trained on other weights"
+        assert done["fingerprint"] == job.fingerprint(this, examples), "trained on other weights"
         assert done["weights"]["options"]["clip"] == [0, 1.6]
 
     again = succeed("torchrun", 2, "train", two, "--arm", "reference")

@@ -13,24 +13,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atlantis_ds import stages
-from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+from atlantis_ds.cluster.ranks import Ranks, start_ranks, stop_ranks
 from atlantis_ds.config.schema import Model, Recipe
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.data.prepare import load_examples, load_train_labels, prepare
-from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.data.examples import load_examples
+from atlantis_ds.data.prepare import prepare
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.demo.scratch import build_scratch_model
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, read_table, table_info, write_table
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.weights import arms, shards
+from atlantis_ds.weights import merge as merge_module
 from atlantis_ds.weights import score as score_module
-from atlantis_ds.weights.merge import arm_weights, load_scores, merge
-from atlantis_ds.weights.score import assign_shards, score
+from atlantis_ds.weights.score import assign_shards
 
 TRAIN, SHARD = 44, 10
 SHARDS = [f"shard-{i:05d}-of-00005.parquet" for i in range(5)]
+
+
+def score(recipe, folder, ranks):
+    score_module.score(Run(recipe, folder, ranks))
+
+
+def merge(recipe, folder):
+    return merge_module.merge(Run(recipe, folder, Ranks.alone()))
+
+
+def load_scores(recipe, folder):
+    return shards.load_scores(Run(recipe, folder, Ranks.alone()), load_examples(folder))
+
+
+def arm_weights(recipe, folder, arm):
+    return arms.arm_weights(Run(recipe, folder, Ranks.alone()), load_examples(folder), arm)
 
 
 def tiny_recipe(models, **changes):
@@ -124,17 +142,18 @@ def set_value(table, column, row, value):
 
 
 def test_shards_hold_the_log_likelihoods_of_each_model(scored, models):
-    recipe, folder = scored
+    folder = scored[1]
     examples = load_examples(folder)
     assert sorted(times(folder)) == SHARDS
     assert not list((folder.scores / "parts").iterdir())
     assert sorted(path.name for path in folder.scores.iterdir()) == ["parts", "scores.json", *SHARDS]
     table = pa.concat_tables([pq.read_table(folder.scores / name) for name in SHARDS])
-    assert table["id"].to_pylist() == [example.id for example in examples.train]
+    train = examples.train
+    assert table["id"].to_pylist() == train.ids.to_pylist()
     for name in ("large", "small", "reference"):
         source = Model(model_name_or_path=models[name]["model_name_or_path"])
-        encoder = Encoder(load_tokenizer(source), load_config(source), recipe.prompt, examples.labels)
-        pairs = [encoder(example) for example in examples.train]
+        encoder = Encoder(load_tokenizer(source), load_config(source), examples.labels)
+        pairs = list(encoder.pairs(train.prompts.to_pylist(), train.targets.to_pylist()))
         alone = score_pairs(load_model(source, "float32").eval(), pairs, 0, 1).numpy()
         assert table[f"logp_{name}"].type == table[f"eos_{name}"].type == pa.float64()
         np.testing.assert_allclose(table[f"logp_{name}"].to_numpy(), alone[:, 0], rtol=0, atol=1e-4)
@@ -143,9 +162,9 @@ def test_shards_hold_the_log_likelihoods_of_each_model(scored, models):
         # All labels of the set, in its order, the third of them checked against plain pairs.
         every = np.array(table[f"label_set_logp_{name}"].to_pylist())
         assert every.shape == (TRAIN, len(examples.labels))
-        own = [examples.labels.index(example.label) for example in examples.train]
+        own = [examples.labels.index(label) for label in train.targets.to_pylist()]
         assert (every[range(TRAIN), own] == table[f"logp_{name}"].to_numpy()).all()
-        third = [encoder(example, examples.labels[2]) for example in examples.train]
+        third = list(encoder.pairs(train.prompts.to_pylist(), [examples.labels[2]] * TRAIN))
         expected = score_pairs(load_model(source, "float32").eval(), third, 0, 1)[:, 0].numpy()
         np.testing.assert_allclose(every[:, 2], expected, rtol=0, atol=1e-4)
         assert table[f"label_set_tokens_{name}"][5].as_py()[2] == len(third[5].label)
@@ -223,8 +242,8 @@ def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_
 def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
     folder = run[1]
     (folder.scores / SHARDS[0]).unlink()
-    other = tiny_recipe(models, prompt={"template": "Relation of {e1} and {e2}: {sentence}"})
-    with pytest.raises(InputError, match=r"differs: prompt\)"):
+    other = tiny_recipe(models, score={"shard_size": SHARD, "tokens_per_batch": 128})
+    with pytest.raises(InputError, match=r"differs: tokens_per_batch\)"):
         score(other, folder, ranks)
     swapped = tiny_recipe({**models, "small": models["large"]})
     with pytest.raises(InputError, match=r"differs: model small\)"):
@@ -242,14 +261,14 @@ def test_chat_template_of_the_reference(models, ranks, tmp_path):
     recipe, folder = tiny_recipe({**models, "reference": reference}), RunFolder(tmp_path / "run")
     examples = prepare(recipe, folder)
     score(recipe, folder, ranks)
-    scores = load_scores(recipe, folder, load_train_labels(folder))
+    scores = load_scores(recipe, folder)
 
     source = Model(model_name_or_path=str(chat))
     tokenizer, config = load_tokenizer(source), load_config(source)
     pairs = []
-    for example in examples.train:
-        prompt = tokenizer(f"<user>{render_prompt(example, recipe.prompt, examples.labels)}<answer>")["input_ids"]
-        pairs.append(Encoded(prompt, tokenizer(example.label)["input_ids"], tokenizer.eos_token_id))
+    for prompt, label in zip(examples.train.prompts.to_pylist(), examples.train.targets.to_pylist()):
+        ids = tokenizer(f"<user>{prompt}<answer>")["input_ids"]
+        pairs.append(Encoded(ids, tokenizer(label)["input_ids"], tokenizer.eos_token_id))
     expected = score_pairs(load_model(source, "float32").eval(), pairs, 0, 256)[:, 0].numpy()
     np.testing.assert_allclose(scores.reference, expected, rtol=0, atol=1e-4)
     assert np.abs(scores.reference - scores.small).mean() > 0.01  # the same weights behind another prompt
@@ -258,8 +277,8 @@ def test_chat_template_of_the_reference(models, ranks, tmp_path):
     with pytest.raises(InputError, match=r"differs: chat_template\)"):
         score(plain, folder, ranks)
     bare = Model(model_name_or_path=small)
-    with pytest.raises(InputError, match=f"models.reference.chat_template: {small}: no chat template there"):
-        Encoder(load_tokenizer(bare), config, recipe.prompt, examples.labels, chat_template=True)
+    with pytest.raises(InputError, match=f"models.reference.chat_template: the tokenizer of {small} has no chat"):
+        Encoder(load_tokenizer(bare), config, examples.labels, as_turn=True)
 
 
 @given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 9))
@@ -356,8 +375,7 @@ def test_truncated_shard_is_refused(run, keep):
 
 def test_no_flipped_bit_passes_into_the_scores(run):
     recipe, folder = run
-    train = load_train_labels(folder)
-    before = load_scores(recipe, folder, train)
+    before = load_scores(recipe, folder)
     path = folder.scores / SHARDS[1]
     whole = path.read_bytes()
     caught = 0
@@ -366,7 +384,7 @@ def test_no_flipped_bit_passes_into_the_scores(run):
         flipped[place] ^= 1 << (place % 8)
         path.write_bytes(flipped)
         try:
-            after = load_scores(recipe, folder, train)
+            after = load_scores(recipe, folder)
         except InputError:
             caught += 1
         else:  # a bit that means nothing, as a statistic of a column
@@ -377,7 +395,7 @@ def test_no_flipped_bit_passes_into_the_scores(run):
 
 def test_other_prompt_than_the_recipes_is_refused(run, models):
     other = tiny_recipe(models, prompt={"template": "{sentence}"})
-    refused((other, run[1]), "another `prompt`")
+    refused((other, run[1]), "another `data` or `prompt` section")
 
 
 # --- weights
@@ -386,41 +404,39 @@ def test_other_prompt_than_the_recipes_is_refused(run, models):
 def test_weights_have_mean_one_and_arms_read_them(run):
     recipe, folder = run
     info = merge(recipe, folder)
-    examples = load_examples(folder)
     table, _ = read_table(folder.weights)
     weight = table["weight"].to_numpy()
-    assert table["id"].to_pylist() == [example.id for example in examples.train]
+    assert table["id"].to_pylist() == load_examples(folder).train.ids.to_pylist()
     assert weight.mean() == pytest.approx(1, abs=1e-12) and weight.std() > 0.01
-    scores = load_scores(recipe, folder, load_train_labels(folder))
+    scores = load_scores(recipe, folder)
     np.testing.assert_allclose(table["log_weight"].to_numpy(), scores.large - scores.small + scores.reference)
     assert info == read_json(folder.weights_info)
     assert folder.weights_plot.stat().st_size > 0
-    assert np.array_equal(arm_weights(recipe, folder, examples, "atlantis"), weight)
+    assert np.array_equal(arm_weights(recipe, folder, "atlantis"), weight)
 
 
 def test_uniform_weights_are_exactly_one_and_need_no_scores(run):
     recipe, folder = run
     shutil.rmtree(folder.scores)
-    weights = arm_weights(recipe, folder, load_examples(folder), "sft")
+    weights = arm_weights(recipe, folder, "sft")
     assert weights.dtype == np.float64 and weights.tolist() == [1.0] * TRAIN
 
 
 def test_other_weights_need_no_scoring(run, models, ranks):
     recipe, folder = run
     merge(recipe, folder)
-    examples = load_examples(folder)
     before, lines = times(folder), log_lines(folder)
-    own = arm_weights(recipe, folder, examples, "ratio")  # an arm's own formula, from the same scores
+    own = arm_weights(recipe, folder, "ratio")  # an arm's own formula, from the same scores
     assert own.mean() == pytest.approx(1, abs=1e-12)
 
     other = tiny_recipe(models, weights={"formula": "ratio"})
     with pytest.raises(InputError, match=r"merged with other options.*run `merge` again"):
-        arm_weights(other, folder, examples, "atlantis")
+        arm_weights(other, folder, "atlantis")
     score(other, folder, ranks)
     merge(other, folder)
     assert times(folder) == before and passes_run(folder, lines) == []
-    assert np.array_equal(arm_weights(other, folder, examples, "atlantis"), own)
-    assert not np.array_equal(own, arm_weights(recipe, folder, examples, "sft"))
+    assert np.array_equal(arm_weights(other, folder, "atlantis"), own)
+    assert not np.array_equal(own, arm_weights(recipe, folder, "sft"))
 
 
 def test_weights_of_older_scores_are_refused(run):
@@ -429,17 +445,23 @@ def test_weights_of_older_scores_are_refused(run):
     manifest = folder.scores / "scores.json"
     manifest.write_text(manifest.read_text().replace(read_json(manifest)["fingerprint"], "of newer scores"))
     with pytest.raises(InputError, match=r"weights.parquet: merged from other scores.*run `merge` again"):
-        arm_weights(recipe, folder, load_examples(folder), "atlantis")
+        arm_weights(recipe, folder, "atlantis")
 
 
 def test_other_data_without_prepare_is_refused(run, models, ranks):
     recipe, folder = run
     changed = tiny_recipe(models, data={**recipe.model_dump(exclude_unset=True)["data"], "noise": {"rate": 0.5}})
-    for stage in (merge, lambda r, f: stages.score(r, f, ranks), lambda r, f: stages.train(r, f, ranks, "sft", False)):
+    this = Run(changed, folder, ranks)
+    prompt = Run(tiny_recipe(models, prompt={"template": "{sentence}"}), folder, ranks)
+    for stage in (
+        lambda: stages.merge(this),
+        lambda: stages.score(this),
+        lambda: stages.score(prompt),
+        lambda: stages.train(this, "sft", False),
+        lambda: stages.evaluate(this, ["sft"]),
+    ):
         with pytest.raises(InputError, match=r"examples.json: made from other data files.*run `prepare`"):
-            stage(changed, folder)
-    with pytest.raises(InputError, match=r"examples.json: made from other data files.*run `prepare`"):
-        stages.evaluate(changed, folder, ranks, ["sft"])
+            stage()
     assert not folder.weights.exists() and not (folder.root / "model").exists()
 
 
@@ -455,10 +477,10 @@ def test_hard_selection_decides_between_equal_weights_by_what_they_were(run, mod
     table, _ = read_table(folder.weights)
     weight, log_weight = (table[name].to_numpy() for name in ("weight", "log_weight"))
     assert (weight == weight.min()).sum() > 11, "more than a quarter lie at the lower bound"
-    dropped = np.flatnonzero(arm_weights(recipe, folder, load_examples(folder), "hard") == 0)
+    dropped = np.flatnonzero(arm_weights(recipe, folder, "hard") == 0)
     assert sorted(dropped) == sorted(np.argsort(log_weight)[:11])
     with pytest.raises(InputError, match="arm level: all its weights are equal"):
-        arm_weights(recipe, folder, load_examples(folder), "level")
+        arm_weights(recipe, folder, "level")
 
 
 def test_merge_writes_once(run):
