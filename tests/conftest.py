@@ -171,11 +171,23 @@ def succeed(kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT)
     return done.out
 
 
+def grammar_pairs(encoder: Any, count: int, seed: int) -> list[Any]:
+    """The first sentences of the demo grammar behind the relation prompt, each with its label, encoded."""
+    from atlantis_ds.config.schema import Prompt
+    from atlantis_ds.data.prompts import render_prompt
+    from atlantis_ds.data.relation import TEMPLATE
+    from atlantis_ds.demo.grammar import grammar_corpus
+
+    rows = [*grammar_corpus(count, 0, 0, seed)]
+    prompts = [render_prompt(TEMPLATE, row.fields, Prompt(), None) for row in rows]
+    return [*encoder.pairs(prompts, [row.label for row in rows])]
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 of 2 layers with its tokenizer, from the project's own builder, not pretrained."""
     from atlantis_ds.config.schema import Recipe
-    from atlantis_ds.data.formats import SEMEVAL_LABELS
+    from atlantis_ds.data.relation import SEMEVAL_LABELS
     from atlantis_ds.demo.scratch import build_scratch_model
     from atlantis_ds.run_folder import RunFolder
 

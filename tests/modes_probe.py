@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import grammar_pairs
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
-from atlantis_ds.config.schema import Model, Prompt, Train
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.demo.grammar import grammar_corpus
+from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded, Encoder
@@ -77,8 +77,8 @@ def main() -> None:
     plan = json.loads(Path(rows).read_text())
     model = Model(model_name_or_path=plan[0]["model"])
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, load_config(model), Prompt(), list(SEMEVAL_LABELS))
-    pairs = [encoder(example) for example in grammar_corpus(EXAMPLES, 1, 1, seed=4)[:EXAMPLES]]
+    encoder = Encoder(tokenizer, load_config(model), SEMEVAL_LABELS)
+    pairs = grammar_pairs(encoder, EXAMPLES, seed=4)
     train(plan[0], tokenizer, pairs, ranks)  # pays for the libraries
     for row in plan:
         try:

@@ -9,24 +9,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
+from conftest import grammar_pairs
 from deepspeed.utils import safe_get_full_grad
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
-from atlantis_ds.config.schema import Model, Prompt, Train
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.demo.grammar import grammar_corpus
+from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
 from atlantis_ds.train.engine import add_lora, start_engine
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import optimizer_step, weighted_loss
-from atlantis_ds.train.trainer import _micro_batches
+from atlantis_ds.train.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ds_configs"
 BATCH = 24
@@ -43,13 +44,12 @@ class Setting:
             | options
         )
         self.model = Model(model_name_or_path=path)
-        examples = grammar_corpus(BATCH, 1, 1, seed=4)[:BATCH]
-        tokenizer, config = load_tokenizer(self.model), load_config(self.model)
-        encoder = Encoder(tokenizer, config, Prompt(), list(SEMEVAL_LABELS))
-        self.pairs = [encoder(example) for example in examples]
+        self.tokenizer = load_tokenizer(self.model)
+        encoder = Encoder(self.tokenizer, load_config(self.model), SEMEVAL_LABELS)
+        self.pairs = grammar_pairs(encoder, BATCH, seed=4)
         assert len({len(pair.label) for pair in self.pairs}) > 2, "labels of unequal length are the point"
         weights = np.random.default_rng(1).exponential(size=BATCH) ** 2
-        self.job = Job("probe", None, self.model, examples, weights, self.train, seed=1)
+        self.job = Job("probe", None, self.model, "train", "target", np.arange(BATCH), weights, self.train, seed=1)
         self.engine = start_engine(self.train, self.model, 100, 1, ranks)
         self.gradients = record_gradients(self.engine)
         self.bare = load_model(self.model, "float32")
@@ -63,8 +63,16 @@ class Setting:
 
     def step(self, rows: np.ndarray) -> tuple[Tensors, Any]:
         """One optimizer step of the engine; its gradients on the way."""
-        lengths = [len(pair) for pair in self.pairs]
-        batches = _micro_batches(self.job, self.pairs, lengths, rows, self.engine, self.ranks)
+        trainer = SimpleNamespace(  # what `_micro_batches` reads of one
+            run=SimpleNamespace(ranks=self.ranks),
+            job=self.job,
+            settings=self.train,
+            tokens=self.pairs,
+            lengths=[len(pair) for pair in self.pairs],
+            tokenizer=self.tokenizer,
+            engine=self.engine,
+        )
+        batches = Trainer._micro_batches(trainer, rows)
         options = self.train.loss, self.train.gce_q
         result = optimizer_step(self.engine, batches, self.denominator(rows), self.ranks, *options)
         return dict(self.gradients), result

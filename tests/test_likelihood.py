@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -17,12 +19,16 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config,
 
 from atlantis_ds.cluster.ranks import free_port
 from atlantis_ds.config.schema import Model, Prompt
-from atlantis_ds.data.formats import SEMEVAL_LABELS, read_semeval
+from atlantis_ds.data.examples import write_arrow
+from atlantis_ds.data.prompts import render_prompt
+from atlantis_ds.data.relation import SEMEVAL_LABELS, TEMPLATE, read_semeval
+from atlantis_ds.data.rows import BadRows
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
+from atlantis_ds.lm.tokens import _Task, write_part
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 FAMILIES = ["qwen2-tied", "qwen2-untied", "t5-tied", "t5-untied"]
@@ -33,8 +39,18 @@ def examples():
     path = DATA / "semeval2010_task8" / "TRAIN_FILE.TXT"
     if not path.is_file():
         pytest.skip(f"the SemEval-2010 task 8 files are not at {path}")
-    rows = sorted(read_semeval(path, "train", None)[:200], key=lambda e: len(e.sentence))
+    rows = [*itertools.islice(read_semeval(path, BadRows(drop=False)), 200)]
+    rows = sorted(rows, key=lambda row: len(row.fields["sentence"]))
     return [*rows[:3], *rows[60:140:10], *rows[-3:]]  # 14 sentences, from the shortest to the longest
+
+
+def prompts_of(rows, template=TEMPLATE, labels=None):
+    return [render_prompt(template, row.fields, Prompt(), labels) for row in rows]
+
+
+def encode(encoder, rows, template=TEMPLATE, labels=None):
+    """Each row's prompt with its own label."""
+    return [*encoder.pairs(prompts_of(rows, template, labels), [row.target for row in rows])]
 
 
 @functools.cache
@@ -101,8 +117,8 @@ def plain_log_likelihood(model, pair):
 @pytest.fixture(scope="module", params=FAMILIES)
 def lm(request):
     model = random_model(request.param)
-    encoder = Encoder(tokenizer_of(request.param), model.config, Prompt(), list(SEMEVAL_LABELS))
-    pairs = [encoder(example) for example in examples()]
+    encoder = Encoder(tokenizer_of(request.param), model.config, SEMEVAL_LABELS)
+    pairs = encode(encoder, examples())
     with torch.no_grad():
         plain = torch.stack([plain_log_likelihood(model, pair) for pair in pairs])
     assert plain.std(0).min() > 0.5  # else a score put in another's place would go unseen
@@ -210,8 +226,8 @@ def test_bfloat16_scorer_has_an_fp32_head(family, tmp_path):
     else:
         assert not torch.equal(head.weight, embedding.weight.float())
 
-    encoder = Encoder(tokenizer_of(family), full.config, Prompt(), list(SEMEVAL_LABELS))
-    pairs = [encoder(example) for example in examples()]
+    encoder = Encoder(tokenizer_of(family), full.config, SEMEVAL_LABELS)
+    pairs = encode(encoder, examples())
     logits = []
     handle = head.register_forward_hook(lambda _, args, out: logits.append(out))
     half_scores = score_pairs(half, pairs, 0, 4096)
@@ -289,8 +305,7 @@ def test_token_budget_batches(lengths, budget, prefix):
 
 def test_weights_travel_in_the_batch():
     model = random_model("qwen2-tied")
-    encoder = Encoder(tokenizer_of("qwen2"), model.config, Prompt(), [])
-    pairs = [encoder(example) for example in examples()[:3]]
+    pairs = encode(Encoder(tokenizer_of("qwen2"), model.config, []), examples()[:3])
     batch = collate(pairs, model.config, 0, [0.5, 0.0, 2.5]).to(torch.device("cpu"))
     assert batch.weight.tolist() == [0.5, 0.0, 2.5] and batch.weight.dtype == torch.float64
     assert collate(pairs, model.config, 0).weight.tolist() == [1, 1, 1]
@@ -302,53 +317,67 @@ def test_weights_travel_in_the_batch():
 @pytest.mark.parametrize("family", ["qwen2", "t5"])
 def test_label_tokens_are_the_same_everywhere(family):
     tokenizer = tokenizer_of(family)
-    encoder = Encoder(tokenizer, random_model(f"{family}-tied").config, Prompt(), list(SEMEVAL_LABELS))
+    encoder = Encoder(tokenizer, random_model(f"{family}-tied").config, SEMEVAL_LABELS)
     ends = set()
     for label in SEMEVAL_LABELS:
-        encoded = [encoder(example, label) for example in examples()]
+        encoded = [*encoder.pairs(prompts_of(examples()), [label] * len(examples()))]
         assert len({tuple(pair.label) for pair in encoded}) == 1
         assert tokenizer.decode(encoded[0].label).strip() == label
         assert {pair.eos for pair in encoded} == {tokenizer.eos_token_id}
         assert encoded[0].eos not in encoded[0].label
+        assert encoded[0].label == encoder.label_ids(label)
         ends |= {tokenizer.decode(pair.prompt[-1:]) for pair in encoded}
     # A causal prompt ends with the line end, alone or in one token with the mark before it; T5's with </s>.
     assert all(end.endswith("\n") for end in ends) if family == "qwen2" else ends == {"</s>"}
     own = examples()[4]
-    assert encoder(own) == encoder(own, own.label)
+    (alone,) = encode(encoder, [own])
+    assert alone == encode(encoder, examples())[4]
+    assert alone.label == encoder.label_ids(own.target) and [alone.prompt] == encoder.prompt_ids(prompts_of([own]))
 
 
 def test_prompt_and_label_read_as_one_text():
     """Tokenised apart, they still are the text that the model is meant to read, with no space or mark between."""
     tokenizer = tokenizer_of("qwen2")
-    encoder = Encoder(tokenizer, random_model("qwen2-tied").config, Prompt(template="{sentence}"), [])
+    encoder = Encoder(tokenizer, random_model("qwen2-tied").config, [])
     example = examples()[0]
-    pair = encoder(example)
-    assert tokenizer.decode(pair.prompt + pair.label) == f"{example.sentence}\n{example.label}"
+    (pair,) = encode(encoder, [example], "{sentence}")
+    assert tokenizer.decode(pair.prompt + pair.label) == f"{example.fields['sentence']}\n{example.target}"
 
 
 def test_entity_marks_are_known_to_t5():
     tokenizer = tokenizer_of("t5")
-    encoder = Encoder(tokenizer, random_model("t5-tied").config, Prompt(template="{marked_sentence}"), [])
-    assert tokenizer.unk_token_id not in encoder(examples()[0]).prompt
+    encoder = Encoder(tokenizer, random_model("t5-tied").config, [])
+    (pair,) = encode(encoder, examples()[:1], "{marked_sentence}")
+    assert tokenizer.unk_token_id not in pair.prompt
 
 
 @pytest.mark.parametrize("family", ["qwen2", "t5"])
 def test_empty_label_is_refused(family):
-    encoder = Encoder(tokenizer_of(family), random_model(f"{family}-tied").config, Prompt(), [])
+    encoder = Encoder(tokenizer_of(family), random_model(f"{family}-tied").config, [])
     with pytest.raises(InputError, match="label ''"):
-        encoder(examples()[0], "")
+        [*encoder.pairs(prompts_of(examples()[:1]), [""])]
 
 
-def test_too_long_example_is_refused_by_its_id():
-    config = random_model("qwen2-tied").config
-    longest = examples()[-1]
-    encoder = Encoder(tokenizer_of("qwen2"), config, Prompt(), [])
-    length = len(encoder(longest))
-    config.max_position_embeddings = length
-    assert len(Encoder(encoder.tokenizer, config, Prompt(), [])(longest)) == length
-    config.max_position_embeddings = length - 1
-    with pytest.raises(InputError, match=f"example {longest.id}: {length} tokens.*at most {length - 1}"):
-        Encoder(encoder.tokenizer, config, Prompt(), [])(longest)
+def test_too_long_example_is_told_by_its_id(tmp_path):
+    """Of a split, the one that is longer by a token than the model reads; nothing of it is written then."""
+    config, tokenizer = random_model("qwen2-tied").config, tokenizer_of("qwen2")
+    rows = examples()
+    (longest,) = encode(Encoder(tokenizer, config, []), rows[-1:])
+    columns = [[row.id for row in rows], prompts_of(rows), [row.target for row in rows]]
+    batch = pa.record_batch(list(map(pa.array, columns)), names=["id", "prompt", "target"])
+    write_arrow(tmp_path / "train.arrow", batch.schema, iter([batch]), {})
+    for reads in (len(longest), len(longest) - 1):
+        model, tokens = tmp_path / f"reads {reads}", tmp_path / f"{reads}.arrow"
+        config.max_position_embeddings = reads
+        assert [Encoder(tokenizer, config, []).excess(longest)] == [len(longest) - reads]
+        config.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        task = _Task(
+            tmp_path / "train.arrow", "target", Model(model_name_or_path=str(model)), [], False, False, "refuse"
+        )
+        said = f"example {rows[-1].id}: {len(longest)} tokens, but the model reads at most {reads}"
+        assert write_part(task, (0, tokens)) == ([said] if reads < len(longest) else [])
+        assert tokens.exists() == (reads == len(longest))
 
 
 @pytest.mark.parametrize("family", ["causal", "encoder-decoder"])
@@ -387,8 +416,8 @@ def check_choices(model, prompts, budget):
 def test_micro_batch_in_one_row_has_the_same_values_and_gradients(template):
     """With a prompt that begins alike for all examples, and with one that does not."""
     tokenizer, model = tokenizer_of("qwen2-tied"), random_model("qwen2-tied")
-    encode = Encoder(tokenizer, model.config, Prompt(template=template), SEMEVAL_LABELS)
-    pairs = [encode(example) for example in examples()[::3]]
+    encoder = Encoder(tokenizer, model.config, SEMEVAL_LABELS)
+    pairs = encode(encoder, examples()[::3], template, SEMEVAL_LABELS)
     weights = [0.0, 0.5, 1.5, 3.0, 0.2]
     padded, packed = (f(pairs, model.config, 0, weights) for f in (collate, collate_to_train))
     prompts = [pair.prompt for pair in pairs]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import grammar_pairs
 
-from atlantis_ds.config.schema import Loss, Model, Prompt, Train
-from atlantis_ds.data.formats import SEMEVAL_LABELS
-from atlantis_ds.demo.grammar import grammar_corpus
+from atlantis_ds.config.schema import Loss, Model, Train
+from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
@@ -22,8 +22,8 @@ WEIGHTS = [0.3, 2.0, 0.0, 1.7]
 @pytest.fixture(scope="module")
 def setting(base_model: Path) -> tuple[Any, list[Encoded]]:
     model = Model(model_name_or_path=str(base_model))
-    encoder = Encoder(load_tokenizer(model), load_config(model), Prompt(), list(SEMEVAL_LABELS))
-    return load_model(model, "float32"), [encoder(example) for example in grammar_corpus(4, 1, 1, seed=2)[:4]]
+    encoder = Encoder(load_tokenizer(model), load_config(model), SEMEVAL_LABELS)
+    return load_model(model, "float32"), grammar_pairs(encoder, 4, seed=2)
 
 
 def plain_tokens(lm: Any, pair: Encoded) -> torch.Tensor:

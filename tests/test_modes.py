@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENV, ROOT, TIMEOUT, launch
+from conftest import ENV, ROOT, TIMEOUT, grammar_pairs, launch
 
 from atlantis_ds.config.schema import Recipe, Train
 from atlantis_ds.errors import InputError
@@ -215,17 +215,16 @@ print(json.dumps(scores))
 def test_untied_t5_saved_under_zero3_loads_with_plain_transformers(
     families: dict[str, Path], outcomes: Launch, tmp_path: Path
 ) -> None:
-    from atlantis_ds.config.schema import Model, Prompt
-    from atlantis_ds.data.formats import SEMEVAL_LABELS
-    from atlantis_ds.demo.grammar import grammar_corpus
+    from atlantis_ds.config.schema import Model
+    from atlantis_ds.data.relation import SEMEVAL_LABELS
     from atlantis_ds.lm.encode import Encoder
     from atlantis_ds.lm.load import load_config, load_tokenizer
 
     trained = outcomes("flan-t5 untied", 2, QUICK)["full", "zero3"]["scores"]
     path = families["flan-t5 untied"].with_name("flan-t5 untied, trained")
     model = Model(model_name_or_path=str(path))
-    encoder = Encoder(load_tokenizer(model), load_config(model), Prompt(), list(SEMEVAL_LABELS))
-    pairs = [encoder(example) for example in grammar_corpus(16, 1, 1, seed=4)[:3]]
+    encoder = Encoder(load_tokenizer(model), load_config(model), SEMEVAL_LABELS)
+    pairs = grammar_pairs(encoder, 3, seed=4)
     questions = json.dumps([(pair.prompt, [*pair.label, pair.eos]) for pair in pairs])
     env = {name: value for name, value in ENV.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", PLAIN, str(path), questions]
