@@ -4,28 +4,31 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import succeed
 
 from atlantis_ds.config.schema import Prompt, Recipe
-from atlantis_ds.data.formats import SEMEVAL_LABELS, parse_marked
-from atlantis_ds.data.prepare import examples_fingerprint, load_examples, prepare
-from atlantis_ds.data.prompts import render_prompt
-from atlantis_ds.data.table import Example, sentence_key, to_table
-from atlantis_ds.demo.grammar import grammar_corpus, unlabelled_text
+from atlantis_ds.data.examples import SCHEMA, SPLITS, Examples, load_examples, map_table, write_arrow
+from atlantis_ds.data.prepare import examples_fingerprint, look_at_data, prepare
+from atlantis_ds.data.prompts import render_prompt, template_for
+from atlantis_ds.data.relation import SEMEVAL_LABELS, parse_marked, relation_fields
+from atlantis_ds.data.rows import BadRow
+from atlantis_ds.data.splits import text_key
+from atlantis_ds.demo.grammar import Row, grammar_corpus, unlabelled_text
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, write_json, write_table
+from atlantis_ds.files import read_json, write_json
 from atlantis_ds.run_folder import RunFolder
 
 
-def example(sentence: str) -> Example:
-    text, e1, e2 = parse_marked(sentence)
-    return Example("1", text, e1, e2, "x", None, "train")
+def fields(sentence: str) -> dict[str, str]:
+    return relation_fields(*parse_marked(sentence))
 
 
-def recipe(data: dict, seed: int = 0) -> Recipe:
+def recipe(data: dict, seed: int = 0, prompt: dict | None = None) -> Recipe:
     model = {"model_name_or_path": "some/model"}
-    return Recipe.model_validate({"name": "r", "seed": seed, "data": data, "models": {"large": model, "small": model}})
+    models = {"large": model, "small": model}
+    return Recipe.model_validate({"name": "r", "seed": seed, "data": data, "prompt": prompt or {}, "models": models})
 
 
 # --- prompts
@@ -47,48 +50,85 @@ def recipe(data: dict, seed: int = 0) -> Recipe:
     ],
 )
 def test_marked_sentence(sentence, marked):
-    e = example(sentence)
-    assert " ".join(render_prompt(e, Prompt(template="{marked_sentence}"), []).split()) == " ".join(marked.split())
+    text = render_prompt("{marked_sentence}", fields(sentence), Prompt(), [])
+    assert " ".join(text.split()) == " ".join(marked.split())
 
 
 def test_prompt_fields_and_options():
-    e = example("the {e1} <e1>cat</e1> in a <e2>{e2} box</e2>")
+    e = fields("the {e1} <e1>cat</e1> in a <e2>{e2} box</e2>")
     template = "{e1}/{e2}: {sentence} | {marked_sentence} {not a field}\n"
     text = "cat/{e2} box: the {e1} cat in a {e2} box | the {e1} [E1] cat [/E1] in a [E2] {e2} box [/E2] {not a field}"
-    assert render_prompt(e, Prompt(template=template), ["a", "b"]) == text
+    assert render_prompt(template, e, Prompt(template=template), ["a", "b"]) == text
     first = Prompt(template="One of {options}.\n{sentence}")
-    assert render_prompt(e, first, ["a", "b(e1,e2)"]) == f"One of a, b(e1,e2).\n{e.sentence}"
+    assert render_prompt(first.template, e, first, ["a", "b(e1,e2)"]) == f"One of a, b(e1,e2).\n{e['sentence']}"
     with pytest.raises(ValueError, match="drop one"):
         Prompt(template="{options} {sentence}", label_options=True)
-    with_options = render_prompt(e, Prompt(template=template, label_options=True), ["a", "b(e1,e2)"])
+    with_options = render_prompt(template, e, Prompt(template=template, label_options=True), ["a", "b(e1,e2)"])
     assert with_options == text + "\nOptions: a, b(e1,e2)"
+
+
+@pytest.mark.parametrize(
+    "task, columns, template",
+    [
+        ("relation", "sentence", None),
+        ("classification", "text", "Which label fits: {options}?\n{text}"),
+        ("classification", "title sentence", "Which label fits: {options}?\n{sentence}"),
+        ("classification", "review", "Which label fits: {options}?\n{review}"),
+        ("response", "prompt", "{prompt}"),
+        ("response", "topic question", "{question}"),
+        ("response", "instruction", "{instruction}"),
+        ("response", "instruction input prompt", "{instruction}\n{input}"),
+    ],
+)
+def test_templates_by_default(task, columns, template):
+    found = template_for(task, Prompt(), dict.fromkeys(columns.split(), "x"))
+    assert found == template if template else "{marked_sentence}" in found
+    own = Prompt(template=f"{{{columns.split()[0]}}} is what?")
+    assert template_for(task, own, dict.fromkeys(columns.split(), "x")) == own.template
+
+
+def test_templates_that_do_not_fit_the_columns():
+    with pytest.raises(BadRow, match=r"prompt.template is needed: which of the columns title, body make the prompt\?"):
+        template_for("classification", Prompt(), {"title": "", "body": ""})
+    with pytest.raises(BadRow, match=r"unknown field {text}; known: body, options"):
+        template_for("classification", Prompt(template="{text}"), {"body": ""})
 
 
 # --- grammar
 
 
 @pytest.fixture(scope="module")
-def corpus() -> list[Example]:
-    return grammar_corpus(2400, 200, 600, 0)
+def corpus() -> list[Row]:
+    return list(grammar_corpus(2400, 200, 600, 0))
 
 
 def test_grammar_corpus_is_distinct_and_complete(corpus):
-    assert len({sentence_key(e.sentence) for e in corpus}) == len({e.id for e in corpus}) == len(corpus) == 3200
+    assert len({text_key(e.sentence) for e in corpus}) == len({e.id for e in corpus}) == len(corpus) == 3200
     for split, count in (("train", 2400), ("dev", 200), ("test", 600)):
         part = [e for e in corpus if e.split == split]
         assert len(part) == count and {e.label for e in part} == set(SEMEVAL_LABELS)
     assert min(Counter(e.label for e in corpus if e.split == "train").values()) > 50
     assert max(len(e.sentence.split()) for e in corpus) <= 25
     for e in corpus:
-        assert e.gold == e.label and e.e1[1] < e.e2[0]
-        assert e.sentence[slice(*e.e1)].isalpha() and e.sentence[slice(*e.e2)].isalpha()
-        assert e.sentence[e.e1[0] - 1] == e.sentence[e.e2[0] - 1] == " "
-    assert grammar_corpus(2400, 200, 600, 0) == corpus != grammar_corpus(2400, 200, 600, 1)
+        before, first, between, second, after = spans(e)
+        assert (first, second) == (e.fields["e1"], e.fields["e2"]) and first.isalpha() and second.isalpha()
+        assert before.endswith(" ") and between.endswith(" ")
+        assert e.sentence == before + first + between + second + after
+    assert list(grammar_corpus(2400, 200, 600, 0)) == corpus != list(grammar_corpus(2400, 200, 600, 1))
+
+
+def spans(row: Row) -> list[str]:
+    """What stands before, in, between and after the two entities, e1 first."""
+    marked = row.fields["marked_sentence"]
+    before, rest = marked.split("[E1] ")
+    first, rest = rest.split(" [/E1]")
+    between, rest = rest.split("[E2] ")
+    return [before, first, between, *rest.split(" [/E2]")]
 
 
 def test_grammar_direction_follows_the_roles(corpus):
     for e in corpus:
-        between = e.sentence[e.e1[1] : e.e2[0]]
+        between = spans(e)[2]
         if " was caused by " in between:
             assert e.label == "Cause-Effect(e2,e1)"
         if " was full of " in between:
@@ -114,11 +154,15 @@ def test_grammar_is_learnable_but_not_trivial(corpus):
 def test_unlabelled_text_is_another_stream(corpus):
     text = unlabelled_text(2000, 0)
     assert unlabelled_text(2000, 0) == text
-    assert len({sentence_key(s) for s in unlabelled_text(30_000, 0)}) == 30_000
+    assert len({text_key(s) for s in unlabelled_text(30_000, 0)}) == 30_000
     assert len(set(text) & {e.sentence for e in corpus}) < 20
 
 
 # --- prepare
+
+
+def sizes(made: Examples) -> tuple[int, ...]:
+    return tuple(len(getattr(made, split)) for split in SPLITS)
 
 
 def test_prepare_writes_once_then_loads(tmp_path):
@@ -128,54 +172,95 @@ def test_prepare_writes_once_then_loads(tmp_path):
     )
     made = prepare(r, folder)
     info = read_json(folder.examples_info)
-    assert (len(made.train), len(made.dev), len(made.test)) == (300, 40, 80) and made.task == "grammar"
+    assert sizes(made) == (300, 40, 80) and made.task == "relation" and not made.chat
     assert info["counts"] == {"train": 300, "dev": 40, "test": 80} and info["labels"] == made.labels == SEMEVAL_LABELS
     assert info["noise"] == {"kind": "uniform", "rate": 0.25, "rows_changed": 75}
-    assert sum(e.label != e.gold for e in made.train) == 75 and all(e.label == e.gold for e in made.dev + made.test)
+    assert (made.train.correct == 0).sum() == 75 and (made.train.correct == 1).sum() == 225
+    assert (made.dev.correct == 1).all() and (made.test.correct == 1).all()
     assert sum(info["label_counts"]["train"].values()) == 300
     assert info["fingerprint"] == made.fingerprint == examples_fingerprint(r)
-    stamp = folder.examples.stat().st_mtime_ns, folder.examples_info.stat().st_mtime_ns
+    assert sorted(path.name for path in folder.examples.iterdir()) == [
+        "dev.arrow",
+        "examples.json",
+        "test.arrow",
+        "train.arrow",
+    ]
+
+    def stamps() -> list[int]:
+        return [path.stat().st_mtime_ns for path in sorted(folder.examples.iterdir())]
+
+    before = stamps()
     assert prepare(r, folder) == made == load_examples(folder)
-    assert stamp == (folder.examples.stat().st_mtime_ns, folder.examples_info.stat().st_mtime_ns)
+    assert stamps() == before
+
+
+def test_columns_of_a_split(tmp_path):
+    data = {"format": "grammar", "train_size": 60, "test_size": 20, "noise": {"rate": 0.5}}
+    train = prepare(recipe(data), RunFolder(tmp_path / "r")).train
+    rows = [row for row in grammar_corpus(60, 200, 20, 0) if row.split == "train"]
+    assert train.ids.to_pylist() == [row.id for row in rows]
+    assert train.golds.to_pylist() == [row.label for row in rows]
+    assert train.groups.null_count == 60
+    for prompt, row in zip(train.prompts.to_pylist(), rows):
+        assert row.fields["marked_sentence"] in prompt and not prompt.endswith("\n")
+    assert [SEMEVAL_LABELS[code] for code in train.codes] == train.targets.to_pylist()
+    assert [SEMEVAL_LABELS[code] for code in train.gold_codes] == train.golds.to_pylist()
+    assert train.correct.tolist() == [int(pair[0] == pair[1]) for pair in zip(train.codes, train.gold_codes)]
+    assert set(train.folds(3)) == {0, 1, 2} and set(train.folds(1)) == {0}
 
 
 def test_prepare_finishes_what_was_cut_off(tmp_path):
     r, folder = recipe({"format": "grammar", "train_size": 60, "test_size": 20}), RunFolder(tmp_path / "r")
     made = prepare(r, folder)
-    folder.examples_info.unlink()  # killed between the two files
+    folder.examples_info.unlink()  # killed before the last file
     assert prepare(r, folder) == made
-    folder.examples.write_bytes(b"PAR1 broken")
-    with pytest.raises(InputError, match="broken Parquet"):
+    folder.split("train").write_bytes(b"ARROW1 broken")
+    with pytest.raises(InputError, match=r"train\.arrow: broken Arrow file"):
         load_examples(folder)
+    assert prepare(r, folder) == made == load_examples(folder)
+    folder.split("dev").unlink()
+    with pytest.raises(InputError, match=r"dev\.arrow: no such file"):
+        load_examples(folder)
+    assert prepare(r, folder) == made == load_examples(folder)
+    folder.examples_info.write_text("{")
     assert prepare(r, folder) == made == load_examples(folder)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"data": {"format": "grammar", "train_size": 61, "test_size": 20}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"data": {"format": "grammar", "train_size": 61, "test_size": 20}},
+        {"prompt": {"template": "{sentence}"}},
+    ],
+)
 def test_prepare_refuses_a_folder_with_other_examples(tmp_path, change):
     data = {"format": "grammar", "train_size": 60, "test_size": 20}
     folder = RunFolder(tmp_path / "r")
-    prepare(recipe(data), folder)
-    before = folder.examples.read_bytes()
-    with pytest.raises(InputError, match="other data or another seed"):
+    made = prepare(recipe(data), folder)
+    before = {path: path.read_bytes() for path in folder.examples.iterdir()}
+    with pytest.raises(InputError, match=r"other data, another prompt or another seed .* choose another `name`"):
         prepare(recipe(**({"data": data} | change)), folder)
-    assert folder.examples.read_bytes() == before
+    assert {path: path.read_bytes() for path in folder.examples.iterdir()} == before
+    assert prepare(recipe(data), folder) == made
 
 
 def test_prepare_exchanges_the_test_split(tmp_path):
     """Dev, then test: nothing that was scored or trained depends on it. Nor may it change what is trained on."""
     rows = [(f"train-{i}", f"sentence {i}", "A" if i % 2 else "B") for i in range(20)]
     data = {
-        "format": "jsonl",
+        "task": "relation",
         "train": jsonl(tmp_path / "train.jsonl", rows),
         "test": jsonl(tmp_path / "test.jsonl", [(f"test-{i}", f"question {i}", "A") for i in range(4)]),
         "noise": {"rate": 0.2},
     }
     folder = RunFolder(tmp_path / "r")
     first = prepare(recipe(data), folder)
+    train = first.train.table.to_pylist()  # not the mapped file, which is replaced
     other = jsonl(tmp_path / "other.jsonl", [(f"other-{i}", f"inquiry {i}", "B") for i in range(3)])
     second = prepare(recipe({**data, "test": other}), folder)
-    assert [e.id for e in second.test] == ["other-0", "other-1", "other-2"] and second == load_examples(folder)
-    assert (second.train, second.train_fingerprint) == (first.train, first.train_fingerprint)
+    assert second.test.ids.to_pylist() == ["other-0", "other-1", "other-2"] and second == load_examples(folder)
+    assert (second.train.table.to_pylist(), second.train_fingerprint) == (train, first.train_fingerprint)
     assert second.fingerprint != first.fingerprint, "the evaluation has to be done again"
     with pytest.raises(InputError, match="training or dev examples of other data"):
         prepare(recipe({**data, "test": jsonl(tmp_path / "known.jsonl", [("known", *rows[3][1:])])}), folder)
@@ -186,13 +271,10 @@ def test_load_refuses_what_does_not_belong_together(tmp_path):
     folder = RunFolder(tmp_path / "r")
     with pytest.raises(InputError, match="no such file"):
         load_examples(folder)
-    made = prepare(recipe({"format": "grammar", "train_size": 60, "test_size": 20}), folder)
-    rows = made.train + made.dev + made.test
-    write_table(folder.examples, to_table([*rows, rows[0]]), {"fingerprint": made.fingerprint})
-    with pytest.raises(InputError, match="'grammar-train-00000' stands in train and in train"):
-        load_examples(folder)
-    write_table(folder.examples, to_table(rows), {"fingerprint": "0" * 16})
-    with pytest.raises(InputError, match="does not belong to"):
+    prepare(recipe({"format": "grammar", "train_size": 60, "test_size": 20}), folder)
+    batches = pa.Table.from_pylist(map_table(folder.split("dev"))[0].to_pylist(), SCHEMA).to_batches()
+    write_arrow(folder.split("dev"), SCHEMA, iter(batches), {"fingerprint": "0" * 16})
+    with pytest.raises(InputError, match=r"dev\.arrow: does not belong to"):
         load_examples(folder)
     write_json(folder.examples_info, {"labels": []})
     with pytest.raises(InputError, match="not written by this version"):
@@ -213,23 +295,23 @@ def jsonl_data(tmp_path: Path, train=None, test=None, **more) -> dict:
     train = train or [(f"t{i}", f"s{i}", "xy"[i % 2]) for i in range(10)]
     test = test or [(f"e{i}", f"u{i}", "x") for i in range(4)]
     return {
-        "format": "jsonl",
+        "task": "relation",
         "train": jsonl(tmp_path / "train.jsonl", train),
         "test": jsonl(tmp_path / "test.jsonl", test),
         **more,
     }
 
 
-def test_prepare_jsonl_with_own_dev_and_label_set(tmp_path):
+def test_prepare_rows_with_own_dev_and_label_set(tmp_path):
     dev = jsonl(tmp_path / "dev.jsonl", [("d0", "U1", "x"), ("d1", "s3", "y"), ("d2", "v", "y"), ("d3", "w", "y")])
     made = prepare(recipe(jsonl_data(tmp_path, dev=dev, dev_size=2)), RunFolder(tmp_path / "r"))
-    assert made.labels == ["x", "y"] and len(made.dev) == 2 and len(made.test) == 4
-    assert "t3" not in {e.id for e in made.train} and len(made.train) == 9
-    assert made.dropped == {"train_in_test": 0, "dev_in_test": 1, "train_in_dev": 1}
+    assert made.labels == ["x", "y"] and sizes(made) == (9, 2, 4)
+    assert "t3" not in made.train.ids.to_pylist()
+    assert made.info["dropped"] == {"train_in_test": 0, "dev_in_test": 1, "train_in_dev": 1}
     assert load_examples(RunFolder(tmp_path / "r")) == made
-    with pytest.raises(InputError, match=r"train_size: 10 .* there are 9 \(1 more have a sentence .* another split"):
+    with pytest.raises(InputError, match=r"train_size: 10 .* there are 9 \(1 more have a text .* another split"):
         prepare(recipe({**jsonl_data(tmp_path, dev=dev), "train_size": 10}), RunFolder(tmp_path / "r2"))
-    assert all(e.gold is None for e in made.train)
+    assert made.train.golds.null_count == 9 and set(made.train.correct) == {-1}
 
 
 def test_prepare_says_what_it_left_out(tmp_path):
@@ -238,7 +320,7 @@ def test_prepare_says_what_it_left_out(tmp_path):
     path.write_text(json.dumps({**recipe(data).model_dump(exclude_unset=True), "runs_dir": str(tmp_path)}))
     said = succeed("local", 1, "prepare", path)
     assert "8 train, 0 dev, 3 test" in said
-    assert "left out 2 rows of train whose sentence stands in test, too" in said and said.count("left out") == 1
+    assert "left out 2 rows of train whose text stands in test, too" in said and said.count("left out") == 1
 
 
 @pytest.mark.parametrize(
@@ -248,12 +330,15 @@ def test_prepare_says_what_it_left_out(tmp_path):
         ({"test_size": 5}, "data.test_size: 5 examples asked for, but there are 4"),
         ({"dev_size": 10}, "data.dev_size: 10"),
         ({"dev_size": 6, "train_size": 5}, "data.train_size: 5 examples asked for, but there are 4"),
-        ({"labels": ["x", "z"]}, "train.jsonl:2: unknown label 'y'"),
         ({"labels": ["x", "y", "x"]}, "data.labels: "),
+        ({"labels": []}, "data.labels: "),
+        ({"labels": ["x", "y", " "]}, "data.labels: "),
         ({"test": [("e0", "u0", "x"), ("e1", "u1", "new")]}, "test.jsonl:2: unknown label 'new'"),
-        ({"test": [("t0", "u0", "x")]}, "the id 't0' stands in train and in test"),
+        ({"test": [("e0", "u0", "x"), ("e1", "u1", None)]}, "test.jsonl:2: empty label"),
+        ({"test": [("e0", "u0", "x"), ("e0", "u1", "x")]}, "test.jsonl:2: the id 'e0' comes twice in test"),
         ({"train": [("t0", "U0", "x")]}, "data.train: no example is left in train"),
         ({"noise": {"kind": "confusion", "rate": 0.5, "table": {"q": {"x": 1.0}}}}, "data.noise.table.q: "),
+        ({"negative_label": "none"}, "data.negative_label: 'none' is no label of train (x, y)"),
     ],
 )
 def test_prepare_refuses_bad_data_and_writes_nothing(tmp_path, change, words):
@@ -262,6 +347,26 @@ def test_prepare_refuses_bad_data_and_writes_nothing(tmp_path, change, words):
         prepare(recipe(jsonl_data(tmp_path, **change)), folder)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not folder.root.exists()
+
+
+def test_labels_of_the_recipe_that_train_does_not_keep_to(tmp_path):
+    with pytest.raises(InputError) as error:
+        prepare(recipe(jsonl_data(tmp_path, labels=["x", "z"])), RunFolder(tmp_path / "r"))
+    lines = str(error.value).splitlines()
+    assert "train.jsonl:2: unknown label 'y'; the label set is x, z (5 rows cannot be read: 5 x unknown" in lines[0]
+    assert len(lines) == 5 and lines[4].startswith(f"  {tmp_path}/train.jsonl:10: unknown label 'y'")
+    assert not (tmp_path / "r").exists()
+    made = prepare(recipe(jsonl_data(tmp_path, labels=["y", "unused", "x"])), RunFolder(tmp_path / "r"))
+    assert made.labels == ["y", "unused", "x"] and made.info["label_counts"]["train"] == {"y": 5, "unused": 0, "x": 5}
+    assert made.train.codes.tolist() == [2, 0] * 5
+
+
+def test_a_bad_recipe_leaves_the_run_folder_alone(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "log.jsonl").write_text("{}\n")
+    with pytest.raises(InputError):
+        prepare(recipe(jsonl_data(tmp_path, train_size=11)), RunFolder(tmp_path / "r"))
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["log.jsonl"]
 
 
 def test_prepare_names_missing_and_empty_files(tmp_path):
@@ -274,8 +379,9 @@ def test_prepare_names_missing_and_empty_files(tmp_path):
     with pytest.raises(InputError, match=r"data\.train: .*none\.jsonl: holds no example"):
         prepare(empty, RunFolder(tmp_path / "r"))
     (tmp_path / "test.jsonl").unlink()
-    with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: no such file"):
-        prepare(recipe(data), RunFolder(tmp_path / "r"))
+    for look in (look_at_data, lambda recipe: prepare(recipe, RunFolder(tmp_path / "r"))):
+        with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: no such file"):
+            look(recipe(data))
 
 
 def test_fingerprint_follows_the_content_not_the_place(tmp_path):
@@ -283,6 +389,7 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path):
     first, moved = examples_fingerprint(recipe(jsonl_data(tmp_path))), jsonl_data(tmp_path / "moved")
     assert examples_fingerprint(recipe(moved)) == first != examples_fingerprint(recipe(moved, seed=1))
     assert examples_fingerprint(recipe({**moved, "noise": {"rate": 0.1}})) != first
+    assert examples_fingerprint(recipe(moved, prompt={"template": "{sentence}"})) != first
     with Path(moved["train"]).open("a") as file:
         file.write("\n")
     assert examples_fingerprint(recipe(moved)) != first
@@ -302,5 +409,7 @@ def test_prepare_from_a_hub_folder(tmp_path, monkeypatch):
         datasets.Dataset.from_list(items).to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
     data = {"format": "semeval2010_task8", "hub_id": str(tmp_path / "hub"), "dev_size": 2, "train_size": 8}
     made = prepare(recipe(data), RunFolder(tmp_path / "r"))
-    assert (len(made.train), len(made.dev), len(made.test)) == (8, 2, 3) and made.labels == SEMEVAL_LABELS
+    assert sizes(made) == (8, 2, 3) and made.labels == SEMEVAL_LABELS
     assert prepare(recipe(data), RunFolder(tmp_path / "r")) == made
+    as_rows = {"task": "relation", "hub_id": str(tmp_path / "hub")}  # the same without a format: rows with marks
+    assert prepare(recipe(as_rows), RunFolder(tmp_path / "r2")).labels == ["Cause-Effect(e1,e2)", "Other"]

@@ -1,6 +1,5 @@
-"""The table, splits, folds and noise."""
+"""What the same text is, splits, folds and noise."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -8,58 +7,39 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlantis_ds.config.schema import Noise
-from atlantis_ds.data.formats import parse_marked, read_semeval
-from atlantis_ds.data.noise import add_noise
-from atlantis_ds.data.splits import assign_splits, fold_of, subset
-from atlantis_ds.data.table import Example, from_table, sentence_key, to_table
+from atlantis_ds.config.schema import Noise, Recipe
+from atlantis_ds.data.examples import Split
+from atlantis_ds.data.noise import noisy_labels, noisy_responses
+from atlantis_ds.data.prepare import prepare
+from atlantis_ds.data.relation import read_semeval
+from atlantis_ds.data.splits import cut_dev, draws, keep_apart, key_hash, subset, text_key
 from atlantis_ds.errors import InputError
+from atlantis_ds.run_folder import RunFolder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEMEVAL = SHARED / "semeval2010_task8"
 
 
-def example(id: str, sentence: str = "a <e1>cat</e1> in a <e2>box</e2>", label: str = "x", **more) -> Example:
-    text, e1, e2 = parse_marked(sentence)
-    return Example(
-        **{"id": id, "sentence": text, "e1": e1, "e2": e2, "label": label, "gold": None, "split": "train"} | more
-    )
-
-
-# --- table
-
-
-def test_table_round_trip():
-    examples = [example("1", gold="y"), example("é", "<e2>日本</e2> und <e1>Öl</e1>", split="test")]
-    table = to_table(examples)
-    assert table.column_names == [
-        "id",
-        "sentence",
-        "e1_start",
-        "e1_end",
-        "e2_start",
-        "e2_end",
-        "label",
-        "gold",
-        "split",
-    ]
-    assert from_table(table) == examples and from_table(to_table([])) == []
+# --- the same text
 
 
 @pytest.mark.parametrize(
     "other", ["The cat , it sat .", "the  CAT, it sat.", " The cat,it sat. ", "The\tcat, it sat ."]
 )
-def test_sentence_key_ignores_case_and_spacing(other):
-    assert sentence_key(other) == sentence_key("The cat, it sat.")
+def test_text_key_ignores_case_and_spacing(other):
+    assert text_key(other) == text_key("The cat, it sat.")
+    assert key_hash(text_key(other)) == key_hash(text_key("The cat, it sat."))
 
 
 @pytest.mark.parametrize("other", ["The cat it sat.", "Thecat, it sat.", "The cat, it sat!", "The cat, it sat"])
-def test_sentence_key_keeps_words_and_marks(other):
-    assert sentence_key(other) != sentence_key("The cat, it sat.")
+def test_text_key_keeps_words_and_marks(other):
+    assert text_key(other) != text_key("The cat, it sat.")
+    assert key_hash(text_key(other)) != key_hash(text_key("The cat, it sat."))
 
 
 # --- splits and folds
@@ -67,68 +47,123 @@ def test_sentence_key_keeps_words_and_marks(other):
 groups = st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.booleans()), max_size=40)
 
 
-def rows(split: str, drawn) -> list[Example]:
-    """Rows with sentences out of a small set, so that many are shared; upper case must not make them new."""
-    return [
-        example(f"{split}{i}", f"<e1>{name.upper() if up else name}</e1> <e2>z</e2>", split=split)
-        for i, (name, up) in enumerate(drawn)
-    ]
+def texts(drawn) -> list[str]:
+    """Texts out of a small set, so that many are shared; upper case must not make them new."""
+    return [text_key(f"{name.upper() if up else name} z") for name, up in drawn]
+
+
+def hashes(keys) -> np.ndarray:
+    return np.array([key_hash(key) for key in keys], dtype=np.uint64)
+
+
+def split(train, dev, test, dev_size: int, seed: int):
+    """As ``prepare`` does it: masks of train and dev rows, and the counts of dropped ones; dev None: cut from train."""
+    kept, kept_dev, dropped = keep_apart(hashes(train), None if dev is None else hashes(dev), hashes(test))
+    if kept_dev is None:
+        rows = np.flatnonzero(kept)
+        is_dev = cut_dev(hashes(train)[rows], draws(seed, "dev", train)[rows], dev_size)
+        kept_dev = np.zeros(len(train), dtype=bool)
+        kept_dev[rows[is_dev]] = True
+        kept = kept & ~kept_dev
+    return kept.tolist(), kept_dev.tolist(), dropped
 
 
 @settings(deadline=None, max_examples=200)
 @given(groups, st.none() | groups, groups, st.integers(0, 12), st.integers(0, 3))
-def test_no_sentence_crosses_splits(train, dev, test, dev_size, seed):
-    train, test = rows("train", train), rows("test", test)
-    dev = None if dev is None else rows("dev", dev)
+def test_no_text_crosses_splits(train, dev, test, dev_size, seed):
+    train, test = texts(train), texts(test)
+    dev = None if dev is None else texts(dev)
     try:
-        new_train, new_dev, dropped = assign_splits(train, dev, test, dev_size, seed)
+        kept, kept_dev, dropped = split(train, dev, test, dev_size, seed)
     except InputError as error:
         assert dev is None and dev_size and "data.dev_size" in str(error)
         return
-    keys = [{sentence_key(e.sentence) for e in part} for part in (new_train, new_dev, test)]
+    keys = [
+        {key for key, mask in zip(train, kept) if mask},
+        {key for key, mask in zip(train if dev is None else dev, kept_dev) if mask},
+        set(test),
+    ]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
-    assert all(e.split == "train" for e in new_train) and all(e.split == "dev" for e in new_dev)
-    assert len(new_train) + len(new_dev) + sum(dropped.values()) == len(train) + len(dev or [])
+    assert sum(kept) + sum(kept_dev) + sum(dropped.values()) == len(train) + len(dev or [])
+    # Nothing is dropped without need.
+    for key, mask in zip(train, kept):
+        assert mask or key in keys[1] | keys[2]
     if dev is None:
-        assert len(new_dev) <= dev_size
-    assert assign_splits(train, dev, test, dev_size, seed) == (new_train, new_dev, dropped)
+        assert sum(kept_dev) <= dev_size
+    assert split(train, dev, test, dev_size, seed) == (kept, kept_dev, dropped)
 
 
-def test_semeval_shared_sentences_are_dropped():
+@settings(deadline=None, max_examples=200)
+@given(groups, st.integers(1, 12), st.integers(0, 3), st.randoms())
+def test_dev_is_the_same_texts_in_any_order_of_the_rows(drawn, size, seed, shuffler):
+    keys = texts(drawn)
+    shuffled = shuffler.sample(keys, len(keys))
+    try:
+        is_dev = cut_dev(hashes(keys), draws(seed, "dev", keys), size)
+    except InputError:
+        with pytest.raises(InputError):
+            cut_dev(hashes(shuffled), draws(seed, "dev", shuffled), size)
+        return
+    again = cut_dev(hashes(shuffled), draws(seed, "dev", shuffled), size)
+    assert sorted(np.array(keys)[is_dev]) == sorted(np.array(shuffled)[again])
+
+
+def test_semeval_shared_sentences_are_dropped(tmp_path):
     if not SEMEVAL.exists():
         pytest.skip("real data is not on this machine: semeval2010_task8")
-    train, test = (
-        read_semeval(SEMEVAL / "TRAIN_FILE.TXT", "train"),
-        read_semeval(SEMEVAL / "TEST_FILE_FULL.TXT", "test"),
-    )
-    assert len(train) - len({e.sentence for e in train}) == 25
-    shared = {e.sentence for e in train} & {e.sentence for e in test}
+    files = {"train": SEMEVAL / "TRAIN_FILE.TXT", "test": SEMEVAL / "TEST_FILE_FULL.TXT"}
+    sentence = {name: {e.id: e.key for e in read_semeval(path, pytest.fail)} for name, path in files.items()}
+    train, test = sentence["train"], sentence["test"]
+    assert len(train) - len(set(train.values())) == 25
+    shared = set(train.values()) & set(test.values())
     assert len(shared) == 15
-    kept, dev, dropped = assign_splits(train, None, test, 800, seed=0)
+
+    def made(seed: int):
+        model = {"model_name_or_path": "some/model"}
+        data = {"format": "semeval2010_task8", "dev_size": 800, **{name: str(path) for name, path in files.items()}}
+        tree = {"name": "r", "seed": seed, "data": data, "models": {"large": model, "small": model}}
+        return prepare(Recipe.model_validate(tree), RunFolder(tmp_path / str(seed)))
+
+    first = made(0)
     # 16 rows have these 15 sentences; one more differs from a test sentence in the case of one letter.
-    assert dropped == {"train_in_test": 17, "dev_in_test": 0, "train_in_dev": 0}
-    assert not shared & {e.sentence for e in kept + dev}
+    assert first.info["dropped"] == {"train_in_test": 17, "dev_in_test": 0, "train_in_dev": 0}
+    kept, dev = first.train.ids.to_pylist(), first.dev.ids.to_pylist()
+    assert not shared & {train[id] for id in kept + dev}
+    assert not {text_key(train[id]) for id in kept} & {text_key(train[id]) for id in dev}
     assert (len(kept), len(dev)) == (8000 - 17 - 800, 800)
-    assert dev != assign_splits(train, None, test, 800, seed=1)[1]
+    assert dev != made(1).dev.ids.to_pylist()
 
 
 def test_subset_is_seeded_nested_and_in_order():
-    examples = [example(str(i)) for i in range(100)]
-    small, large = subset(examples, 20, 0, "train_size"), subset(examples, 50, 0, "train_size")
-    assert len(small) == 20 and set(small) < set(large) and large == sorted(large, key=lambda e: int(e.id))
-    assert subset(examples, 20, 1, "train_size") != small and subset(examples, None, 0, "train_size") == examples
-    with pytest.raises(InputError, match=r"data\.train_size: 101 .* 100"):
-        subset(examples, 101, 0, "train_size")
+    ids = [str(i) for i in range(100)]
+
+    def drawn(size: int | None, seed: int) -> list[int]:
+        return subset(draws(seed, "train_size", ids), size, "train_size").tolist()
+
+    small, large = drawn(20, 0), drawn(50, 0)
+    assert len(small) == 20 and set(small) < set(large) and large == sorted(large)
+    assert drawn(20, 1) != small and drawn(None, 0) == list(range(100)) == drawn(100, 0)
+    with pytest.raises(InputError, match=r"data\.train_size: 101 .* 100$"):
+        drawn(101, 0)
+    with pytest.raises(InputError, match=r"100 \(7 more have a text that stands in another split, too\)"):
+        subset(draws(0, "x", ids), 101, "train_size", left_out=7)
+
+
+def folds(texts: list[str], number: int, seed: int) -> list[int]:
+    import pyarrow as pa
+
+    drawn = draws(seed, "fold", map(text_key, texts))
+    return Split(pa.table({"fold": pa.array(drawn, pa.uint64())}), None, "", "").folds(number).tolist()
 
 
 def test_folds():
-    examples = [example(str(i), f"<e1>a{i}</e1> , <e2>b</e2>") for i in range(600)]
-    folds = [fold_of(e, 3, seed=0) for e in examples]
-    assert set(folds) == {0, 1, 2} and min(Counter(folds).values()) > 150
-    assert [fold_of(e, 3, seed=0) for e in examples] == folds != [fold_of(e, 3, seed=1) for e in examples]
-    assert folds == [fold_of(dataclasses.replace(e, sentence=e.sentence.upper()), 3, seed=0) for e in examples]
-    assert {fold_of(e, 1, seed=0) for e in examples} == {0}
-    assert [fold_of(e, 5, seed=7) for e in examples[:8]] == [4, 3, 0, 0, 1, 2, 0, 0]  # on any machine
+    sentences = [f"a{i} , b" for i in range(600)]
+    found = folds(sentences, 3, seed=0)
+    assert set(found) == {0, 1, 2} and min(Counter(found).values()) > 150
+    assert folds(sentences, 3, seed=0) == found != folds(sentences, 3, seed=1)
+    assert found == folds([sentence.upper() for sentence in sentences], 3, seed=0)
+    assert set(folds(sentences, 1, seed=0)) == {0}
+    assert folds(sentences[:8], 5, seed=7) == [4, 3, 0, 0, 1, 2, 0, 0]  # on any machine
 
 
 # --- noise
@@ -136,64 +171,105 @@ def test_folds():
 LABELS = ["a", "b", "c", "d"]
 
 
-def labelled(count: int) -> list[Example]:
-    return [example(str(i), label=LABELS[i % 4]) for i in range(count)]
+def noisy(count: int, noise: Noise, seed: int = 0, gold: list[int] | None = None, order: list[int] | None = None):
+    """Labels a, b, c, d, a, … of examples "0", "1", … before and after the noise, in their order or in another one."""
+    rows = list(range(count)) if order is None else order
+    clean = np.array([row % 4 for row in rows], dtype=np.int32)
+    known = np.full(count, -1, np.int32) if gold is None else np.array(gold, dtype=np.int32)
+    ids = [str(row) for row in rows]
+    made = noisy_labels(clean, known, draws(seed, "noise", ids), ids.__getitem__, noise, LABELS, seed)
+    return clean, made
 
 
 @pytest.mark.parametrize("rate, count", [(0.2, 20), (0.5, 50), (1.0, 101), (0.004, 0)])
-def test_uniform_noise_is_exact_and_keeps_gold(rate, count):
-    clean = labelled(101)
-    noisy = add_noise(clean, Noise(rate=rate), LABELS, seed=0)
-    assert sum(e.label != e.gold for e in noisy) == count == round(rate * 101)
-    assert [e.gold for e in noisy] == [e.label for e in clean] and [e.id for e in noisy] == [e.id for e in clean]
-    assert all(e.label in LABELS for e in noisy)
+def test_uniform_noise_is_exact(rate, count):
+    clean, made = noisy(101, Noise(rate=rate))
+    assert (made != clean).sum() == count == round(rate * 101)
+    assert clean.tolist() == [row % 4 for row in range(101)], "the labels given are not changed in place"
+    assert set(made) <= {0, 1, 2, 3} and made.dtype == np.int32
 
 
 def test_noise_is_seeded_nested_and_covers_all_wrong_labels():
-    clean = labelled(400)
-    low, high = (add_noise(clean, Noise(rate=rate), LABELS, 0) for rate in (0.1, 0.3))
-    wrong = [{e.id for e in noisy if e.label != e.gold} for noisy in (low, high)]
-    assert wrong[0] < wrong[1]
-    assert add_noise(clean, Noise(rate=0.1), LABELS, 1) != low == add_noise(clean, Noise(rate=0.1), LABELS, 0)
-    pairs = Counter((e.gold, e.label) for e in high if e.gold != e.label)
+    (clean, low), (_, high) = (noisy(400, Noise(rate=rate)) for rate in (0.1, 0.3))
+    assert set(np.flatnonzero(low != clean)) < set(np.flatnonzero(high != clean))
+    assert (low[low != clean] == high[low != clean]).all(), "a higher rate keeps the wrong labels of a lower one"
+    assert noisy(400, Noise(rate=0.1))[1].tolist() == low.tolist() != noisy(400, Noise(rate=0.1), seed=1)[1].tolist()
+    pairs = Counter((g, n) for g, n in zip(clean.tolist(), high.tolist()) if g != n)
     assert len(pairs) == 12 and max(pairs.values()) < 30  # 120 wrong labels over 12 pairs
 
 
-def test_noise_rate_0_leaves_unknown_gold_unknown():
-    assert add_noise(labelled(5), Noise(), LABELS, 0) == labelled(5)
+def test_noise_depends_on_the_ids_not_on_the_order_of_the_rows():
+    _, made = noisy(100, Noise(rate=0.3))
+    backwards = list(range(99, -1, -1))
+    assert noisy(100, Noise(rate=0.3), order=backwards)[1].tolist() == made.tolist()[::-1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 3), st.data())
+def test_noise_makes_right_labels_wrong_and_no_other(count, rate, seed, data):
+    gold = data.draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
+    wanted = round(rate * count)
+    can = sum(true in (-1, row % 4) for row, true in enumerate(gold))
+    if wanted > can:
+        with pytest.raises(InputError, match=r"data\.noise\.rate"):
+            noisy(count, Noise(rate=rate), seed, gold)
+        return
+    clean, made = noisy(count, Noise(rate=rate), seed, gold)
+    changed = np.flatnonzero(made != clean)
+    assert len(changed) == wanted and all(gold[row] in (-1, clean[row]) for row in changed)
 
 
 def test_noise_counts_on_top_of_wrong_weak_labels():
-    weak = [dataclasses.replace(e, gold="a") for e in labelled(100)]  # 75 of them are wrong already
-    noisy = add_noise(weak, Noise(rate=0.2), LABELS, 0)
-    assert sum(e.label != e.gold for e in noisy) == 75 + 20 and all(e.gold == "a" for e in noisy)
+    clean, made = noisy(100, Noise(rate=0.2), gold=[0] * 100)  # 75 of them are wrong already
+    assert (made != 0).sum() == 75 + 20 and (made[clean != 0] == clean[clean != 0]).all()
     with pytest.raises(InputError, match=r"data\.noise\.rate: 30 labels of 100 .* only 25"):
-        add_noise(weak, Noise(rate=0.3), LABELS, 0)
+        noisy(100, Noise(rate=0.3), gold=[0] * 100)
 
 
 def test_confusion_noise_follows_its_table():
     table = {"a": {"a": 0.9, "b": 0.3, "c": 0.1}, "b": {"a": 1.0}, "c": {"c": 1.0}}
-    noisy = add_noise(labelled(4000), Noise(kind="confusion", rate=0.3, table=table), LABELS, 0)
-    pairs = Counter((e.gold, e.label) for e in noisy if e.gold != e.label)
+    clean, made = noisy(4000, Noise(kind="confusion", rate=0.3, table=table))
+    pairs = Counter((LABELS[g], LABELS[n]) for g, n in zip(clean, made) if g != n)
     assert sum(pairs.values()) == 1200 and set(pairs) == {("a", "b"), ("a", "c"), ("b", "a")}
     assert 0.7 < pairs["a", "b"] / (pairs["a", "b"] + pairs["a", "c"]) < 0.8
 
 
 @pytest.mark.parametrize(
-    "table, key", [({"z": {"a": 1.0}}, "z"), ({"a": {"z": 1.0}}, "a.z"), ({"a": {"b": -1.0}}, "a.b")]
+    "table, key",
+    [
+        ({"z": {"a": 1.0}}, "z"),
+        ({"a": {"z": 1.0}}, r"a\.z"),
+        ({"a": {"b": -1.0}}, r"a\.b"),
+    ],
 )
 def test_confusion_table_with_unknown_label_is_refused(table, key):
     with pytest.raises(InputError, match=rf"^data\.noise\.table\.{key}: "):
-        add_noise(labelled(8), Noise(kind="confusion", rate=0.1, table=table), LABELS, 0)
+        noisy(8, Noise(kind="confusion", rate=0.1, table=table))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=40), st.floats(0, 1), st.integers(0, 3))
+def test_a_wrong_response_is_another_text_of_those_drawn(responses, rate, seed):
+    order = draws(seed, "noise", map(str, range(len(responses))))
+    count = round(rate * len(responses))
+    drawn = set(np.argsort(order, kind="stable")[:count].tolist())
+    try:
+        source = noisy_responses(order, responses.__getitem__, Noise(rate=rate))
+    except InputError as error:
+        assert len({responses[row] for row in drawn}) == 1 and "the responses drawn are all the same" in str(error)
+        return
+    for row, other in enumerate(source.tolist()):
+        assert (responses[other] != responses[row] and other in drawn) if row in drawn else other == row
 
 
 def test_draws_are_the_same_in_another_process():
     code = (
         "from tests.test_data_splits import *\n"
         "from atlantis_ds.demo.grammar import grammar_corpus\n"
-        "n = add_noise(labelled(50), Noise(rate=0.4), LABELS, 3)\n"
-        "t, d, _ = assign_splits([example(str(i), f'<e1>{i}</e1> <e2>b</e2>') for i in range(30)], None, [], 9, 3)\n"
-        "print(json.dumps([[e.label for e in n], [e.id for e in d], [e.sentence for e in grammar_corpus(5, 0, 5, 3)]]))"
+        "n = noisy(50, Noise(rate=0.4), seed=3)[1].tolist()\n"
+        "d = split([f'{i} b' for i in range(30)], None, [], 9, 3)[1]\n"
+        "r = noisy_responses(draws(3, 'noise', map(str, range(20))), str, Noise(rate=0.4)).tolist()\n"
+        "print(json.dumps([n, d, r, [e.sentence for e in grammar_corpus(5, 0, 5, 3)]]))"
     )
     root = str(Path(__file__).resolve().parents[1])
     runs = [

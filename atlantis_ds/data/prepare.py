@@ -130,11 +130,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
     labels = label_set(recipe)
     train, dev, test = (_read(recipe, split, labels, place) for split in SPLITS)
     assert train is not None
-    for split, read in (("dev", dev), ("test", test)):
-        if read is not None and len(read) and is_chat(read.template) != is_chat(train.template):
-            raise InputError(
-                f"data.{split}: chats and single prompts cannot be mixed: train has the one, {split} the other"
-            )
+    _refuse_two_kinds({split: read.template for split, read in zip(SPLITS, (train, dev, test)) if read is not None})
     rows, dropped = _split_rows(recipe, train, dev, test)
     sources = {"train": train, "dev": train if dev is None else dev, "test": test}
     if judges:
@@ -145,7 +141,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
                 rows[split] = rows[split][~long]
     for split, source in sources.items():
         if not len(rows[split]) and (split == "train" or (split == "test" and source is not None)):
-            raise InputError(f"data.{split}: no example is left in {split} (left out: {dropped})")
+            why = ", ".join(f"{count} x {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+            raise InputError(f"data.{split}: no example is left in {split} (left out: {why})")
     targets, changed = _targets(recipe, train, rows["train"], labels)
 
     written = {}
@@ -221,15 +218,17 @@ def look_at_data(recipe: Recipe) -> None:
         raise InputError(f"data.hub_id: {problem}")
     labels = _known_labels(recipe.data)
     files = recipe.data.format != "grammar" and not recipe.data.hub_id
+    templates: dict[str, str | None] = {}
     for split in SPLITS if files else ():
-        template = None
         for found in first_examples(recipe, split):
             try:
-                template = template or _template(recipe, found)
-                _key(template, found)
                 _target(found, split, labels)
+                templates[split] = templates.get(split) or _template(recipe, found)
+                _key(templates[split] or "", found)
             except BadRow as problem:
-                raise InputError(f"{problem.at or found.where}: {problem}") from None
+                if recipe.data.on_bad_row == "refuse":
+                    raise InputError(f"{problem.at or found.where}: {problem}") from None
+    _refuse_two_kinds(templates)
 
 
 def label_set(recipe: Recipe) -> list[str] | None:
@@ -360,6 +359,13 @@ def _key(template: str, found: Found) -> str:
     return found.key if found.key is not None else "\t".join(named)
 
 
+def _refuse_two_kinds(templates: dict[str, str | None]) -> None:
+    """Chats in one split and single prompts in another have no model's reading in common."""
+    for split, template in templates.items():
+        if template is not None and is_chat(template) != is_chat(templates.get("train")):
+            raise InputError(f"data.{split}: chats in one split and single prompts in another; give one kind")
+
+
 def is_chat(template: str | None) -> bool:
     """Whether prompts are chats: their template is the turns themselves."""
     return template == "{messages}"
@@ -369,7 +375,7 @@ def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
     """The target of an example; None for a training row without one. Outside train gold takes its place."""
     target = found.target if split == "train" or found.target is not None else found.gold
     if target is None and split != "train":
-        raise BadRow("empty label: neither a label nor a gold label")
+        raise BadRow("empty label: neither a label (or response) nor a gold one")
     if labels is not None:
         for label, kind in ((target, "label"), (found.gold, "gold label")):
             if label is not None and label not in labels:

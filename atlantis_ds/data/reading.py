@@ -50,11 +50,12 @@ def first_examples(recipe: Recipe, split: str, count: int = 3) -> list[Found]:
     """The first few examples of a split, for ``check``; empty where there is no such split.
 
     Raises:
-        InputError: as ``read_split``, and where one of them cannot be read.
+        InputError: as ``read_split``, and where one of them cannot be read, unless such rows are to be dropped.
     """
 
     def refuse(where: str, what: str) -> None:
-        raise InputError(f"{where}: {what}")
+        if recipe.data.on_bad_row == "refuse":
+            raise InputError(f"{where}: {what}")
 
     return list(islice(read_split(recipe, split, refuse) or (), count))
 
@@ -92,24 +93,25 @@ def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
     """The columns that the recipe names must be there, and one to train on or to be right by.
 
     Rows of one split may lack what another has: often only test rows have gold labels, only train rows a group, and
-    rows outside train need no weak label where they have a gold one.
+    rows outside train need no weak label or response where they have a gold one.
     """
     columns, there = recipe.data.columns, row.values
+    gold = split != "train" and columns.gold in there
     for key in sorted(columns.model_fields_set):
         needed = key not in ("gold", "group", "label") or (key != "gold" and split == "train")
-        if needed and getattr(columns, key) not in there:
+        if needed and not (gold and key == "response") and getattr(columns, key) not in there:
             raise _no_column(row, key, getattr(columns, key))
     if "gold" in columns.model_fields_set and split == "test" and columns.gold not in there:
         raise _no_column(row, "gold", columns.gold)
     if recipe.task == "response":
-        if _messages(columns, there) is None and _said(columns, there) is None:
+        if _messages(columns, there) is None and _said(columns, there) is None and not gold:
             raise InputError(
                 f"{row.where}: no column for the response; name it as data.columns.response (the row has "
                 f"{', '.join(there)})"
             )
         return
     labels = {columns.label} | ({"relation"} if recipe.task == "relation" else set())
-    if not (labels | ({columns.gold} if split != "train" else set())) & there.keys():
+    if not gold and not labels & there.keys():
         raise _no_column(row, "label", columns.label)
 
 
@@ -149,11 +151,10 @@ def _response(data: Data, row: Row) -> Found:
             gold = json.dumps([*json.loads(target)[:-1], turn], ensure_ascii=False)
         return Found(row.where, id, fields, key, target, gold, group, row.number)
     response = _said(columns, values)
-    if response is None:
-        raise BadRow(f"no column for the response (there are {', '.join(values)})")
-    fields = _text_fields(columns, values, skip=(response,))
+    fields = _text_fields(columns, values, skip=(response,) if response else ())
     said, true = (
-        None if values.get(name) is None else _some_text(values[name], name) for name in (response, columns.gold)
+        _some_text(values[name], name) if name and values.get(name) is not None else None
+        for name in (response, columns.gold)
     )
     return Found(row.where, id, fields, None, said, true, group, row.number)
 
