@@ -105,15 +105,11 @@ def test_all_turns_carry_loss_and_nothing_between(tokenizer: Any) -> None:
         for row, pair in enumerate(pairs):
             mine = batch.example == row
             ids = [*pair.prompt, *pair.label, pair.eos]
-            expected = [
-                ids[len(pair.prompt) + at] for start, end in pair.turns for at in range(start, end)
-            ]
+            expected = [ids[len(pair.prompt) + at] for start, end in pair.turns for at in range(start, end)]
             assert batch.targets[mine].tolist() == expected
             assert int(batch.is_eos[mine].sum()) == len(pair.turns)
             before = batch.inputs["input_ids"].flatten()[batch.positions[mine]].tolist()
-            assert before == [
-                ids[len(pair.prompt) + at - 1] for start, end in pair.turns for at in range(start, end)
-            ]
+            assert before == [ids[len(pair.prompt) + at - 1] for start, end in pair.turns for at in range(start, end)]
 
 
 def test_all_turns_at_once_are_the_turns_one_by_one(tokenizer: Any, base_model: Path) -> None:
