@@ -197,6 +197,14 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
         raise InputError(
             "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
         )
+    if examples.labels and run.recipe.evaluate.method == "generate":
+        from atlantis_ds.data.prepare import equal_but_for_case
+
+        for same in equal_but_for_case(examples.labels):
+            raise InputError(
+                f"evaluate.method: generate: the labels {', '.join(map(repr, same))} differ in case or spaces alone, "
+                "and a text is mapped to a label without regard to them; rename one, or take method: rank"
+            )
     if run.recipe.task == "response":
         from atlantis_ds.evaluate.answers import gold_answers
         from atlantis_ds.evaluate.predict import gold_of_test

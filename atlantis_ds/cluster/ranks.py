@@ -95,6 +95,8 @@ class Ranks:
 
 _NAMED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
+"""Of MPICH and Intel MPI (Hydra)."""
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
@@ -132,6 +134,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
                 )
     elif outer:
         rank, size, local = _numbers(environ, outer)
+    elif "PMIX_RANK" in environ:
+        raise InputError("PMIX_RANK is set, but by no launcher that is known; start with srun, mpirun or torchrun")
     else:
         return Place(0, 1, 0, "127.0.0.1", free_port())
     if len(master) == 1:
@@ -139,6 +143,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
     if master:
         address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     else:
+        if outer == _PMI:
+            raise InputError(
+                "mpirun of MPICH or Intel MPI (PMI_RANK is set): set MASTER_ADDR to the first host and MASTER_PORT to "
+                "a free port there, for all ranks"
+            )
         address, port = _agree_by_mpi(environ) if outer == _MPI else _slurm_master(environ)
     return Place(rank, size, local, address, port)
 
@@ -147,7 +156,9 @@ def _mpi_or_slurm(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
     if any(name in environ for name in _MPI):
         return _MPI
     # In a batch script outside srun SLURM_PROCID and SLURM_NTASKS stand too, although one process runs.
-    return _SLURM if "SLURM_STEP_ID" in environ else None
+    if "SLURM_STEP_ID" in environ:
+        return _SLURM
+    return _PMI if "PMI_RANK" in environ else None
 
 
 def _numbers(environ: Mapping[str, str], names: tuple[str, str, str]) -> tuple[int, int, int]:

@@ -522,14 +522,18 @@ def _cut(pending: list[pa.RecordBatch], rest: bool = False) -> Iterator[pa.Recor
     yield from table.slice(0, whole).to_batches(max_chunksize=ROWS)
 
 
+def equal_but_for_case(labels: list[str]) -> list[list[str]]:
+    """Groups of labels that differ in case or white space alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        groups["".join(label.split()).casefold()].append(label)
+    return [same for same in groups.values() if len(same) > 1]
+
+
 def _notes(labels: list[str] | None) -> list[str]:
-    by_case: dict[str, list[str]] = defaultdict(list)
-    for label in labels or ():
-        by_case["".join(label.split()).casefold()].append(label)
     return [
         f"the labels {', '.join(map(repr, same))} differ in case or spaces alone; are they one label?"
-        for same in by_case.values()
-        if len(same) > 1
+        for same in equal_but_for_case(labels or [])
     ]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from atlantis_ds.lm.batch import token_budget_batches
+from atlantis_ds.lm.batch import padded_prompts, token_budget_batches
+from atlantis_ds.lm.ways import FAST, Ways, takes_hidden_states_of_any_type
 
 
 @torch.inference_mode()
@@ -20,6 +21,7 @@ def generate_greedy(
     tokens_per_batch: int,
     max_new_tokens: int,
     advance: Callable[[int], None],
+    ways: Ways = FAST,
 ) -> list[list[int]]:
     """What the model goes on with after each prompt, always taking its likeliest next token.
 
@@ -34,16 +36,19 @@ def generate_greedy(
         tokens_per_batch: budget of (prompt + new tokens) in one batch, padding included.
         max_new_tokens: where to stop at the latest; before that a causal model stops at the end of its positions.
         advance: called with the number of examples after each batch.
+        ways: whether prompts of several lengths may share a batch.
 
     Returns:
         for each prompt, in the order given, the new tokens up to the first end token, without it.
     """
     limit = None if lm.config.is_encoder_decoder else getattr(lm.config, "max_position_embeddings", None)
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in prompts]
+    groups = [(tokens, 0 if ways.padded else len(ids)) for tokens, ids in zip(room, prompts)]
     found: list[list[int]] = [[] for _ in prompts]
     # Prompts that end near the limit go apart: how much another gets to say must not depend on its neighbours.
-    for most in sorted(set(room), reverse=True):
-        same = [row for row, tokens in enumerate(room) if tokens == most]
+    for group in sorted(set(groups), reverse=True):
+        same = [row for row, other in enumerate(groups) if other == group]
+        most = room[same[0]]
         if most < 1:
             advance(len(same))
             continue
@@ -58,21 +63,10 @@ def generate_greedy(
 
 
 def _new_tokens(lm: Any, prompts: Sequence[Sequence[int]], config: Any) -> list[list[int]]:
-    width = max(map(len, prompts))
-    padding = [[0] * (width - len(ids)) for ids in prompts]
-    ones = [[1] * len(ids) for ids in prompts]
-    pads = [[config.pad_token_id] * len(zeros) for zeros in padding]
-    right = lm.config.is_encoder_decoder
-    # A causal model goes on from the last column, so its padding stands on the left. An encoder counts its positions
-    # from the first column, whatever the mask says.
-    ids = [[*own, *pad] if right else [*pad, *own] for own, pad in zip(prompts, pads)]
-    mask = [[*own, *zeros] if right else [*zeros, *own] for own, zeros in zip(ones, padding)]
-    output = lm.generate(
-        input_ids=torch.tensor(ids, device=lm.device),
-        attention_mask=torch.tensor(mask, device=lm.device),
-        generation_config=config,
-    )
-    new: list[list[int]] = output[:, 1 if right else width :].tolist()  # an encoder-decoder's begins with its start
+    inputs = padded_prompts(prompts, lm.config, config.pad_token_id)
+    output = lm.generate(**{name: tensor.to(lm.device) for name, tensor in inputs.items()}, generation_config=config)
+    width = 1 if lm.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    new: list[list[int]] = output[:, width:].tolist()  # an encoder-decoder's begins with its start
     return new
 
 
@@ -91,11 +85,8 @@ def _plain_greedy(lm: Any, end_tokens: Collection[int], pad_token_id: int, max_n
     )
     # What a config leaves open, `generate` takes from the model's own one: so that must say nothing either.
     kept, lm.generation_config = lm.generation_config, config
-    # A scorer has its head in fp32 behind a body that may be bf16.
-    head = lm.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
     try:
-        yield config
+        with takes_hidden_states_of_any_type(lm):
+            yield config
     finally:
-        handle.remove()
         lm.generation_config = kept

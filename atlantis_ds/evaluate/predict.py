@@ -19,8 +19,9 @@ from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import fingerprint, finished, read_json
 from atlantis_ds.lm.encode import Encoder, last_turn
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
-from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer, model_identity
+from atlantis_ds.lm.load import give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.lm.tokens import Tokens, encode_split
+from atlantis_ds.lm.ways import FAST, Ways, check_generation, check_scoring, sample_rows
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 
@@ -58,12 +59,20 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
     tokens = encode_split(run, examples, "test", model)
     encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat)
     lm = load_scorer(model, recipe.evaluate.dtype, ranks.device)
+    samples = [tokens[row] for row in sample_rows(tokens.lengths)]
+    labels = None if examples.labels is None else encoder.label_set
+    ways = check_scoring(lm, samples, labels, samples[0].eos, prefix=True)
+    if examples.labels is None or recipe.evaluate.method == "generate":
+        ways = check_generation(lm, [pair.prompt for pair in samples], samples[0].eos, ways)
+    run.say(f"evaluate {arm}: {ways}")
     mine = np.arange(len(examples.test))[ranks.rank :: ranks.world_size]
     with Steps(f"evaluate {arm}", len(mine), "examples", ranks.is_main, every=max(1, len(mine) // 5)) as steps:
         blocks = [
-            _predict(lm, encoder, examples, tokens, mine[start : start + BLOCK], recipe.evaluate, steps.advance)
+            _predict(lm, encoder, examples, tokens, mine[start : start + BLOCK], recipe.evaluate, ways, steps.advance)
             for start in range(0, len(mine), BLOCK)
         ]
+    del lm
+    give_memory_back(ranks.device)
     parts = ranks.gather((mine, pa.concat_tables(blocks) if blocks else None))
     figures: dict[str, Any] = {}
     if ranks.is_main:
@@ -101,23 +110,37 @@ def _inputs(run: Run, model: Model, examples: str) -> tuple[dict[str, Any], str]
 
 
 def _predict(
-    lm: Any, encoder: Encoder, examples: Examples, tokens: Tokens, rows: np.ndarray, options: Evaluate, advance: Advance
+    lm: Any,
+    encoder: Encoder,
+    examples: Examples,
+    tokens: Tokens,
+    rows: np.ndarray,
+    options: Evaluate,
+    ways: Ways,
+    advance: Advance,
 ) -> pa.Table:
     """One row an example: ``predicted``; and for responses ``log_likelihood`` and ``tokens`` of the target."""
     if examples.labels is None:
-        return _responses(lm, encoder, examples, tokens, rows, options, advance)
+        return _responses(lm, encoder, examples, tokens, rows, options, ways, advance)
     prompts = [tokens[row].prompt for row in rows.tolist()]
     predict = rank_labels if options.method == "rank" else generate_labels
-    labels = predict(lm, encoder, prompts, examples.labels, options, advance)
+    labels = predict(lm, encoder, prompts, examples.labels, options, ways, advance)
     return pa.table({"predicted": pa.array(labels, pa.string())})
 
 
 def _responses(
-    lm: Any, encoder: Encoder, examples: Examples, tokens: Tokens, rows: np.ndarray, options: Evaluate, advance: Advance
+    lm: Any,
+    encoder: Encoder,
+    examples: Examples,
+    tokens: Tokens,
+    rows: np.ndarray,
+    options: Evaluate,
+    ways: Ways,
+    advance: Advance,
 ) -> pa.Table:
     pairs = [tokens[row] for row in rows.tolist()]
     pad = encoder.tokenizer.eos_token_id
-    sums = score_pairs(lm, pairs, pad, options.tokens_per_batch).sum(dim=1)
+    sums = score_pairs(lm, pairs, pad, options.tokens_per_batch, ways=ways).sum(dim=1)
     prompts = [pair.prompt for pair in pairs]
     if examples.chat:  # what stands before the last turn, also where several are learned
         texts = zip(
@@ -125,7 +148,7 @@ def _responses(
         )
         prompts = [encoder.last_prompt(prompt, target) for prompt, target in texts]
     ends = {pad, *(pair.eos for pair in pairs)}
-    new = generate_greedy(lm, prompts, ends, pad, options.tokens_per_batch, options.max_new_tokens, advance)
+    new = generate_greedy(lm, prompts, ends, pad, options.tokens_per_batch, options.max_new_tokens, advance, ways)
     predicted = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
     counts = [sum(end - start for start, end in pair.turns) for pair in pairs]
     return pa.table(
@@ -155,7 +178,13 @@ def _write(run: Run, examples: Examples, table: pa.Table, results: Path, about: 
 
 
 def rank_labels(
-    lm: Any, encoder: Encoder, prompts: list[list[int]], labels: list[str], options: Evaluate, advance: Advance
+    lm: Any,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    labels: list[str],
+    options: Evaluate,
+    ways: Ways = FAST,
+    advance: Advance = lambda count: None,
 ) -> list[str]:
     """The label with the greatest log-likelihood, end-of-sequence token included, for each prompt."""
     sums = score_choices(
@@ -165,17 +194,24 @@ def rank_labels(
         encoder.tokenizer.eos_token_id,
         options.tokens_per_batch,
         lambda count, _: advance(count),
+        ways=ways,
     )
     return [labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
 
 
 def generate_labels(
-    lm: Any, encoder: Encoder, prompts: list[list[int]], labels: list[str], options: Evaluate, advance: Advance
+    lm: Any,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    labels: list[str],
+    options: Evaluate,
+    ways: Ways = FAST,
+    advance: Advance = lambda count: None,
 ) -> list[str]:
     """Greedy generation; text that is not a label, up to case and white space, gives ``UNMAPPED``."""
     known = {_normal(label): label for label in labels}
     end = encoder.tokenizer.eos_token_id
-    new = generate_greedy(lm, prompts, {end}, end, options.tokens_per_batch, options.max_new_tokens, advance)
+    new = generate_greedy(lm, prompts, {end}, end, options.tokens_per_batch, options.max_new_tokens, advance, ways)
     texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
     return [known.get(_normal(text), UNMAPPED) for text in texts]
 

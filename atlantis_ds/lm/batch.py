@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,8 @@ class Batch:
     """float64 [B]: importance weights; 0 for padding examples."""
     shared: torch.Tensor | None = None
     """int64 [N]: which of ``positions`` predicts each target, where several targets share one; else each its own."""
+    chunked: bool = True
+    """Whether many logits may be made a chunk at a time; not for a model that changes them behind its head."""
 
     @property
     def size(self) -> int:
@@ -49,7 +51,8 @@ class Batch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return Batch(
+        return replace(
+            self,
             inputs={name: move(tensor) for name, tensor in self.inputs.items()},
             positions=move(self.positions),
             targets=move(self.targets),
@@ -127,6 +130,22 @@ def _batch(
     )
 
 
+def padded_prompts(prompts: Sequence[Sequence[int]], config: Any, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, int64 [B, T], of prompts to go on from.
+
+    A causal model goes on from the last column, so its padding stands on the left. An encoder counts its positions from
+    the first column, whatever the mask says: there it stands on the right.
+    """
+    width = max(map(len, prompts))
+    padding = [[0] * (width - len(ids)) for ids in prompts]
+    pads = [[pad_token_id] * len(zeros) for zeros in padding]
+    ones = [[1] * len(ids) for ids in prompts]
+    right = config.is_encoder_decoder
+    ids = [[*own, *pad] if right else [*pad, *own] for own, pad in zip(prompts, pads)]
+    mask = [[*own, *zeros] if right else [*zeros, *own] for own, zeros in zip(ones, padding)]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Number of tokens that all prompts begin with, where each keeps a token of its own."""
     shortest = min(map(len, prompts)) - 1
@@ -135,18 +154,27 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def collate_to_train(
-    examples: Sequence[Encoded], config: Any, pad_token_id: int, weights: Sequence[float] | None = None
+    examples: Sequence[Encoded],
+    config: Any,
+    pad_token_id: int,
+    weights: Sequence[float] | None = None,
+    packed: Literal["never", "less", "always"] = "less",
 ) -> Batch:
     """The batch of ``collate``, with the causal examples in one row without padding where that is less to read.
 
     What all prompts begin with stands in front, once. Each example behind it sees that prefix and itself alone, and
     counts its positions from the prefix's end: log-likelihoods and gradients are those of the padded batch.
+
+    Args:
+        packed: ``never`` for models that do not take such a row (see ``ways``), ``always`` to find that out.
     """
+    if config.is_encoder_decoder or packed == "never":
+        return collate(examples, config, pad_token_id, weights)
     padded = len(examples) * max(map(len, examples))
-    prefix = 0 if config.is_encoder_decoder else common_prefix([pair.prompt for pair in examples])
+    prefix = common_prefix([pair.prompt for pair in examples])
     width = prefix + sum(len(pair) - prefix for pair in examples)
     # In one row every position is compared with every other, which is not worth it for a few tokens.
-    if config.is_encoder_decoder or width > min(PACKED_SHARE * padded, PACKED_TOKENS):
+    if packed == "less" and width > min(PACKED_SHARE * padded, PACKED_TOKENS):
         return collate(examples, config, pad_token_id, weights)
     ids, position_ids, owner, starts = list(examples[0].prompt[:prefix]), list(range(prefix)), [-1] * prefix, []
     for row, pair in enumerate(examples):
@@ -160,7 +188,7 @@ def collate_to_train(
     inputs = {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([position_ids]),
-        "attention_mask": sees[None, None],
+        "attention_mask": attention_mask(sees[None, None], config),
     }
     return _batch(inputs, starts, examples, weights)
 
@@ -190,7 +218,14 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
     return LabelTree([beginning[-1] for beginning in nodes], [len(beginning) - 1 for beginning in nodes], sees, paths)
 
 
-def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int) -> Batch:
+def attention_mask(sees: torch.Tensor, config: Any) -> torch.Tensor:
+    """A bool mask as a model's attention takes it: eager attention adds it, the others read it."""
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return sees
+    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+
+
+def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int, config: Any) -> Batch:
     """One batch of causal prompts, each followed by the tree of all labels: a prompt is read once, not once a label.
 
     A token of the tree sees the prompt, what its label has before it, and itself, and counts its position along its
@@ -200,6 +235,7 @@ def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int)
         prompts: token ids of B prompts.
         tree: that of K labels, from ``label_tree``.
         eos: the end-of-sequence token.
+        config: the model's.
 
     Returns:
         a batch of B * K examples: the K labels of the first prompt, then those of the second, and so on.
@@ -224,7 +260,11 @@ def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int)
     shared = [[end, *(end + 1 + node for node in path)] for end in ends for path in tree.paths]
     targets = [[*(tree.tokens[node] for node in path), eos] for path in tree.paths] * len(prompts)
     return Batch(
-        inputs={"input_ids": ids, "position_ids": position_ids, "attention_mask": sees[:, None]},
+        inputs={
+            "input_ids": ids,
+            "position_ids": position_ids,
+            "attention_mask": attention_mask(sees[:, None], config),
+        },
         positions=_flat(positions),
         targets=_flat(targets),
         example=_flat([[row] * len(target) for row, target in enumerate(targets)]),

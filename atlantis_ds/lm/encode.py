@@ -70,14 +70,20 @@ class Encoder:
         self.is_encoder_decoder = bool(config.is_encoder_decoder)
         # T5 has relative positions and no limit of its own.
         self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocab_size: int | None = getattr(config, "vocab_size", None)
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer of {tokenizer.name_or_path}: it has no end-of-sequence token")
+        if self.is_encoder_decoder and config.decoder_start_token_id is None:
+            raise InputError(
+                f"model of {tokenizer.name_or_path}: its config has no decoder_start_token_id; set it in config.json"
+            )
         if (chat or as_turn) and not tokenizer.chat_template:
             key = "models.reference.chat_template" if as_turn else "data"
             raise InputError(f"{key}: the tokenizer of {tokenizer.name_or_path} has no chat template")
         self.chat, self.as_turn, self.truncate = chat, as_turn, truncate
         self._label_ids: dict[str, list[int]] = {}
         self.label_set = None if labels is None else [self.label_ids(label) for label in labels]
+        self._refuse_equal_labels(labels or [])
         self._longest = max(map(len, self.label_set), default=0) if self.label_set is not None else 0
         self._ends = {tokenizer.eos_token_id, *tokenizer.all_special_ids}
         self._ends |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -106,7 +112,10 @@ class Encoder:
         # The line end is part of a causal prompt: it keeps prompt and label from merging into one token.
         texts = [prompt if self.is_encoder_decoder else prompt + "\n" for prompt in prompts]
         ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
-        return ids
+        if self.is_encoder_decoder:
+            return ids
+        # Some tokenizers end every text with an end token, which would stand between prompt and target.
+        return [prompt[:-1] if prompt[-1] == self.tokenizer.eos_token_id else prompt for prompt in ids]
 
     def last_prompt(self, prompt: str, target: str) -> list[int]:
         """Token ids of a chat up to its last turn, that turn begun: what a model is to answer."""
@@ -120,6 +129,26 @@ class Encoder:
                 raise InputError(f"label {label!r}: it has no tokens")
             self._label_ids[label] = ids
         return self._label_ids[label]
+
+    def refuse_foreign_tokens(self, pair: Encoded, id: str) -> None:
+        """Raises InputError where a token of the pair has no row in the model's embedding."""
+        largest = max(max(pair.prompt), max(pair.label, default=0), pair.eos)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise InputError(
+                f"example {id}: token {largest} of the tokenizer of {self.tokenizer.name_or_path} is beyond the "
+                f"model's {self.vocab_size} embeddings; the two do not belong together"
+            )
+
+    def _refuse_equal_labels(self, labels: Sequence[str]) -> None:
+        """Two labels of the same token ids are one to the model: it could never tell them apart."""
+        first: dict[tuple[int, ...], str] = {}
+        for label in labels:
+            other = first.setdefault(tuple(self.label_ids(label)), label)
+            if other != label:
+                raise InputError(
+                    f"labels {other!r} and {label!r} are the same tokens to the tokenizer of "
+                    f"{self.tokenizer.name_or_path}, so the model cannot tell them apart; rename one"
+                )
 
     def excess(self, pair: Encoded) -> int:
         """By how many tokens a pair, or its prompt with the longest label, is longer than the model reads; at least 0.

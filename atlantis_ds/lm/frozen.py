@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from atlantis_ds.lm.load import (
     DTYPES,
     adapter_base,
     fp32_head,
+    give_memory_back,
     load_config,
     load_model,
     load_scorer,
@@ -83,9 +85,7 @@ class Frozen:
         self._lm = None
         if not keep_base:
             self._base = None
-        gc.collect()
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(self.ranks.device)
 
 
 def replica_bytes(model: Model, dtype: str) -> int:
@@ -110,13 +110,37 @@ def free_bytes(ranks: Ranks) -> int:
     found = ranks.gather(
         (
             socket.gethostname(),
-            psutil.virtual_memory().available,
+            min(psutil.virtual_memory().available, cgroup_room()),
             torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else None,
         )
     )
     hosts = [host for host, _, _ in found]
     shares = [available // hosts.count(host) for host, available, _ in found]
     return min([*shares, *(device for _, _, device in found if device is not None)])
+
+
+def cgroup_room(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process's control group, a job's memory limit, leaves it; 2**63 where there is no limit."""
+    room = 2**63
+    with contextlib.suppress(OSError, ValueError):
+        for line in of.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                room = min(room, *_rooms(root, path, "memory.max", "memory.current"))
+            elif "memory" in controllers.split(","):
+                room = min(room, *_rooms(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    return room
+
+
+def _rooms(root: Path, path: str, limit: str, used: str) -> list[int]:
+    """The room of a control group and of each above it; a limit holds for all below."""
+    found = [2**63]
+    for folder in [root / path.lstrip("/"), *(root / path.lstrip("/")).parents]:
+        if not folder.is_relative_to(root):
+            break
+        with contextlib.suppress(OSError, ValueError):  # no file, or "max"
+            found.append(max(0, int((folder / limit).read_text()) - int((folder / used).read_text())))
+    return found
 
 
 def load_sharded_scorer(model: Model, dtype: str) -> Any:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, label_tree, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
+from atlantis_ds.lm.ways import FAST, Ways
 
 
 def label_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
@@ -40,11 +42,70 @@ def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         float64 [N], in the order of ``batch.targets``.
     """
+    if batch.chunked and len(batch.positions) * module_of(model).config.get_text_config().vocab_size > CHUNK:
+        with _tokens_in_chunks(model, batch) as tokens:
+            model(**batch.inputs, use_cache=False)
+        return tokens[0].double()
     with _label_positions_only(model, batch.positions):
         logits = model(**batch.inputs, use_cache=False).logits
     if batch.shared is not None:
         return logits.float().log_softmax(dim=-1)[batch.shared, batch.targets].double()
     return -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
+
+
+CHUNK = 2**26
+"""Logits that are in memory at one time: 256 MiB in fp32. More are made in chunks, and again in the backward pass."""
+
+
+@contextmanager
+def _tokens_in_chunks(model: Any, batch: Batch) -> Iterator[list[torch.Tensor]]:
+    """Within it the LM head computes the log-likelihoods themselves, a chunk of positions at a time.
+
+    All of it happens inside one call of the head: under ZeRO-3 its weights are gathered once, however many chunks there
+    are, and ranks with other numbers of chunks do not wait for each other. What the model's forward returns is of no
+    use; a list receives the values, float32 [N]. A soft cap on the logits (Gemma) is applied here.
+    """
+    lm = module_of(model)
+    head, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    forward, found = head.forward, []
+    rows = max(1, CHUNK // config.vocab_size)
+
+    def chunk(hidden: torch.Tensor, shared: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+        logits = forward(hidden)
+        logits = (cap * torch.tanh(logits / cap) if cap else logits).float()
+        if shared is not None:
+            return logits.log_softmax(dim=-1)[shared, targets]
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    def instead(hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.flatten(0, -2)[batch.positions].to(head.weight.dtype)
+        pieces = []
+        order = torch.arange(len(batch.targets), device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            shared, here = None, order[start : start + rows]
+            if batch.shared is not None:
+                here = order[(batch.shared >= start) & (batch.shared < start + rows)]
+                shared = batch.shared[here] - start
+            arguments = hidden[start : start + rows], shared, batch.targets[here]
+            kept = torch.is_grad_enabled()
+            values = checkpoint(chunk, *arguments, use_reentrant=False) if kept else chunk(*arguments)
+            pieces.append((here, values))
+        places = torch.cat([here for here, _ in pieces])
+        values = torch.cat([values for _, values in pieces])
+        found.append(values if batch.shared is None else values[places.argsort()])
+        # The model goes on with something of a head's shape, one column wide.
+        return found[0].to(hidden.dtype)[None, :, None]
+
+    head.forward = instead
+    if cap:
+        config.final_logit_softcapping = None
+    try:
+        yield found
+    finally:
+        del head.forward
+        if cap:
+            config.final_logit_softcapping = cap
 
 
 def sum_over_labels(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -55,7 +116,7 @@ def sum_over_labels(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    head = _module(model).get_output_embeddings()
+    head = module_of(model).get_output_embeddings()
 
     def gather(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         return (args[0].flatten(0, -2)[positions].to(head.weight.dtype),)
@@ -82,6 +143,7 @@ def score_pairs(
     tokens_per_batch: int,
     progress: Progress | None = None,
     agree: Callable[[int], int] | None = None,
+    ways: Ways = FAST,
 ) -> torch.Tensor:
     """Label log-likelihoods of many (prompt, label) pairs under a frozen model.
 
@@ -93,16 +155,18 @@ def score_pairs(
         progress: see ``Progress``.
         agree: for a model sharded over ranks, which needs the same number of forwards on all of them: takes this
             rank's number, gives the largest.
+        ways: what the model may be run with.
 
     Returns:
         float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
     """
-    lm, device = _module(model), next(model.parameters()).device
-    prefix = None if agree else read_prefix(lm, [pair.prompt for pair in pairs])
+    lm, device = module_of(model), next(model.parameters()).device
+    prefix = None if agree or not ways.prefix else read_prefix(lm, [pair.prompt for pair in pairs])
     own = [replace(pair, prompt=pair.prompt[prefix.tokens :]) for pair in pairs] if prefix else pairs
 
     def forward(rows: list[int]) -> torch.Tensor:
         batch = collate([own[row] for row in rows], lm.config, pad_token_id).to(device)
+        batch = replace(batch, chunked=ways.chunked)
         return label_log_likelihoods(model, prefix.before(batch) if prefix else batch)
 
     lengths = [len(pair) for pair in pairs]
@@ -118,6 +182,7 @@ def score_choices(
     tokens_per_batch: int,
     progress: Progress | None = None,
     agree: Callable[[int], int] | None = None,
+    ways: Ways = FAST,
 ) -> torch.Tensor:
     """Label log-likelihoods of every label behind every prompt; each prompt is read once for all labels.
 
@@ -126,28 +191,80 @@ def score_choices(
         prompts: token ids of n prompts.
         labels: token ids of K labels, without the end-of-sequence token.
         eos: the end-of-sequence token.
-        tokens_per_batch, progress, agree: as in ``score_pairs``; a prompt counts with all labels behind it.
+        tokens_per_batch, progress, agree, ways: as in ``score_pairs``; a prompt counts with all labels behind it.
 
     Returns:
         float64 [n, K, 2] on the CPU, in the order of the arguments: label tokens, end-of-sequence token.
     """
-    lm, device = _module(model), next(model.parameters()).device
-    prefix = None if agree else read_prefix(lm, prompts)
+    lm, device = module_of(model), next(model.parameters()).device
+    if not (ways.tree or lm.config.is_encoder_decoder):
+        return _score_each(model, prompts, labels, eos, tokens_per_batch, progress, agree, ways)
+    if len(parts := cut_labels(labels)) > 1:
+        told = _Shares(progress, len(parts))
+        some = [score_choices(model, prompts, part, eos, tokens_per_batch, told, agree, ways) for part in parts]
+        return torch.cat(some, dim=1)
+    prefix = None if agree or not ways.prefix else read_prefix(lm, prompts)
     own = [prompt[prefix.tokens :] for prompt in prompts] if prefix else prompts
     tree = label_tree(labels)
 
     def forward(rows: list[int]) -> torch.Tensor:
         if not lm.config.is_encoder_decoder:
-            batch = collate_choices([own[row] for row in rows], tree, eos).to(device)
+            batch = collate_choices([own[row] for row in rows], tree, eos, lm.config).to(device)
             batch = prefix.before(batch) if prefix else batch
         else:
             pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
             batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
+        batch = replace(batch, chunked=ways.chunked)
         return label_log_likelihoods(model, batch).view(len(rows), len(labels), 2)
 
     behind = sum(map(len, labels)) if lm.config.is_encoder_decoder else len(tree.tokens)
     lengths = [len(prompt) + behind for prompt in prompts]
     scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
+    return scores.reshape(len(prompts), len(labels), 2)
+
+
+TREE_TOKENS = 512
+"""Tokens of labels behind one prompt: more labels are cut into several trees, for which a prompt is read again each."""
+
+
+def cut_labels(labels: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Labels in groups of at most ``TREE_TOKENS`` tokens, in their order; one longer label makes a group of its own."""
+    parts: list[list[Sequence[int]]] = [[]]
+    tokens = 0
+    for label in labels:
+        if parts[-1] and tokens + len(label) > TREE_TOKENS:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(label)
+        tokens += len(label)
+    return parts
+
+
+class _Shares:
+    """Progress over several trees: an example counts when its share of each has been scored."""
+
+    def __init__(self, progress: Progress | None, trees: int) -> None:
+        self.progress, self.trees, self.done = progress, trees, 0
+
+    def __call__(self, examples: int, tokens: int) -> None:
+        before, self.done = self.done // self.trees, self.done + examples
+        if self.progress:
+            self.progress(self.done // self.trees - before, tokens)
+
+
+def _score_each(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    eos: int,
+    tokens_per_batch: int,
+    progress: Progress | None,
+    agree: Callable[[int], int] | None,
+    ways: Ways,
+) -> torch.Tensor:
+    """``score_choices`` pair by pair, for models that do not take a tree."""
+    pairs = [Encoded(list(prompt), list(label), eos) for prompt in prompts for label in labels]
+    scores = score_pairs(model, pairs, eos, tokens_per_batch, _Shares(progress, len(labels)), agree, ways)
     return scores.reshape(len(prompts), len(labels), 2)
 
 
@@ -168,7 +285,8 @@ class Prefix:
         inputs = {"position_ids": positions, **batch.inputs, "past_key_values": cache}
         inputs["position_ids"] = inputs["position_ids"] + self.tokens
         if "attention_mask" in inputs:  # of collate_choices: which position sees which
-            seen = inputs["attention_mask"].new_ones(size, 1, width, self.tokens)
+            mask = inputs["attention_mask"]
+            seen = mask.new_full((size, 1, width, self.tokens), mask.dtype == torch.bool)  # or nothing to add
             inputs["attention_mask"] = torch.cat([seen, inputs["attention_mask"]], dim=-1)
         return replace(batch, inputs=inputs)
 
@@ -219,5 +337,6 @@ def _encode_once(lm: Any, batch: Batch, times: int) -> Batch:
     return replace(batch, inputs={**inputs, "encoder_outputs": states})
 
 
-def _module(model: Any) -> Any:
+def module_of(model: Any) -> Any:
+    """The transformers (or peft) model of a DeepSpeed engine, or the model itself."""
     return getattr(model, "module", model)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +55,7 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
             trust_remote_code=model.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         if not Path(path).expanduser().is_dir():
             path += " (no folder of this name here, so taken for a Hugging Face id)"
@@ -63,11 +66,17 @@ def load_tokenizer(model: Model) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or has no fast (Rust) form, on which fingerprints and batches rest.
     """
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, model)
+    tokenizer = _from_pretrained(AutoTokenizer, model)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(
+            f"model {model.model_name_or_path}: its tokenizer ({type(tokenizer).__name__}) has no fast form "
+            "(tokenizer.json); take a model with one"
+        )
+    return tokenizer
 
 
 def adapter_base(model: Model) -> Model | None:
@@ -179,6 +188,24 @@ def start_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Free what models and engines that nobody names any more still hold.
+
+    DeepSpeed's engines refer to themselves in circles, and two of its globals keep the modules and shards of every
+    ZeRO-3 engine there was (seen with 0.19.8: `destroy` and a collection alone left all of it).
+    """
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
+        from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        parameter_offload.FWD_MODULE_STACK.clear()
+        release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(release).nonlocals["func"].cache_clear()  # behind a decorator that wraps the cache
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager

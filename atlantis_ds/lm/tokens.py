@@ -29,7 +29,7 @@ from atlantis_ds.lm.load import load_config, load_tokenizer, tokenizer_hash
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 
-VERSION = 1
+VERSION = 2
 """Goes up where the same examples and tokenizer give other tokens than before."""
 SCHEMA = pa.schema(
     [
@@ -191,6 +191,8 @@ def write_part(task: _Task, part: tuple[int, Path]) -> list[str]:
     for first in range(0, len(table), ROWS_AT_ONCE):
         rows = table.slice(first, ROWS_AT_ONCE)
         pairs = list(encoder.pairs(rows["prompt"].to_pylist(), rows[task.column].to_pylist()))
+        for id, pair in zip(rows["id"].to_pylist(), pairs):
+            encoder.refuse_foreign_tokens(pair, id)
         long += [
             f"example {rows['id'][row].as_py()}: {encoder.max_tokens + over} tokens, but the model reads at most "
             f"{encoder.max_tokens}"

@@ -151,9 +151,10 @@ def adam_moments(engine: Any, ranks: Ranks) -> list[float]:
     """Sums of Adam's first (absolute) and second moments over all weights and ranks, however they are sharded."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = list(optimizer.state.values())
+    names = ("exp_avg", "exp_avg_sq") if not any("state1" in state for state in states) else ("state1", "state2")
     totals = [
         sum(float(state[key].double().abs().sum()) for state in states if key in state)
-        for key in ("exp_avg", "exp_avg_sq")
+        for key in names  # torch's and DeepSpeed's, or those of bitsandbytes, which counts its quantised codes
     ]
     return ranks.sum(*totals) if engine.zero_optimization_stage() > 0 else totals
 
@@ -175,6 +176,13 @@ def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if ranks.is_main:
                 weights[name] = parameter.detach().cpu().clone()
+    if not trained_only:  # persistent buffers, such as BART's final_logits_bias: an adapter leaves them in the base
+        kept = model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+        weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+        shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        if lost := sorted(kept - shared - buffers.keys()):
+            raise RunError(f"{path}: {lost[0]} is part of the model's state, and would not be saved")
     if ranks.is_main:
         if empty := [name for name, weight in weights.items() if weight.numel() == 0]:
             raise RunError(f"{path}: weight {empty[0]} came out empty")

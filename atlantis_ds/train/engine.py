@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from typing import Any
 
 import torch
@@ -108,9 +110,37 @@ def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def _refuse_bad_targets(lm: Any, targets: str | list[str]) -> None:
+    """peft leaves out a name that matches nothing as long as another one does; and merges what is tied wrongly."""
+    if isinstance(targets, str):
+        if targets == "all-linear" or re.search(r"[.*+?|()\[\]\\]", targets):
+            return  # a regular expression: peft says where it matches nothing
+        targets = [targets]
+    modules = [name for name, _ in lm.named_modules()]
+    ends = sorted({name.rpartition(".")[2] for name in modules} - {""})
+    tied = [lm.get_output_embeddings(), lm.get_input_embeddings()] if lm.config.tie_word_embeddings else []
+    for target in targets:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not found:
+            close = difflib.get_close_matches(target, ends, n=3, cutoff=0.4)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise InputError(f"train.lora_target_modules: the model has no module {target!r}{hint}")
+        if any(lm.get_submodule(name) is module for name in found for module in tied):
+            raise InputError(
+                f"train.lora_target_modules: {target}: head and embedding are one in this model, and an adapter "
+                "on it is merged into both; leave it out, or take train.mode: full"
+            )
+
+
 def add_lora(lm: Any, train: Train, revision: str | None) -> Any:
+    """The model with adapters on it.
+
+    Raises:
+        InputError: a name of ``train.lora_target_modules`` is no module of the model, or a tied head or embedding.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    _refuse_bad_targets(lm, train.lora_target_modules)
     kind = TaskType.SEQ_2_SEQ_LM if lm.config.is_encoder_decoder else TaskType.CAUSAL_LM
     return get_peft_model(
         lm,

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods
-from atlantis_ds.lm.load import hash_files, load_tokenizer
+from atlantis_ds.lm.load import give_memory_back, hash_files, load_tokenizer
 from atlantis_ds.lm.tokens import Tokens, encode_split
+from atlantis_ds.lm.ways import Ways, check_packed, sample_rows
 from atlantis_ds.progress import Steps, since_process_start
 from atlantis_ds.run import Run
 from atlantis_ds.train.card import training_facts, write_cards
@@ -58,6 +59,8 @@ def fit(run: Run, examples: Examples, job: Job) -> None:
     trainer = Trainer(run, examples, job, mark)
     trainer.train()
     trainer.finish()
+    del trainer
+    give_memory_back(run.ranks.device)
 
 
 def _fingerprint(run: Run, examples: Examples, job: Job, import_ahead: bool) -> str:
@@ -102,6 +105,7 @@ class Trainer:
         self.total = max(1, math.ceil(self.settings.num_train_epochs * self.an_epoch))
         self._say_what_is_trained()
         self.engine = start_engine(self.settings, job.model, self.total, job.seed, run.ranks)
+        self.ways = self._find_ways()
         self.checkpoints = run.folder.checkpoints(job.name)
         found = resume(self.engine, self.checkpoints, mark, run.ranks) or {}
         self.state = State(
@@ -210,17 +214,29 @@ class Trainer:
         """This rank's part of a global batch; ``places`` are indices into the job's rows and weights."""
         job, settings = self.job, self.settings
         micro_batch_size = settings.per_device_train_batch_size
-        return [
+        batches = [
             collate_to_train(
                 [self.tokens[int(job.rows[place])] for place, _ in micro],
                 self.engine.module.config,
                 self.tokenizer.eos_token_id,
                 [float(job.weights[place]) if counts else 0.0 for place, counts in micro],
+                "less" if self.ways.packed else "never",
             )
             for micro in micro_batch_rows(
                 places, self.lengths, settings.train_batch_size, micro_batch_size, self.run.ranks
             )
         ]
+        return [replace(batch, chunked=self.ways.chunked) for batch in batches]
+
+    def _find_ways(self) -> Ways:
+        """Which fast ways this model takes; found out on a few of the job's own examples."""
+        self.engine.eval()
+        samples = [self.tokens[int(self.job.rows[at])] for at in sample_rows(self.lengths)]
+        ways = check_packed(self.engine, samples, self.tokenizer.eos_token_id)
+        self.engine.train()
+        if ways.slow:
+            self.run.say(f"train {self.job.name}: {ways}")
+        return ways
 
     def _say_what_is_trained(self) -> None:
         settings, ranks = self.settings, self.run.ranks

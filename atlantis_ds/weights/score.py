@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from atlantis_ds.lm.encode import Encoded
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.likelihood import Progress
+    from atlantis_ds.lm.ways import Ways
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
 def _score_pass(
     run: Run, shards: Shards, todo: list[int], scoring: Pass, manifest: dict[str, Any], frozen: Frozen
 ) -> None:
+    from atlantis_ds.lm.ways import check_scoring, sample_rows
+
     recipe, folder, ranks, examples = run.recipe, run.folder, run.ranks, shards.examples
     missing = ranks.broadcast(
         [s for s in todo if not finished(_part_path(folder, s, len(shards), scoring), manifest["fingerprint"])]
@@ -181,6 +184,9 @@ def _score_pass(
         return
     labels = _label_ids(scoring.model, examples.labels) if recipe.score.label_set else None
     model = frozen.load(scoring.model)
+    samples = [encoded[row] for row in sample_rows(encoded.lengths)]
+    ways = check_scoring(model, samples, labels, samples[0].eos, prefix=not sharded)
+    run.say(f"score {scoring.name}: {ways}")
     # A sharded model needs all ranks in every forward: they go shard by shard, one that has none left with a stand-in.
     turns: list[int | None] = [*mine, *[None] * (max(map(len, assigned)) - len(mine) if sharded else 0)]
     total = sum(len(rows[shard]) for shard in mine)
@@ -191,6 +197,8 @@ def _score_pass(
             nonlocal tokens
             tokens += batch_tokens
             steps.advance(count)
+            if not sharded and stop_asked(folder, look=False):
+                raise _StopAsked  # a shard of thousands of labels takes longer than a queue waits
 
         def agree(forwards: int) -> int:
             return max(ranks.gather(forwards))
@@ -199,15 +207,19 @@ def _score_pass(
             chosen = rows[shard] if shard is not None else np.empty(0, dtype=np.int64)
             # Without examples of this fold a sharded model still runs: all ranks meet in every forward.
             read = chosen if len(chosen) or not sharded else np.zeros(1, dtype=np.int64)
-            columns = _score_rows(
-                model,
-                [encoded[row] for row in read.tolist()],
-                examples.train.codes[read],
-                labels,
-                recipe.score,
-                progress if len(chosen) else None,
-                agree if sharded else None,
-            )
+            try:
+                columns = _score_rows(
+                    model,
+                    [encoded[row] for row in read.tolist()],
+                    examples.train.codes[read],
+                    labels,
+                    recipe.score,
+                    progress if len(chosen) else None,
+                    agree if sharded else None,
+                    ways,
+                )
+            except _StopAsked:
+                break
             if shard is not None:
                 ids = shards.ids(shard).take(pa.array(chosen - shard * shards.size))
                 table = pa.table({"id": ids, **{name: values[: len(chosen)] for name, values in columns.items()}})
@@ -225,6 +237,10 @@ def _score_pass(
         tokens=tokens,
         examples_per_s=round(steps.rate, 2),
     )
+
+
+class _StopAsked(Exception):
+    """Leaves a shard half-way."""
 
 
 def _of_fold(rows: np.ndarray, folds: np.ndarray | None, fold: int | None) -> np.ndarray:
@@ -250,6 +266,7 @@ def _score_rows(
     settings: Score,
     progress: Progress | None,
     agree: Callable[[int], int] | None,
+    ways: Ways,
 ) -> dict[str, Any]:
     """Columns of a part: ``logp``, ``eos``, ``tokens``; with ``labels``, the token ids of the set, those of every one.
 
@@ -262,10 +279,10 @@ def _score_rows(
     columns: dict[str, Any] = {}
     end = pairs[0].eos if pairs else 0
     if labels is None:
-        sums = score_pairs(model, pairs, end, budget, progress, agree)
+        sums = score_pairs(model, pairs, end, budget, progress, agree, ways)
         lengths = [pair.tokens for pair in pairs]
     else:
-        choices = score_choices(model, [pair.prompt for pair in pairs], labels, end, budget, progress, agree)
+        choices = score_choices(model, [pair.prompt for pair in pairs], labels, end, budget, progress, agree, ways)
         columns |= {
             f"{LABEL_SET}logp": pa.array(choices[:, :, 0].tolist(), pa.list_(pa.float64())),
             f"{LABEL_SET}eos": pa.array(choices[:, :, 1].tolist(), pa.list_(pa.float64())),
