@@ -24,6 +24,7 @@ from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
+from atlantis_ds.lm.ways import FAST
 from atlantis_ds.train.engine import add_lora, start_engine
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import optimizer_step, weighted_loss
@@ -71,6 +72,7 @@ class Setting:
             lengths=[len(pair) for pair in self.pairs],
             tokenizer=self.tokenizer,
             engine=self.engine,
+            ways=FAST,
         )
         batches = Trainer._micro_batches(trainer, rows)
         options = self.train.loss, self.train.gce_q
