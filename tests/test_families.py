@@ -17,9 +17,10 @@ from families import FAMILIES, tiny
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.generate import generate_greedy
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train
+from atlantis_ds.lm.check import check_generation, check_packed, check_scoring
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
-from atlantis_ds.lm.ways import FAST, Ways, check_generation, check_packed, check_scoring
+from atlantis_ds.lm.ways import FAST, Ways
 
 EOS = 1
 LABELS = [[5], [6, 7], [6, 8, 9]]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from atlantis_ds.lm.batch import padded_prompts, token_budget_batches
-from atlantis_ds.lm.ways import FAST, Ways, takes_hidden_states_of_any_type
+from atlantis_ds.lm.load import takes_hidden_states_of_any_type
+from atlantis_ds.lm.ways import FAST, Ways
 
 
 @torch.inference_mode()

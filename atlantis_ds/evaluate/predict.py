@@ -17,11 +17,12 @@ from atlantis_ds.evaluate.generate import generate_greedy
 from atlantis_ds.evaluate.metrics import UNMAPPED, metrics
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import fingerprint, finished, read_json
+from atlantis_ds.lm.check import check_generation, check_scoring, sample_rows
 from atlantis_ds.lm.encode import Encoder, last_turn
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.lm.tokens import Tokens, encode_split
-from atlantis_ds.lm.ways import FAST, Ways, check_generation, check_scoring, sample_rows
+from atlantis_ds.lm.ways import Ways
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 
@@ -183,8 +184,8 @@ def rank_labels(
     prompts: list[list[int]],
     labels: list[str],
     options: Evaluate,
-    ways: Ways = FAST,
-    advance: Advance = lambda count: None,
+    ways: Ways,
+    advance: Advance,
 ) -> list[str]:
     """The label with the greatest log-likelihood, end-of-sequence token included, for each prompt."""
     sums = score_choices(
@@ -205,8 +206,8 @@ def generate_labels(
     prompts: list[list[int]],
     labels: list[str],
     options: Evaluate,
-    ways: Ways = FAST,
-    advance: Advance = lambda count: None,
+    ways: Ways,
+    advance: Advance,
 ) -> list[str]:
     """Greedy generation; text that is not a label, up to case and white space, gives ``UNMAPPED``."""
     known = {_normal(label): label for label in labels}

@@ -178,6 +178,17 @@ def fp32_head(head: Any) -> torch.nn.Linear:
     return wide.requires_grad_(False)
 
 
+@contextmanager
+def takes_hidden_states_of_any_type(lm: Any) -> Iterator[None]:
+    """A scorer has its head in fp32 behind a body that may be bf16: within this it serves plain forwards as well."""
+    head = lm.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def start_deepspeed() -> Any:
     """DeepSpeed, on the process group that is there: sharding at load needs to know the world size."""
     import deepspeed

@@ -19,11 +19,12 @@ from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
+from atlantis_ds.lm.check import check_packed, sample_rows
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_tokenizer
 from atlantis_ds.lm.tokens import Tokens, encode_split
-from atlantis_ds.lm.ways import Ways, check_packed, sample_rows
+from atlantis_ds.lm.ways import Ways
 from atlantis_ds.progress import Steps, since_process_start
 from atlantis_ds.run import Run
 from atlantis_ds.train.card import training_facts, write_cards

@@ -162,7 +162,7 @@ def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
 def _score_pass(
     run: Run, shards: Shards, todo: list[int], scoring: Pass, manifest: dict[str, Any], frozen: Frozen
 ) -> None:
-    from atlantis_ds.lm.ways import check_scoring, sample_rows
+    from atlantis_ds.lm.check import check_scoring, sample_rows
 
     recipe, folder, ranks, examples = run.recipe, run.folder, run.ranks, shards.examples
     missing = ranks.broadcast(

@@ -1,0 +1,200 @@
+"""Which fast ways a model takes: found out on a few of the run's own examples, each against one plain forward.
+
+The plain way is padded pairs without a mask of ours: no position of a causal model sees a later one. The fast ways rest
+on a mask and on positions that we give: examples packed into one row, the labels of a set as a tree, what all prompts
+begin with read once. Not every model takes them: some add a mask where we mean "may see", some ignore it, a sliding
+window or a recurrent layer sees past it. None of them says so, so each model is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm import likelihood
+from atlantis_ds.lm.batch import (
+    collate,
+    collate_choices,
+    collate_to_train,
+    common_prefix,
+    label_tree,
+    padded_prompts,
+)
+from atlantis_ds.lm.encode import Encoded
+from atlantis_ds.lm.likelihood import MIN_PREFIX, Prefix, label_log_likelihoods, module_of, read_prefix
+from atlantis_ds.lm.load import takes_hidden_states_of_any_type
+from atlantis_ds.lm.ways import FAST, PLAIN, Ways
+
+SAMPLES = 3
+"""Examples of a check: the longest, and others spread over the data."""
+LABELS = 8
+"""Labels of a check, the longest among them."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""Nats by which a fast way may differ from the plain one. In bf16 one example differs by 0.03 to 0.08 with the batch it
+is put in; a mask that is not taken makes 1 to 12."""
+
+
+def sample_rows(lengths: np.ndarray) -> list[int]:
+    """Rows to check a model on: that of the longest example, and others spread over the data.
+
+    Args:
+        lengths: int [n], n at least 1: tokens of each example.
+    """
+    spread = np.linspace(0, len(lengths) - 1, SAMPLES, dtype=int).tolist()
+    return list(dict.fromkeys([int(lengths.argmax()), *spread]))[:SAMPLES]
+
+
+def sample_labels(labels: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Labels to check a model on: the longest, and the first few; all of a small set."""
+    if not labels:
+        return []
+    longest = max(range(len(labels)), key=lambda at: len(labels[at]))
+    return [labels[at] for at in dict.fromkeys([longest, *range(min(LABELS, len(labels)))])][:LABELS]
+
+
+@torch.no_grad()
+def check_packed(model: Any, pairs: Sequence[Encoded], pad_token_id: int) -> Ways:
+    """Whether training may pack examples into one row.
+
+    Args:
+        model: as in ``token_log_likelihoods``, in eval mode. Of one that is sharded over ranks all
+            ranks must ask, with the same pairs.
+        pairs: a few examples, see ``sample_rows``.
+
+    Raises:
+        InputError: an example's log-likelihood depends on what it is padded beside.
+    """
+    check = _Check(model, pairs, pad_token_id)
+    if check.config.is_encoder_decoder or len(pairs) < 2 or not check.plain.isfinite().all():
+        return check.chunked
+    packed = collate_to_train(check.pairs, check.config, pad_token_id, packed="always").to(check.device)
+    found = check.ways(packed=lambda: check.score(packed) - check.plain)
+    return check.chunked.and_found("packed", found)
+
+
+@torch.no_grad()
+def check_scoring(
+    model: Any, pairs: Sequence[Encoded], labels: Sequence[Sequence[int]] | None, pad_token_id: int, prefix: bool
+) -> Ways:
+    """Which fast ways scoring and ranking may take; arguments as in ``check_packed``.
+
+    Args:
+        labels: token ids of the label set, where all of it is scored behind each prompt.
+        prefix: whether the prefix would be read once at all; a model sharded over ranks does without.
+    """
+    check = _Check(model, pairs, pad_token_id)
+    ways, pairs = check.chunked, check.pairs
+    if check.config.is_encoder_decoder or not check.plain.isfinite().all():
+        return ways
+    chosen = sample_labels(labels or [])
+    tree = label_tree(chosen)
+    every = [[replace(pair, label=list(label), spans=()) for label in chosen] for pair in pairs]
+    plain = check.plain if labels is None else torch.cat([check.one_by_one(of_prompt) for of_prompt in every])
+
+    def score(before: Prefix | None) -> torch.Tensor:
+        prompts = [pair.prompt[before.tokens if before else 0 :] for pair in pairs]
+        if labels is None:
+            batch = check.collate([replace(pair, prompt=prompt) for pair, prompt in zip(pairs, prompts)])
+        else:
+            batch = collate_choices(prompts, tree, pairs[0].eos, check.config).to(check.device)
+        return check.score(before.before(batch) if before else batch)
+
+    if labels is not None:
+        ways = ways.and_found("tree", check.ways(tree=lambda: score(None) - plain))
+    if not (prefix and ways.tree and len(pairs) > 1 and common_prefix([p.prompt for p in pairs]) >= MIN_PREFIX):
+        return replace(ways, prefix=False)
+    read = [pair.prompt for pair in pairs]
+    return ways.and_found("prefix", check.ways(prefix=lambda: score(read_prefix(check.lm, read)) - plain))
+
+
+@torch.no_grad()
+def check_generation(lm: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, ways: Ways = FAST) -> Ways:
+    """``ways``, with what is found of padded prompts: the next token's log-probabilities, against each prompt alone."""
+
+    def next_token(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        batch = {name: tensor.to(lm.device) for name, tensor in padded_prompts(rows, lm.config, pad_token_id).items()}
+        if lm.config.is_encoder_decoder:
+            start = torch.full((len(rows), 1), lm.config.decoder_start_token_id, device=lm.device)
+            return lm(**batch, decoder_input_ids=start).logits[:, -1].float().log_softmax(dim=-1)
+        batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        accepts = "position_ids" in inspect.signature(lm.forward).parameters
+        batch = batch if accepts else {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return lm(**batch).logits[:, -1].float().log_softmax(dim=-1)
+
+    tolerance = TOLERANCE.get(next(lm.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    with takes_hidden_states_of_any_type(lm):
+        likely = [next_token([prompt])[0] for prompt in prompts]
+        best = [int(row.argmax()) for row in likely]
+        try:
+            together = next_token(prompts)
+            most = max(abs(float(row[at] - alone[at])) for row, alone, at in zip(together, likely, best))
+            padded, said = most <= tolerance, f"off by {most:.2g} nats"
+        except Exception as error:
+            padded, said = False, _named(error)
+    return replace(ways, padded=padded, differences={**ways.differences, "padded": said})
+
+
+class _Check:
+    """A few examples under one model, each alone: what the other ways are held against."""
+
+    def __init__(self, model: Any, pairs: Sequence[Encoded], pad_token_id: int) -> None:
+        self.model, self.lm, self.pad = model, module_of(model), pad_token_id
+        # Longest first, as in training: a short example that stands far from a shared prefix shows a window's edge.
+        self.pairs = sorted(pairs, key=len, reverse=True)
+        self.config = self.lm.config
+        self.device = next(model.parameters()).device
+        dtype = next(self.lm.parameters()).dtype
+        self.tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+        self.chunked = PLAIN
+        self.plain = self.one_by_one(self.pairs)
+        if not self.plain.isfinite().all():
+            return  # nothing can be told from these; training and merging have guards of their own
+        self.chunked = FAST
+        self.chunked = self.ways(chunked=self.in_chunks)
+        beside = float((self.score(self.collate(self.pairs)) - self.plain).abs().max()) if pairs else 0.0
+        if not beside <= self.tolerance:
+            raise InputError(
+                f"model {self.config.model_type}: the log-likelihood of an example changes by {beside:.3g} nats with "
+                "the examples beside it, so no score or gradient of this model can be trusted"
+            )
+
+    def collate(self, pairs: Sequence[Encoded]) -> Any:
+        return collate(pairs, self.config, self.pad).to(self.device)
+
+    def score(self, batch: Any) -> torch.Tensor:
+        return label_log_likelihoods(self.model, replace(batch, chunked=self.chunked.chunked)).sum(dim=1)
+
+    def one_by_one(self, pairs: Sequence[Encoded]) -> torch.Tensor:
+        none = torch.empty(0, dtype=torch.float64, device=self.device)
+        return torch.cat([none, *(self.score(self.collate([pair])) for pair in pairs)])
+
+    def in_chunks(self) -> torch.Tensor:
+        """The difference that two positions a chunk make."""
+        kept = likelihood.CHUNK
+        likelihood.CHUNK = 2 * self.config.get_text_config().vocab_size
+        try:
+            return self.one_by_one(self.pairs) - self.plain
+        finally:
+            likelihood.CHUNK = kept
+
+    def ways(self, **tried: Callable[[], torch.Tensor]) -> Ways:
+        """Each way tried, and whether it gives what the plain one does."""
+        taken: dict[str, bool] = {}
+        said: dict[str, str] = {}
+        for way, difference in tried.items():
+            try:
+                most = float(difference().abs().max())
+                taken[way], said[way] = most <= self.tolerance, f"off by {most:.2g} nats"
+            except Exception as error:  # a model's own code, of any kind: what it cannot do it is not asked to do
+                taken[way], said[way] = False, _named(error)
+        return Ways(**taken, differences=said)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.80}"
