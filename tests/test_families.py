@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny
@@ -148,3 +150,36 @@ def test_long_targets_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         ranked = score_choices(model, PROMPTS, LABELS, EOS, 4096)
         monkeypatch.setattr(likelihood, "CHUNK", 2**26)
         torch.testing.assert_close(ranked, score_choices(model, PROMPTS, LABELS, EOS, 4096), rtol=1e-5, atol=1e-5)
+
+
+class Engine(torch.nn.Module):
+    """What ``mean_loss`` needs of a DeepSpeed engine."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+class Pairs(list[Encoded]):
+    """What it needs of the tokens of a split."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(pair) for pair in self])
+
+
+def test_dev_loss_of_a_model_that_changes_its_logits_behind_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atlantis_ds.lm import likelihood
+    from atlantis_ds.train.trainer import mean_loss
+
+    model = tiny("bart")
+    ways = check_packed(model, PAIRS[:3], EOS)
+    assert not ways.chunked
+    expected = -sum(plain(model, pair.prompt, pair.label) for pair in PAIRS) / len(PAIRS)
+    monkeypatch.setattr(likelihood, "CHUNK", 2 * 96)
+    ranks: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), sum=lambda *values: list(values))
+    tokens: Any = Pairs(PAIRS)
+    assert mean_loss(Engine(model), tokens, EOS, 256, ways, ranks) == pytest.approx(expected, rel=1e-4)

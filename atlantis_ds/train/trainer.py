@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,7 +19,6 @@ from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.check import check_packed, sample_rows
-from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_tokenizer
 from atlantis_ds.lm.tokens import Tokens, encode_split
@@ -168,7 +166,7 @@ class Trainer:
         """The dev loss; the model with the lowest so far is saved as ``best``."""
         state, name = self.state, self.job.name
         budget = self.run.recipe.score.tokens_per_batch
-        loss = mean_loss(self.engine, self.dev, self.tokenizer.eos_token_id, budget, self.run.ranks)
+        loss = mean_loss(self.engine, self.dev, self.tokenizer.eos_token_id, budget, self.ways, self.run.ranks)
         if self.run.ranks.is_main:
             self.run.log(event="dev", arm=name, step=state.step, loss=_finite(loss))
         state.dev_loss = _finite(loss)
@@ -278,17 +276,16 @@ class Trainer:
             )
 
 
-def mean_loss(
-    engine: Any, pairs: Tokens | Sequence[Encoded], pad_token_id: int, tokens_per_batch: int, ranks: Ranks
-) -> float:
+def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: int, ways: Ways, ranks: Ranks) -> float:
     """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
-    batches = token_budget_batches([len(pairs[row]) for row in range(len(pairs))], tokens_per_batch)
+    batches = token_budget_batches(pairs.lengths.tolist(), tokens_per_batch)
     engine.eval()
     local = 0.0
     for first in range(0, len(batches), ranks.world_size):
         mine = first + ranks.rank
         rows = batches[min(mine, len(batches) - 1)]
         batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id).to(ranks.device)
+        batch = replace(batch, chunked=ways.chunked)
         with torch.no_grad():
             log_likelihood = float(label_log_likelihoods(engine, batch).sum())
         local -= log_likelihood if mine < len(batches) else 0.0
