@@ -89,7 +89,7 @@ class Encoder:
         self._ends |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def pairs(self, prompts: Sequence[str], targets: Sequence[str]) -> Iterator[Encoded]:
-        """Encode examples, in order; one that is too long has ``fits`` say so, and is shortened with ``truncate``.
+        """Encode examples, in order; what is too long (see ``excess``) is shortened with ``truncate``.
 
         Raises:
             InputError: a label has no tokens, or the chat template cannot write the turns.

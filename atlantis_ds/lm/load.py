@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
@@ -238,8 +239,16 @@ def hash_files(model: Model) -> dict[str, str]:
     return {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that decides what a tokenizer makes of a text."""
+def tokenizer_hash(model: Model) -> str:
+    """Of all that decides what a model's tokenizer makes of a text. One that has not changed is hashed once."""
+    folder = Path(str(model.model_name_or_path)).expanduser()
+    files = sorted(path for path in folder.glob("*") if path.suffix != ".safetensors") if folder.is_dir() else []
+    return _tokenizer_hash(model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@functools.lru_cache
+def _tokenizer_hash(model: Model, *state: tuple[str, int, int]) -> str:
+    tokenizer = load_tokenizer(model)
     return fingerprint(
         [
             sorted(tokenizer.get_vocab().items()),
@@ -252,7 +261,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def model_identity(model: Model) -> dict[str, str]:
     """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
-    tokens = tokenizer_hash(load_tokenizer(model))
+    tokens = tokenizer_hash(model)
     path = Path(str(model.model_name_or_path)).expanduser()
     if not path.is_dir():
         commit = getattr(load_config(model), "_commit_hash", None) or model.revision or "main"

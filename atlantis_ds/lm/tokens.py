@@ -138,7 +138,7 @@ def _key(split: Split, task: _Task) -> str:
         [
             VERSION,
             split.gold_digest if task.column == "gold" else split.digest,
-            tokenizer_hash(load_tokenizer(task.model)),
+            tokenizer_hash(task.model),
             bool(config.is_encoder_decoder),
             task.labels,
             task.chat,
