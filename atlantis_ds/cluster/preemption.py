@@ -1,7 +1,8 @@
 """Ending early on demand: SIGTERM, SIGUSR2, or a file ``STOP`` in the run folder.
 
-Training then finishes its step and writes a checkpoint, scoring finishes its shard, and the job ends with exit code 75
-(EX_TEMPFAIL). The same command goes on from there. Signals belong to the whole process, and so does the flag here.
+Training then finishes its step and writes a checkpoint, scoring its shard (on a signal its batch: the shard is done
+again), and the job ends with exit code 75 (EX_TEMPFAIL). The same command goes on from there. Signals belong to the
+whole process, and so does the flag here.
 """
 
 from __future__ import annotations

@@ -147,10 +147,10 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
 
     written = {}
     for split, source in sources.items():
-        chosen = targets if split == "train" else None
+        noisy = targets if split == "train" else None
         path = folder.split(split).with_name(f".{split}.new.arrow")
         written[split] = _Written(path)
-        batches = _final_batches(recipe, source, rows[split], chosen, split, written[split])
+        batches = _final_batches(recipe, source, rows[split], noisy, written[split])
         write_arrow(path, SCHEMA, batches, {"fingerprint": expected})
     made_of = [recipe.seed, labels, written["train"].digest, written["dev"].digest]
     train_fingerprint = fingerprint(made_of)
@@ -482,7 +482,7 @@ class _Written:
 
 
 def _final_batches(
-    recipe: Recipe, source: Read | None, rows: np.ndarray, targets: _Targets | None, split: str, written: _Written
+    recipe: Recipe, source: Read | None, rows: np.ndarray, targets: _Targets | None, written: _Written
 ) -> Iterator[pa.RecordBatch]:
     """The chosen rows of what was read, with their targets after noise, as record batches of ``SCHEMA``."""
     digest, gold_digest = hashlib.sha256(), hashlib.sha256()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Evaluate, Model
 from atlantis_ds.data.examples import Examples, load_examples
@@ -99,8 +100,7 @@ def finished_evaluation(run: Run, arm: str) -> dict[str, Any] | None:
 
 def gold_of_test(examples: Examples) -> list[str]:
     """What is right for each test example: its gold label or response, else its target; of a chat the last turn."""
-    pairs = zip(examples.test.golds.to_pylist(), examples.test.targets.to_pylist())
-    gold = [target if gold is None else gold for gold, target in pairs]
+    gold: list[str] = pc.coalesce(examples.test.golds, examples.test.targets).to_pylist()
     return [last_turn(text) for text in gold] if examples.chat else gold
 
 
@@ -144,30 +144,23 @@ def _responses(
     sums = score_pairs(lm, pairs, pad, options.tokens_per_batch, ways=ways).sum(dim=1)
     prompts = [pair.prompt for pair in pairs]
     if examples.chat:  # what stands before the last turn, also where several are learned
-        texts = zip(
-            *(column.take(pa.array(rows)).to_pylist() for column in (examples.test.prompts, examples.test.targets))
-        )
-        prompts = [encoder.last_prompt(prompt, target) for prompt, target in texts]
+        test = examples.test
+        prompts = [encoder.last_prompt(test.prompts[row].as_py(), test.targets[row].as_py()) for row in rows.tolist()]
     ends = {pad, *(pair.eos for pair in pairs)}
     new = generate_greedy(lm, prompts, ends, pad, options.tokens_per_batch, options.max_new_tokens, advance, ways)
     predicted = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-    counts = [sum(end - start for start, end in pair.turns) for pair in pairs]
     return pa.table(
         {
             "predicted": pa.array([text.strip() for text in predicted], pa.string()),
             "log_likelihood": pa.array(sums.tolist(), pa.float64()),
-            "tokens": pa.array(counts, pa.int64()),
+            "tokens": pa.array(tokens.targets[rows], pa.int64()),
         }
     )
 
 
 def _write(run: Run, examples: Examples, table: pa.Table, results: Path, about: dict[str, Any]) -> dict[str, Any]:
     ids, gold = examples.test.ids.to_pylist(), gold_of_test(examples)
-    columns: dict[str, Any] = {
-        "id": ids,
-        "gold": gold,
-        **{name: table[name].to_pylist() for name in table.column_names},
-    }
+    columns: dict[str, Any] = {"id": ids, "gold": gold, **table.to_pydict()}
     predicted = columns["predicted"]
     if examples.labels is not None:
         figures = metrics(examples.labels, ids, gold, predicted, run.recipe.data.negative_label)

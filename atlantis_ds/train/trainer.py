@@ -106,10 +106,8 @@ class Trainer:
         self.engine = start_engine(self.settings, job.model, self.total, job.seed, run.ranks)
         self.ways = self._find_ways()
         self.checkpoints = run.folder.checkpoints(job.name)
-        found = resume(self.engine, self.checkpoints, mark, run.ranks) or {}
-        self.state = State(
-            **{key: found[key] for key in State.__dataclass_fields__ if key in found} or {"fingerprint": mark}
-        )
+        found = resume(self.engine, self.checkpoints, mark, run.ranks) or {"fingerprint": mark}
+        self.state = State(**{key: found[key] for key in State.__dataclass_fields__ if key in found})
 
     def train(self) -> None:
         """All steps that are left: step → log → dev loss → checkpoint."""

@@ -86,7 +86,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
 
     Raises:
         InputError: the scores there were made from other inputs; the one that differs is named.
-        Preempted: the job was asked to stop; each rank has finished its shard.
+        Preempted: the job was asked to stop; whole shards stay, the one that a signal came into is done again.
     """
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.load import model_identity
