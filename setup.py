@@ -33,6 +33,7 @@ setup(
         "matplotlib",
         "ninja",
         "peft",
+        "protobuf",  # transformers converts SentencePiece tokenizers with it
         "psutil",
         "pyarrow",
         "pydantic>=2.7",

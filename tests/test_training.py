@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -216,3 +217,11 @@ def test_killed_training_goes_on(
         assert model and model == files(expected / "model" / "atlantis" / name)
     again = succeed("local", 1, "train", recipe)
     assert "already finished" in again and len(events(run, "train")) == seen + STEPS - step
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(stage: int) -> None:
+    """Two ranks with 64 examples a step. Added up in bf16, 32 micro-batches are 0.7% off, and 8 are 0.5%."""
+    out = succeed("torchrun", 2, TESTS / "accumulation_probe.py", f"zero{stage}.json")
+    few, many = sorted({float(off) for off in re.findall(r"OFF (\S+)", out)})
+    assert many < 0.0035, (few, many)

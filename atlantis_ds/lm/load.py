@@ -58,6 +58,8 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
+        if "tiktoken" in reason:  # what transformers tries last
+            reason = "its tokenizer has no tokenizer.json, and its other files cannot be converted to one"
         if not Path(path).expanduser().is_dir():
             path += " (no folder of this name here, so taken for a Hugging Face id)"
         raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None

@@ -2,8 +2,8 @@
 
 The loss of a step is L = (1/D) Σ_i W_i ℓ_i over its global batch, with ℓ_i = -log p(y_i|x_i) (ATLANTIS, Algorithm 1)
 or a loss that bears wrong labels better, and D the number of examples, or of label tokens, of that batch. D is known
-before the first backward and divides once, so that the gradient is the same for every micro-batch size, accumulation
-and world size.
+before the first backward and divides once, so that the gradient is, but for rounding, the same for every micro-batch
+size, accumulation and world size.
 """
 
 from __future__ import annotations
