@@ -71,6 +71,25 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
         if arm.drop_ids is not None and not Path(arm.drop_ids).is_file():
             raise InputError(f"{recipe}: arms.{name}.drop_ids: {arm.drop_ids}: no such file")
     print(f"{recipe}: valid. Run folder {folder.root}; arms {', '.join(settings.arms)}")
+    _say_what_scoring_takes(settings)
+
+
+ASSUMED_PROMPT = 512
+"""Tokens of the longest prompt, where nothing is tokenised yet."""
+
+
+def _say_what_scoring_takes(settings: Recipe) -> None:
+    """For each model whose folder is at hand; `plan` knows the real lengths."""
+    from atlantis_ds.data.prepare import known_labels
+    from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, scoring_memory, sizes_of_folder
+
+    labels = known_labels(settings.data) if settings.score.label_set and settings.task != "response" else None
+    tokens = round(sum(map(len, labels)) / CHARACTERS_A_TOKEN) if labels else None
+    for key in ("large", "small", "reference"):
+        path = getattr(settings.models, key).model_name_or_path
+        if path and (sizes := sizes_of_folder(Path(path).expanduser())):
+            needs = scoring_memory(sizes, settings.score, ASSUMED_PROMPT, tokens)
+            print(f"score {key}: about {needs}, with prompts of up to {ASSUMED_PROMPT} tokens")
 
 
 @app.command()

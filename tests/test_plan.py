@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.config.schema import Model, Score, Train
 from atlantis_ds.plan.memory import training_memory
+from atlantis_ds.plan.scoring import scoring_memory, sizes_of_folder
 from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
 
 pytestmark = pytest.mark.slow
@@ -120,3 +121,25 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
         line = [sys.executable, "-m", "atlantis_ds", "plan", str(ROOT / "recipes" / f"{recipe}.yaml"), *option]
         done = subprocess.run(line, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("labels", [0, 300])
+def test_memory_of_scoring_is_within_a_quarter_of_a_real_run(qwen2: Path, dtype: str, labels: int) -> None:
+    score = {"dtype": dtype, "tokens_per_batch": 4096}
+    line = [
+        sys.executable,
+        str(ROOT / "tests" / "measure_scoring.py"),
+        str(qwen2),
+        json.dumps(score),
+        "200",
+        str(labels),
+    ]
+    done = subprocess.run(line, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = int(re.findall(r"PEAK (\d+)", done.stdout)[0])
+    sizes = sizes_of_folder(qwen2)
+    assert sizes is not None
+    planned = scoring_memory(sizes, Score(**score), 200, 4 * labels or None)
+    print(f"{dtype}, {labels} labels: planned {planned}, real {measured / 2**30:.2f} GiB")
+    assert planned.total == pytest.approx(measured, rel=0.25)

@@ -216,7 +216,7 @@ def look_at_data(recipe: Recipe) -> None:
     """
     if recipe.data.hub_id and (problem := missing_folder(recipe.data.hub_id)):
         raise InputError(f"data.hub_id: {problem}")
-    labels = _known_labels(recipe.data)
+    labels = known_labels(recipe.data)
     files = recipe.data.format != "grammar" and not recipe.data.hub_id
     templates: dict[str, str | None] = {}
     for split in SPLITS if files else ():
@@ -240,7 +240,7 @@ def label_set(recipe: Recipe) -> list[str] | None:
     data = recipe.data
     if recipe.task == "response":
         return None
-    if (known := _known_labels(data)) is not None:
+    if (known := known_labels(data)) is not None:
         return known
     found: set[str] = set()
     for example in read_split(recipe, "train", lambda where, what: None) or ():
@@ -263,7 +263,7 @@ def label_set(recipe: Recipe) -> list[str] | None:
     return labels
 
 
-def _known_labels(data: Data) -> list[str] | None:
+def known_labels(data: Data) -> list[str] | None:
     """The label set that the recipe or its format names; None where the data have to tell."""
     if data.labels is None:
         return list(SEMEVAL_LABELS) if data.format in ("semeval2010_task8", "grammar") else None

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, label_tree, token_budget_batches
 from atlantis_ds.lm.encode import Encoded
-from atlantis_ds.lm.ways import FAST, Ways
+from atlantis_ds.lm.ways import CHUNK, FAST, TREE_TOKENS, Ways
 
 
 def label_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
@@ -51,10 +51,6 @@ def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     if batch.shared is not None:
         return logits.float().log_softmax(dim=-1)[batch.shared, batch.targets].double()
     return -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
-
-
-CHUNK = 2**26
-"""Logits that are in memory at one time: 256 MiB in fp32. More are made in chunks, and again in the backward pass."""
 
 
 @contextmanager
@@ -221,10 +217,6 @@ def score_choices(
     lengths = [len(prompt) + behind for prompt in prompts]
     scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
     return scores.reshape(len(prompts), len(labels), 2)
-
-
-TREE_TOKENS = 512
-"""Tokens of labels behind one prompt: more labels are cut into several trees, for which a prompt is read again each."""
 
 
 def cut_labels(labels: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+CHUNK = 2**26
+"""Logits that are in memory at one time: 256 MiB in fp32. More are made in chunks, and again in the backward pass."""
+TREE_TOKENS = 512
+"""Tokens of labels behind one prompt: more labels are cut into several trees, for which a prompt is read again each."""
+
 
 @dataclass(frozen=True)
 class Ways:

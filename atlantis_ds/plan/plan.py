@@ -18,6 +18,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_json
 from atlantis_ds.lm.load import load_tokenizer, model_source
 from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
+from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, Sizes, scoring_memory
 from atlantis_ds.plan.trace import Activations, Shape, activations, build_model, model_shape, read_config
 from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder
@@ -30,7 +31,6 @@ SIZES = {24: 23.5 * GIB, 40: 39.4 * GIB, 80: 79.1 * GIB, 141: 139.7 * GIB}
 UTILISATION = 0.35
 """Assumed share of the peak; short examples in small batches reach less."""
 FASTEST_FIRST = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
-CHARACTERS_A_TOKEN = 3.5
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
             if row is not None:
                 rows.append(row)
     hours = work_hours(recipe, folder, shapes, lengths, gpus, gpu)
+    behind = round(lengths.labels * lengths.label_mean) if recipe.score.label_set and lengths.labels else None
+    sizes = Sizes.of(config.to_dict(), shapes["full"].parameters)
+    scoring = scoring_memory(sizes, recipe.score, lengths.prompt_max, behind)
     choice = choose(rows, recipe.train, GPUS[gpu][0])
     result = {
         "model": str(model.model_name_or_path),
@@ -85,6 +88,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
         "gpu": gpu,
         "lengths": lengths.__dict__,
         "modes": rows,
+        "score": str(scoring),
         "hours": hours,
         "take": choice,
     }
@@ -273,6 +277,7 @@ def _show(recipe: Recipe, result: dict[str, Any]) -> None:
         fits = ["/".join(str(n or "-") for n in pair) for pair in row["largest_micro_batch"].values()]
         table.add_row(f"{row['mode']} {Path(row['deepspeed']).stem}", *numbers, f"{row['host']:.0f}", *fits)
     wide.print(table)
+    console.print(f"score large, a replica: about {result['score']}")
     hours = Table(box=box.SIMPLE, title=f"at {UTILISATION:.0%} of the bf16 peak (assumed)")
     for head in ("stage", "FLOPs", "hours"):
         hours.add_column(head, justify="left" if head == "stage" else "right")
