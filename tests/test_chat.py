@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate, collate_to_train
-from atlantis_ds.lm.encode import Encoded, Encoder, last_turn
+from atlantis_ds.lm.encode import DAY, Encoded, Encoder, last_turn
 
 # As Qwen2's: a default system prompt, <|im_start|>role ... <|im_end|> and a line end.
 CHATML = (
@@ -72,6 +73,7 @@ def test_the_assistant_and_its_end_are_learned(tokenizer: Any, template: str, en
     assert learned(tokenizer, last) == [f"The storm caused damage.{end}"]
     assert learned(tokenizer, every) == [f"A wolf.{end}", f"The storm caused damage.{end}"]
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False).rstrip("\n")
+    whole = re.sub("Today: [0-9]+", f"Today: {DAY.year}", whole)  # the same on every day
     for pair in (last, every):
         assert tokenizer.decode([*pair.prompt, *pair.label, pair.eos]) == whole  # BOS, system prompt and date once
         assert pair.tokens == sum(end - start for start, end in pair.turns) - len(pair.turns)

@@ -16,14 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from atlantis_ds.cluster.ranks import Ranks, find_place
+from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.frozen import cgroup_room
 from atlantis_ds.lm.likelihood import cut_labels, score_choices
-from atlantis_ds.lm.load import load_model, load_tokenizer
+from atlantis_ds.lm.load import load_model, load_tokenizer, sharded_at_load
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.checkpoint import adam_moments, save_model
-from atlantis_ds.train.engine import add_lora
+from atlantis_ds.train.engine import add_lora, four_bits
 
 CONFIG = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=64, vocab_size=96)
 END = "</s>"
@@ -111,6 +114,16 @@ def test_many_labels_are_cut_into_several_trees() -> None:
         torch.testing.assert_close(every[:, some], alone, rtol=0, atol=1e-4)
 
 
+def test_rows_of_two_kinds_in_one_data_set(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]}
+    for name, row in (("train-1", {"prompt": "ask", "response": "say"}), ("train-2", chat)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"task": "response", "train": str(tmp_path / "train-*.jsonl")}
+    recipe = load_recipe(tiny_recipe(tmp_path, {"data": data, "weights": {"formula": "reference"}}))
+    with pytest.raises(InputError, match=r"train-2.jsonl:1: the row has messages, but the rows before it prompt"):
+        prepare(recipe, RunFolder(tmp_path / "run"))
+
+
 # --- adapters
 
 
@@ -136,6 +149,21 @@ def test_moments_of_an_8_bit_optimizer_are_read() -> None:
     states = {at: {"state1": torch.full((4,), 3, dtype=torch.uint8), "state2": torch.ones(4)} for at in range(2)}
     engine = SimpleNamespace(optimizer=SimpleNamespace(state=states), zero_optimization_stage=lambda: 0)
     assert adam_moments(engine, Ranks.alone()) == [24.0, 8.0]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_4_bit_weights_load_under_zero_3(stage: int, base_model: Path) -> None:
+    """Real bitsandbytes. With a device map transformers refuses it; training in this mode needs a GPU."""
+    from bitsandbytes.nn import Linear4bit
+
+    train = Train(mode="qlora", dtype="float32", bnb_4bit_quant_storage="float32")
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    with sharded_at_load(config):
+        lm = load_model(
+            Model(model_name_or_path=str(base_model)), "float32", four_bits(train, torch.device("cpu"), stage)
+        )
+    assert any(isinstance(module, Linear4bit) for module in lm.modules())
 
 
 # --- tokenizers

@@ -141,7 +141,8 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
                 rows[split] = rows[split][~long]
     for split, source in sources.items():
         if not len(rows[split]) and (split == "train" or (split == "test" and source is not None)):
-            why = ", ".join(f"{count} x {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+            reasons = {**dropped, "without_a_label": source.unlabelled if source is not None else 0}
+            why = ", ".join(f"{count} x {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
             raise InputError(f"data.{split}: no example is left in {split} (left out: {why})")
     targets, changed = _targets(recipe, train, rows["train"], labels)
 
@@ -354,6 +355,11 @@ def _key(template: str, found: Found) -> str:
     """What makes the example the same as another one. Raises BadRow: the prompt would hold nothing of the row."""
     names = set(re.findall(r"\{(\w+)\}", template))
     named = [text for name, text in found.fields.items() if name in names]
+    if not named:
+        raise BadRow(
+            f"the row has {', '.join(found.fields) or 'no text'}, but the rows before it {', '.join(sorted(names))}; "
+            "rows of two kinds do not go into one data set"
+        )
     if not any(map(str.strip, named)):
         raise BadRow(f"the prompt is empty: nothing stands in {', '.join(sorted(names - {'options'}))}")
     return found.key if found.key is not None else "\t".join(named)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from atlantis_ds.errors import InputError
 
 Span = tuple[int, int]
+DAY = datetime(2024, 7, 26)
+"""Today, to a chat template that writes the date: tokens and scores are the same on every day. Llama's own default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,7 @@ class Encoder:
         """Token ids of text prompts."""
         if self.as_turn:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            return [self.tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]
+            return [self._ids(self._render(turn, begin=True)) for turn in turns]
         # The line end is part of a causal prompt: it keeps prompt and label from merging into one token.
         texts = [prompt if self.is_encoder_decoder else prompt + "\n" for prompt in prompts]
         ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
@@ -203,9 +208,11 @@ class Encoder:
 
     def _render(self, turns: list[dict[str, str]], begin: bool) -> str:
         import jinja2
+        from transformers.utils import chat_template_utils
 
         try:
-            text: str = self.tokenizer.apply_chat_template(turns, add_generation_prompt=begin, tokenize=False)
+            with patch.object(chat_template_utils, "datetime", SimpleNamespace(now=lambda: DAY)):
+                text: str = self.tokenizer.apply_chat_template(turns, add_generation_prompt=begin, tokenize=False)
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(

@@ -29,7 +29,7 @@ from atlantis_ds.lm.load import load_config, load_tokenizer, tokenizer_hash
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 
-VERSION = 2
+VERSION = 3
 """Goes up where the same examples and tokenizer give other tokens than before."""
 SCHEMA = pa.schema(
     [

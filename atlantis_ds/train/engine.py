@@ -27,7 +27,7 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     config = deepspeed_config(train, ranks.world_size)
     _check_machine(train, config, ranks.device)
     with sharded_at_load(config):
-        lm = load_model(model, train.dtype, _four_bits(train, ranks.device))
+        lm = load_model(model, train.dtype, four_bits(train, ranks.device, config["zero_optimization"]["stage"]))
     torch.manual_seed(seed)
     if train.mode != "full":
         lm = add_lora(lm, train, model.revision)
@@ -94,8 +94,11 @@ def _adamw_class(train: Train, config: dict[str, Any], device: torch.device) -> 
     return torch.optim.AdamW
 
 
-def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
-    """What ``from_pretrained`` needs to load a QLoRA base (Dettmers et al. 2023): NF4, double quantisation."""
+def four_bits(train: Train, device: torch.device, stage: int) -> dict[str, Any] | None:
+    """What ``from_pretrained`` needs to load a QLoRA base (Dettmers et al. 2023): NF4, double quantisation.
+
+    Under ZeRO-3 transformers refuses a device map, and takes this rank's device by itself.
+    """
     if train.mode != "qlora":
         return None
     from transformers import BitsAndBytesConfig
@@ -107,7 +110,7 @@ def _four_bits(train: Train, device: torch.device) -> dict[str, Any] | None:
         bnb_4bit_compute_dtype=DTYPES[train.dtype],
         bnb_4bit_quant_storage=DTYPES[train.bnb_4bit_quant_storage] if train.bnb_4bit_quant_storage else None,
     )
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config} | ({} if stage == 3 else {"device_map": {"": device}})
 
 
 def _refuse_bad_targets(lm: Any, targets: str | list[str]) -> None:

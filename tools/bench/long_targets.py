@@ -1,8 +1,8 @@
 """Peak memory of one training pass over the length of the targets: logits in chunks beside all of them at once.
 
 Measured on the CPU (a random Qwen2 of two layers with the real vocabulary, fp32, one example of 100 prompt tokens), and
-traced by `plan` for a real shape (fake tensors, bf16, LoRA, micro-batch 8, with gradient checkpointing). The last column
-is of as many tokens with a target of 8: the hidden states alone.
+traced by `plan` for a real shape (fake tensors, bf16, LoRA, micro-batch 8, with gradient checkpointing). The last
+column is of as many tokens with a target of 8: the hidden states alone.
 
     python tools/bench/long_targets.py [--config FILE]     # a config.json, say of Qwen2-7B
 """
