@@ -185,6 +185,17 @@ def test_dev_loss_of_a_model_that_changes_its_logits_behind_the_head(monkeypatch
     assert mean_loss(Engine(model), tokens, EOS, 256, ways, ranks) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_check_sees_the_same_in_bf16(name: str) -> None:
+    """Rounding is a thousand times larger there; a fault must not pass for it, nor rounding for a fault."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(name).to(dtype)
+        scoring = check_scoring(model, PAIRS[:3], LABELS, EOS, prefix=True)
+        found.append((check_packed(model, PAIRS[:3], EOS).packed, scoring.tree, scoring.prefix))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name, taken", [("llama", True), ("gemma2", False)])
 def test_long_targets_in_bf16_are_no_fault(name: str, taken: bool) -> None:
     """Rounding errors of a target's tokens add up: a bound for a short label refuses every model on long responses."""

@@ -27,7 +27,7 @@ from atlantis_ds.lm.batch import (
     padded_prompts,
 )
 from atlantis_ds.lm.encode import Encoded
-from atlantis_ds.lm.likelihood import MIN_PREFIX, Prefix, label_log_likelihoods, module_of, read_prefix
+from atlantis_ds.lm.likelihood import MIN_PREFIX, Prefix, module_of, read_prefix, token_log_likelihoods
 from atlantis_ds.lm.load import takes_hidden_states_of_any_type
 from atlantis_ds.lm.ways import FAST, PLAIN, Ways
 
@@ -35,10 +35,16 @@ SAMPLES = 3
 """Examples of a check: the longest, and others spread over the data."""
 LABELS = 8
 """Labels of a check, the longest among them."""
-TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 0.5}
-"""Nats by which a fast way may differ from the plain one, times the root of the target's tokens: rounding errors of the
-tokens add up like a random walk. Measured in bf16 (SmolLM2-135M, targets of 3 to 368 tokens, padded or packed): up to
-0.25; a mask that is not taken makes 1 to 44."""
+ROUNDING = {torch.float32: 5e-4, torch.bfloat16: 0.01}
+"""Nats a token (root mean square over a target) that are always taken for rounding. What rounding really makes, with
+another padding alone, is measured beside; in bf16 up to 0.25 was seen (SmolLM2-135M), and with a mask that is not taken
+1 to 44."""
+NOISES = 4
+"""A fast way may differ by this many times what another padding makes."""
+REFUSED = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+"""Nats a token by which padding may change an example."""
+Scores = list[torch.Tensor]
+"""For each of some examples, log p of its target tokens: float64."""
 
 
 def sample_rows(lengths: np.ndarray) -> list[int]:
@@ -72,10 +78,10 @@ def check_packed(model: Any, pairs: Sequence[Encoded], pad_token_id: int) -> Way
         InputError: an example's log-likelihood depends on what it is padded beside.
     """
     check = _Check(model, pairs, pad_token_id)
-    if check.config.is_encoder_decoder or len(pairs) < 2 or not check.plain.isfinite().all():
+    if check.config.is_encoder_decoder or len(pairs) < 2 or not check.finite:
         return check.chunked
     packed = collate_to_train(check.pairs, check.config, pad_token_id, packed="always").to(check.device)
-    found = check.ways(check.pairs, packed=lambda: check.score(packed) - check.plain)
+    found = check.ways(check.plain, packed=lambda: check.score(packed))
     return check.chunked.and_found("packed", found)
 
 
@@ -91,14 +97,14 @@ def check_scoring(
     """
     check = _Check(model, pairs, pad_token_id)
     ways, pairs = check.chunked, check.pairs
-    if check.config.is_encoder_decoder or not check.plain.isfinite().all():
+    if check.config.is_encoder_decoder or not check.finite:
         return ways
     chosen = sample_labels(labels or [])
     tree = label_tree(chosen)
     every = [replace(pair, label=list(label), spans=()) for pair in pairs for label in chosen]
-    scored, plain = (pairs, check.plain) if labels is None else (every, check.one_by_one(every))
+    plain = check.plain if labels is None else check.one_by_one(every)
 
-    def score(before: Prefix | None) -> torch.Tensor:
+    def score(before: Prefix | None) -> Scores:
         prompts = [pair.prompt[before.tokens if before else 0 :] for pair in pairs]
         if labels is None:
             batch = check.collate([replace(pair, prompt=prompt) for pair, prompt in zip(pairs, prompts)])
@@ -107,11 +113,11 @@ def check_scoring(
         return check.score(before.before(batch) if before else batch)
 
     if labels is not None:
-        ways = ways.and_found("tree", check.ways(scored, tree=lambda: score(None) - plain))
+        ways = ways.and_found("tree", check.ways(plain, tree=lambda: score(None)))
     if not (prefix and ways.tree and len(pairs) > 1 and common_prefix([p.prompt for p in pairs]) >= MIN_PREFIX):
         return replace(ways, prefix=False)
     read = [pair.prompt for pair in pairs]
-    return ways.and_found("prefix", check.ways(scored, prefix=lambda: score(read_prefix(check.lm, read)) - plain))
+    return ways.and_found("prefix", check.ways(plain, prefix=lambda: score(read_prefix(check.lm, read))))
 
 
 @torch.no_grad()
@@ -128,7 +134,7 @@ def check_generation(lm: Any, prompts: Sequence[Sequence[int]], pad_token_id: in
         batch = batch if accepts else {name: batch[name] for name in ("input_ids", "attention_mask")}
         return lm(**batch).logits[:, -1].float().log_softmax(dim=-1)
 
-    tolerance = TOLERANCE.get(next(lm.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    tolerance = REFUSED.get(next(lm.parameters()).dtype, REFUSED[torch.bfloat16])
     with takes_hidden_states_of_any_type(lm):
         likely = [next_token([prompt])[0] for prompt in prompts]
         best = [int(row.argmax()) for row in likely]
@@ -151,56 +157,66 @@ class _Check:
         self.config = self.lm.config
         self.device = next(model.parameters()).device
         dtype = next(self.lm.parameters()).dtype
-        self.tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+        self.rounding = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
         self.chunked = PLAIN
         self.plain = self.one_by_one(self.pairs)
-        if not self.plain.isfinite().all():
+        self.finite = all(bool(tokens.isfinite().all()) for tokens in self.plain)
+        if not (self.finite and pairs):
             return  # nothing can be told from these; training and merging have guards of their own
-        self.chunked = FAST
-        self.chunked = self.ways(self.pairs, chunked=self.in_chunks)
-        beside = self.score(self.collate(self.pairs)) - self.plain if pairs else self.plain
-        if not self.tolerated(beside / 2, self.pairs):  # a refusal wants more certainty than the choice of a way
+        beside = self.score(self.collate(self.pairs))
+        noise = _most_a_token(beside, self.plain)
+        if not noise <= REFUSED.get(dtype, REFUSED[torch.bfloat16]):
             raise InputError(
                 f"model {self.config.model_type}: the log-likelihood of an example changes by "
-                f"{float(beside.abs().max()):.3g} nats with the examples beside it, so no score or gradient of this "
+                f"{_most(beside, self.plain):.3g} nats with the examples beside it, so no score or gradient of this "
                 "model can be trusted"
             )
+        self.rounding = max(self.rounding, NOISES * noise)
+        self.chunked = FAST
+        self.chunked = self.ways(self.plain, chunked=self.in_chunks)
 
     def collate(self, pairs: Sequence[Encoded]) -> Any:
         return collate(pairs, self.config, self.pad).to(self.device)
 
-    def score(self, batch: Any) -> torch.Tensor:
-        return label_log_likelihoods(self.model, replace(batch, chunked=self.chunked.chunked)).sum(dim=1)
+    def score(self, batch: Any) -> Scores:
+        tokens = token_log_likelihoods(self.model, replace(batch, chunked=self.chunked.chunked))
+        return [tokens[batch.example == example] for example in range(batch.size)]
 
-    def one_by_one(self, pairs: Sequence[Encoded]) -> torch.Tensor:
-        none = torch.empty(0, dtype=torch.float64, device=self.device)
-        return torch.cat([none, *(self.score(self.collate([pair])) for pair in pairs)])
+    def one_by_one(self, pairs: Sequence[Encoded]) -> Scores:
+        return [self.score(self.collate([pair]))[0] for pair in pairs]
 
-    def in_chunks(self) -> torch.Tensor:
-        """The difference that two positions a chunk make."""
+    def in_chunks(self) -> Scores:
+        """The examples with two positions a chunk."""
         kept = likelihood.CHUNK
         likelihood.CHUNK = 2 * self.config.get_text_config().vocab_size
         try:
-            return self.one_by_one(self.pairs) - self.plain
+            return self.one_by_one(self.pairs)
         finally:
             likelihood.CHUNK = kept
 
-    def tolerated(self, difference: torch.Tensor, pairs: Sequence[Encoded]) -> bool:
-        """Whether rounding alone explains differences, one for each of the pairs."""
-        tokens = torch.tensor([len(pair.label) + 1 for pair in pairs], device=self.device)
-        return bool((difference.abs() <= self.tolerance * tokens.sqrt()).all())
-
-    def ways(self, pairs: Sequence[Encoded], **tried: Callable[[], torch.Tensor]) -> Ways:
-        """Each way tried, and whether it gives what the plain one does for each of the pairs."""
+    def ways(self, plain: Scores, **tried: Callable[[], Scores]) -> Ways:
+        """Each way tried, and whether it gives what the plain one does but for rounding."""
         taken: dict[str, bool] = {}
         said: dict[str, str] = {}
-        for way, difference in tried.items():
+        for way, run in tried.items():
             try:
-                off = difference()
-                taken[way], said[way] = self.tolerated(off, pairs), f"off by {float(off.abs().max()):.2g} nats"
+                found = run()
+                taken[way] = _most_a_token(found, plain) <= self.rounding
+                said[way] = f"off by {_most(found, plain):.2g} nats"
             except Exception as error:  # a model's own code, of any kind: what it cannot do it is not asked to do
                 taken[way], said[way] = False, _named(error)
         return Ways(**taken, differences=said)
+
+
+def _most(found: Scores, plain: Scores) -> float:
+    """The largest difference of an example's log-likelihood, in nats."""
+    return float(torch.stack([(one - other).sum().abs() for one, other in zip(found, plain, strict=True)]).max())
+
+
+def _most_a_token(found: Scores, plain: Scores) -> float:
+    """The largest root mean square over an example's target tokens of their differences, in nats."""
+    each = [(one - other).square().mean().sqrt() for one, other in zip(found, plain, strict=True)]
+    return float(torch.stack(each).max())  # NaN where one is
 
 
 def _named(error: Exception) -> str:
