@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, WriteRecipe, succeed
+from conftest import ENV, ROOT, WriteRecipe, succeed
 
 TESTS = Path(__file__).parent
 SETTINGS = [(stage, mode) for stage in (0, 2, 3) for mode in ("full", "lora")]
@@ -40,3 +43,47 @@ def test_nothing_stays_after_a_job(name: str, live: dict[str, list[int]], base_m
     model = (base_model / "model.safetensors").stat().st_size
     # A training holds its model four to eight times (weights, gradients, moments, master weights).
     assert max(after) - before < model / 4, (live[name], model)
+
+
+@pytest.fixture(scope="module")
+def larger(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of 27 million weights: its training takes four times 107 MB."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("larger")
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_four_seeds_take_the_memory_of_one(stage: int, larger: Path, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    model = {"model_name_or_path": str(larger)}
+    peaks = []
+    for seeds in ([1], [1, 2, 3, 4]):
+        changes = {
+            "models": {"large": model, "small": model, "reference": {"kind": "checkpoint", **model}},
+            "train.deepspeed": str(ROOT / "ds_configs" / f"zero{stage}.json"),
+            "train.num_train_epochs": 1,
+            "seeds": seeds,
+        }
+        recipe = tiny_recipe(tmp_path / str(len(seeds)), changes)
+        command = [sys.executable, "-m", "atlantis_ds", "compare", str(recipe)]
+        env = ENV | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed memory goes back at once
+        running = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, code, usage = os.wait4(running.pid, 0)
+        assert code == 0
+        peaks.append(usage.ru_maxrss / 1024)
+    print(f"zero{stage}: one seed {peaks[0]:.0f} MiB, four seeds {peaks[1]:.0f} MiB")
+    assert peaks[1] < 1.1 * peaks[0]
