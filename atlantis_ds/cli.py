@@ -54,7 +54,7 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: atlantis-ds check recipes/demo.yaml --set train.learning_rate=1e-5
     """
-    from atlantis_ds.data.prepare import look_at_data
+    from atlantis_ds.data.ingest import look_at_data
     from atlantis_ds.run_folder import missing_folder
     from atlantis_ds.train.deepspeed_config import deepspeed_config
 
@@ -80,7 +80,7 @@ ASSUMED_PROMPT = 512
 
 def _say_what_scoring_takes(settings: Recipe) -> None:
     """For each model whose folder is at hand; `plan` knows the real lengths."""
-    from atlantis_ds.data.prepare import known_labels
+    from atlantis_ds.data.ingest import known_labels
     from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, scoring_memory, sizes_of_folder
 
     labels = known_labels(settings.data) if settings.score.label_set and settings.task != "response" else None

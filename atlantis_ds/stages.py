@@ -198,7 +198,7 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
             "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
         )
     if examples.labels and run.recipe.evaluate.method == "generate":
-        from atlantis_ds.data.prepare import equal_but_for_case
+        from atlantis_ds.data.ingest import equal_but_for_case
 
         for same in equal_but_for_case(examples.labels):
             raise InputError(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from atlantis_ds.config.schema import Recipe
-from atlantis_ds.data.prepare import look_at_data, prepare
+from atlantis_ds.data.ingest import look_at_data
+from atlantis_ds.data.prepare import prepare
 from atlantis_ds.data.reading import read_split
 from atlantis_ds.data.relation import SEMEVAL_LABELS, read_semeval, read_spert
 from atlantis_ds.data.rows import Found

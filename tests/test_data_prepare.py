@@ -10,7 +10,8 @@ from conftest import succeed
 
 from atlantis_ds.config.schema import Prompt, Recipe
 from atlantis_ds.data.examples import SCHEMA, SPLITS, Examples, load_examples, map_table, write_arrow
-from atlantis_ds.data.prepare import examples_fingerprint, look_at_data, prepare
+from atlantis_ds.data.ingest import look_at_data
+from atlantis_ds.data.prepare import examples_fingerprint, prepare
 from atlantis_ds.data.prompts import render_prompt, template_for
 from atlantis_ds.data.relation import SEMEVAL_LABELS, parse_marked, relation_fields
 from atlantis_ds.data.rows import BadRow

@@ -17,7 +17,8 @@ from conftest import launch, refuse, succeed
 
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import SPLITS, Examples, Split
-from atlantis_ds.data.prepare import examples_fingerprint, look_at_data, prepare
+from atlantis_ds.data.ingest import look_at_data
+from atlantis_ds.data.prepare import examples_fingerprint, prepare
 from atlantis_ds.data.reading import split_turns
 from atlantis_ds.data.rows import BadRow
 from atlantis_ds.errors import InputError
@@ -634,7 +635,7 @@ def test_chats_and_single_prompts_are_not_mixed(tmp_path):
         said = refused(tmp_path, {"task": "response", "train": train, "test": test})
         assert said == "data.test: chats in one split and single prompts in another; give one kind"
     said = refused(tmp_path, {"task": "response", "train": [chats, single]})
-    assert said.startswith(f"{single}:1: the prompt is empty")
+    assert said.startswith(f"{single}:1: the row has prompt, but the rows before it messages")
 
 
 # --- bad rows

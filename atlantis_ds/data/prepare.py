@@ -7,11 +7,9 @@ and noise are made of those; a second pass writes the rows that stay.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import platform
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,52 +22,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds import __version__
-from atlantis_ds.config.schema import Data, Recipe
-from atlantis_ds.data.examples import ROWS, SCHEMA, SPLITS, Examples, Split, load_examples, map_table, write_arrow
+from atlantis_ds.config.schema import Recipe
+from atlantis_ds.data.examples import ROWS, SCHEMA, SPLITS, Examples, Split, load_examples, write_arrow
+from atlantis_ds.data.ingest import READ, Read, equal_but_for_case, ingest, is_chat, label_set, refuse_two_kinds
 from atlantis_ds.data.noise import noisy_labels, noisy_responses
-from atlantis_ds.data.prompts import render_prompt, template_for
-from atlantis_ds.data.reading import first_examples, read_split
-from atlantis_ds.data.relation import NO_RELATION, SEMEVAL_LABELS
-from atlantis_ds.data.rows import BadRow, BadRows, Found
 from atlantis_ds.data.sources import expand
-from atlantis_ds.data.splits import cut_dev, draws, keep_apart, key_hash, subset, text_key
+from atlantis_ds.data.splits import cut_dev, draws, keep_apart, subset
 from atlantis_ds.demo.grammar import GRAMMAR_VERSION
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import file_hash, fingerprint, finished, read_json, write_json
-from atlantis_ds.run_folder import RunFolder, missing_folder
+from atlantis_ds.run_folder import RunFolder
 
 VERSION = 2
 """Goes up where the same recipe and files give other examples than before."""
-READ = pa.schema([(name, pa.string()) for name in ("id", "prompt", "target", "gold", "group", "key")])
 
 
 Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 """Says of prompts and targets which are longer than a model reads: bool [n]."""
 Judges = Callable[[list[str] | None, bool], Judge]
 """Makes a ``Judge`` for a label set, and for chats or texts."""
-
-
-@dataclass
-class Read:
-    """One split as it was read: the texts in a temporary file, numbers here."""
-
-    table: pa.Table
-    """``READ``, memory-mapped."""
-    keys: np.ndarray
-    """uint64 [n], see ``splits.key_hash``."""
-    template: str | None
-    whole_ids: bool
-    """Whether every id is a whole number."""
-    unlabelled: int
-    """Training rows left out because they have no label."""
-    bad: BadRows
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def texts(self, column: str) -> Iterator[str]:
-        for batch in self.table.select([column]).to_batches():
-            yield from batch[0].to_pylist()
 
 
 def examples_fingerprint(recipe: Recipe) -> str:
@@ -128,43 +99,22 @@ def prepare(recipe: Recipe, folder: RunFolder, judges: Sequence[Judges] = ()) ->
 
 def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judges: Sequence[Judges]) -> Examples:
     labels = label_set(recipe)
-    train, dev, test = (_read(recipe, split, labels, place) for split in SPLITS)
+    train, dev, test = (ingest(recipe, split, labels, place) for split in SPLITS)
     assert train is not None
-    _refuse_two_kinds({split: read.template for split, read in zip(SPLITS, (train, dev, test)) if read is not None})
+    given = {split: read for split, read in zip(SPLITS, (train, dev, test)) if read is not None}
+    refuse_two_kinds({split: read.template for split, read in given.items()})
     rows, dropped = _split_rows(recipe, train, dev, test)
     sources = {"train": train, "dev": train if dev is None else dev, "test": test}
-    if judges:
-        for split, source in sources.items():
-            if source is not None:
-                long = _too_long(source, rows[split], [judge(labels, is_chat(train.template)) for judge in judges])
-                dropped[f"{split}_too_long"] = int(long.sum())
-                rows[split] = rows[split][~long]
-    for split, source in sources.items():
-        if not len(rows[split]) and (split == "train" or (split == "test" and source is not None)):
-            reasons = {**dropped, "without_a_label": source.unlabelled if source is not None else 0}
-            why = ", ".join(f"{count} x {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
-            raise InputError(f"data.{split}: no example is left in {split} (left out: {why})")
+    _leave_out_too_long(sources, rows, dropped, [judge(labels, is_chat(train.template)) for judge in judges])
+    _refuse_empty(sources, rows, dropped)
     targets, changed = _targets(recipe, train, rows["train"], labels)
-
     written = {}
     for split, source in sources.items():
         noisy = targets if split == "train" else None
-        path = folder.split(split).with_name(f".{split}.new.arrow")
-        written[split] = _Written(path)
+        written[split] = _Written(folder.split(split).with_name(f".{split}.new.arrow"))
         batches = _final_batches(recipe, source, rows[split], noisy, written[split])
-        write_arrow(path, SCHEMA, batches, {"fingerprint": expected})
-    made_of = [recipe.seed, labels, written["train"].digest, written["dev"].digest]
-    train_fingerprint = fingerprint(made_of)
-    if _train_fingerprint_in(folder.examples_info) not in (None, train_fingerprint):
-        for file in written.values():
-            file.path.unlink()
-        raise InputError(
-            f"{folder.root}: holds training or dev examples of other data, another prompt or another seed than this "
-            "recipe; choose another `name`, or remove the folder"
-        )
-    folder.examples_info.unlink(missing_ok=True)  # from here on the old examples are none any more
-    for split, file in written.items():
-        file.path.replace(folder.split(split))
+        write_arrow(written[split].path, SCHEMA, batches, {"fingerprint": expected})
+    train_fingerprint = _put_in_place(recipe, folder, labels, written)
     info = {
         "fingerprint": expected,
         "train_fingerprint": train_fingerprint,
@@ -177,13 +127,53 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
         "label_counts": {split: written[split].label_counts(labels) for split in SPLITS} if labels else None,
         "dropped": dropped,
         "unlabelled": train.unlabelled,
-        "bad_rows": {s: dict(r.bad.kinds) for s, r in zip(SPLITS, (train, dev, test)) if r is not None and r.bad.count},
+        "bad_rows": {split: dict(read.bad.kinds) for split, read in given.items() if read.bad.count},
         "noise": {"kind": recipe.data.noise.kind, "rate": recipe.data.noise.rate, "rows_changed": changed},
         "notes": _notes(labels),
         "versions": {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()},
     }
     write_json(folder.examples_info, info)  # last: the stage is finished when it stands
     return load_examples(folder)
+
+
+def _leave_out_too_long(
+    sources: dict[str, Read | None], rows: dict[str, np.ndarray], dropped: dict[str, int], judges: Sequence[Judge]
+) -> None:
+    """Take out of ``rows`` what is too long for any of the models, and count it in ``dropped``."""
+    for split, source in sources.items():
+        if judges and source is not None:
+            long = _too_long(source, rows[split], judges)
+            dropped[f"{split}_too_long"] = int(long.sum())
+            rows[split] = rows[split][~long]
+
+
+def _refuse_empty(sources: dict[str, Read | None], rows: dict[str, np.ndarray], dropped: dict[str, int]) -> None:
+    for split in ("train", "test"):
+        source = sources[split]
+        if source is not None and not len(rows[split]):
+            reasons = {**dropped, "without_a_label": source.unlabelled}
+            why = ", ".join(f"{count} x {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
+            raise InputError(f"data.{split}: no example is left in {split} (left out: {why})")
+
+
+def _put_in_place(recipe: Recipe, folder: RunFolder, labels: list[str] | None, written: dict[str, _Written]) -> str:
+    """Let the files written beside take their places in the run folder; returns the fingerprint of train and dev.
+
+    Raises:
+        InputError: the run folder holds other training or dev examples.
+    """
+    train_fingerprint = fingerprint([recipe.seed, labels, written["train"].digest, written["dev"].digest])
+    if _train_fingerprint_in(folder.examples_info) not in (None, train_fingerprint):
+        for file in written.values():
+            file.path.unlink()
+        raise InputError(
+            f"{folder.root}: holds training or dev examples of other data, another prompt or another seed than this "
+            "recipe; choose another `name`, or remove the folder"
+        )
+    folder.examples_info.unlink(missing_ok=True)  # from here on the old examples are none any more
+    for split, file in written.items():
+        file.path.replace(folder.split(split))
+    return train_fingerprint
 
 
 def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
@@ -205,195 +195,6 @@ def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
             f"{folder.examples_info}: made from other data files, another `data` or `prompt` section or another `seed` "
             "than this recipe's; run `prepare` with it, or choose another `name`"
         )
-
-
-def look_at_data(recipe: Recipe) -> None:
-    """Read the first rows of each split and fill in the template: what ``check`` does on a login node.
-
-    Of a data set of the hub nothing is fetched; a local folder must be there.
-
-    Raises:
-        InputError: a file is missing, a column is not there, or a row is bad; an unknown label, where the set is given.
-    """
-    if recipe.data.hub_id and (problem := missing_folder(recipe.data.hub_id)):
-        raise InputError(f"data.hub_id: {problem}")
-    labels = known_labels(recipe.data)
-    files = recipe.data.format != "grammar" and not recipe.data.hub_id
-    templates: dict[str, str | None] = {}
-    for split in SPLITS if files else ():
-        for found in first_examples(recipe, split):
-            try:
-                _target(found, split, labels)
-                templates[split] = templates.get(split) or _template(recipe, found)
-                _key(templates[split] or "", found)
-            except BadRow as problem:
-                if recipe.data.on_bad_row == "refuse":
-                    raise InputError(f"{problem.at or found.where}: {problem}") from None
-    _refuse_two_kinds(templates)
-
-
-def label_set(recipe: Recipe) -> list[str] | None:
-    """The label set of a recipe: its own, the format's, or all labels of train; None for responses.
-
-    Raises:
-        InputError: a label is doubled or empty, or there are more than ``data.max_labels``.
-    """
-    data = recipe.data
-    if recipe.task == "response":
-        return None
-    if (known := known_labels(data)) is not None:
-        return known
-    found: set[str] = set()
-    for example in read_split(recipe, "train", lambda where, what: None) or ():
-        found |= {label for label in (example.target, example.gold) if label is not None}
-        if len(found) > data.max_labels:
-            raise InputError(
-                f"data.labels: more than {data.max_labels} different labels in train, such as "
-                f"{example.target or example.gold!r:.60}; raise data.max_labels, or set data.task: response where the "
-                "targets are free text"
-            )
-    whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
-    labels = sorted(found, key=lambda label: (int(label) if whole else 0, label))
-    if data.negatives and NO_RELATION in labels:  # last, where the drawn pairs put it
-        labels.remove(NO_RELATION)
-        labels.append(NO_RELATION)
-    if data.negative_label is not None and data.negative_label not in labels:
-        raise InputError(
-            f"data.negative_label: {data.negative_label!r} is no label of train ({', '.join(labels[:10])})"
-        )
-    return labels
-
-
-def known_labels(data: Data) -> list[str] | None:
-    """The label set that the recipe or its format names; None where the data have to tell."""
-    if data.labels is None:
-        return list(SEMEVAL_LABELS) if data.format in ("semeval2010_task8", "grammar") else None
-    if not data.labels or len(set(data.labels)) < len(data.labels) or not all(map(str.strip, data.labels)):
-        raise InputError("data.labels: give at least one label, each once and none empty")
-    return data.labels
-
-
-def _read(recipe: Recipe, split: str, labels: list[str] | None, place: Path) -> Read | None:
-    """One whole split, not empty but for dev; None where there is none."""
-    bad = BadRows(recipe.data.on_bad_row == "drop")
-    source = read_split(recipe, split, bad)
-    if source is None:
-        if split == "test" and recipe.data.hub_id is None:
-            return None  # only weights are wanted
-        if split != "train":
-            return None
-        raise InputError("data.train: no training examples")
-    read = Read(pa.table([]), np.empty(0, np.uint64), None, True, 0, bad)
-    keys: list[np.ndarray] = []
-    path = place / f"{split}.arrow"
-    write_arrow(path, READ, _read_batches(recipe, split, source, labels, read, keys), {})
-    bad.refuse()
-    read.table = map_table(path)[0]
-    read.keys = np.concatenate([read.keys, *keys])
-    if not len(read) and split != "dev":
-        paths = recipe.data.hub_id or getattr(recipe.data, split)
-        where = paths if isinstance(paths, str) else ", ".join(paths)
-        why = [(read.unlabelled, "have no label"), (bad.count, "cannot be read")]
-        also = " and ".join(f"{count} rows {what}" for count, what in why if count)
-        raise InputError(f"data.{split}: {where}: holds no example" + (f" ({also})" if also else ""))
-    return read
-
-
-def _read_batches(
-    recipe: Recipe, split: str, source: Iterator[Found], labels: list[str] | None, read: Read, keys: list[np.ndarray]
-) -> Iterator[pa.RecordBatch]:
-    """The rows of a split as record batches of ``READ``; fills in ``read`` and ``keys`` on the way."""
-    seen: set[int] = set()
-    rows: list[tuple[str | None, ...]] = []
-
-    def batch() -> pa.RecordBatch:
-        keys.append(np.array([key_hash(str(row[5])) for row in rows], dtype=np.uint64))
-        made = pa.record_batch([pa.array(column, pa.string()) for column in zip(*rows)], schema=READ)
-        rows.clear()
-        return made
-
-    for found in source:
-        try:
-            target = _target(found, split, labels)
-            if target is None:
-                read.unlabelled += 1
-                continue
-            read.template = read.template or _template(recipe, found)
-            key = _key(read.template, found)
-            prompt = render_prompt(read.template, found.fields, recipe.prompt, labels)
-            id = str(found.number if found.id is None else found.id)
-            if hash(id) in seen:
-                raise BadRow(f"the id {id!r} comes twice in {split}")
-            if found.id is not None:
-                seen.add(hash(id))
-            read.whole_ids &= not isinstance(found.id, str) and len(id) < 19  # an int64 surely
-        except BadRow as problem:
-            read.bad(problem.at or found.where, str(problem))
-            continue
-        rows.append((id, prompt, target, found.gold, found.group, text_key(key)))
-        if len(rows) == ROWS:
-            yield batch()
-    if rows:
-        yield batch()
-
-
-def _template(recipe: Recipe, found: Found) -> str:
-    """The template of a split, by the columns of its first row; one that does not fit them is no fault of the row."""
-    if "messages" in found.fields and recipe.task == "response":
-        if recipe.prompt.template is not None:
-            raise InputError(
-                f"{found.where}: prompt.template: a chat is written by the tokenizer's own chat template; remove it"
-            )
-        return "{messages}"
-    try:
-        return template_for(recipe.task, recipe.prompt, found.fields)
-    except BadRow as problem:
-        raise InputError(f"{found.where}: {problem}") from None
-
-
-def _key(template: str, found: Found) -> str:
-    """What makes the example the same as another one. Raises BadRow: the prompt would hold nothing of the row."""
-    names = set(re.findall(r"\{(\w+)\}", template))
-    named = [text for name, text in found.fields.items() if name in names]
-    if not named:
-        raise BadRow(
-            f"the row has {', '.join(found.fields) or 'no text'}, but the rows before it {', '.join(sorted(names))}; "
-            "rows of two kinds do not go into one data set"
-        )
-    if not any(map(str.strip, named)):
-        raise BadRow(f"the prompt is empty: nothing stands in {', '.join(sorted(names - {'options'}))}")
-    return found.key if found.key is not None else "\t".join(named)
-
-
-def _refuse_two_kinds(templates: dict[str, str | None]) -> None:
-    """Chats in one split and single prompts in another have no model's reading in common."""
-    for split, template in templates.items():
-        if template is not None and is_chat(template) != is_chat(templates.get("train")):
-            raise InputError(f"data.{split}: chats in one split and single prompts in another; give one kind")
-
-
-def is_chat(template: str | None) -> bool:
-    """Whether prompts are chats: their template is the turns themselves."""
-    return template == "{messages}"
-
-
-def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
-    """The target of an example; None for a training row without one. Outside train gold takes its place."""
-    target = found.target if split == "train" or found.target is not None else found.gold
-    if target is None and split != "train":
-        raise BadRow("empty label: neither a label (or response) nor a gold one")
-    if labels is not None:
-        for label, kind in ((target, "label"), (found.gold, "gold label")):
-            if label is not None and label not in labels:
-                raise BadRow(f"unknown {kind} {label!r}; {_known(label, labels)}", found.label_at)
-    return target
-
-
-def _known(label: str, labels: list[str]) -> str:
-    if len(labels) <= 20:
-        return f"the label set is {', '.join(labels)}"
-    close = difflib.get_close_matches(label, labels, n=3)
-    return f"it is none of the {len(labels)} labels" + (f"; close to it: {', '.join(close)}" if close else "")
 
 
 def _split_rows(
@@ -526,14 +327,6 @@ def _cut(pending: list[pa.RecordBatch], rest: bool = False) -> Iterator[pa.Recor
     whole = len(table) if rest else len(table) // ROWS * ROWS
     pending[:] = table.slice(whole).to_batches()
     yield from table.slice(0, whole).to_batches(max_chunksize=ROWS)
-
-
-def equal_but_for_case(labels: list[str]) -> list[list[str]]:
-    """Groups of labels that differ in case or white space alone."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for label in labels:
-        groups["".join(label.split()).casefold()].append(label)
-    return [same for same in groups.values() if len(same) > 1]
 
 
 def _notes(labels: list[str] | None) -> list[str]:
