@@ -69,7 +69,21 @@ def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRec
     assert all((run / w).read_bytes() == (tmp_path / "b" / "run" / w).read_bytes() for w in weights)
 
 
-def test_scoring_finishes_its_shard_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+def test_scoring_leaves_a_long_shard_half_way(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """One with thousands of labels or examples takes longer than a queue waits."""
+    recipe = tiny_recipe(tmp_path, {"data.train_size": 1200, "score.shard_size": 1200})
+    succeed("local", 1, "prepare", recipe)
+    job = start("local", 1, "score", recipe)
+    end = time.monotonic() + TIMEOUT
+    while "score large: all fast ways" not in job.text():
+        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
+        time.sleep(0.005)
+    job.process.send_signal(signal.SIGTERM)
+    assert job.wait().code == 75
+    assert not list((tmp_path / "run" / "scores").rglob("*.parquet"))
+
+
+def test_scoring_keeps_its_shards_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     changes = {"data.train_size": 1200, "score.shard_size": 20}
     recipe = tiny_recipe(tmp_path, changes)
     run = tmp_path / "run"
