@@ -260,9 +260,11 @@ class Score(Section):
 
 
 class Weights(Section):
-    formula: Literal["product", "ratio", "influence", "reference", "uniform", "shuffled"] = "product"
-    """log W: product a-s+r (Algorithm 1), ratio a-s (Eq. 7), influence r-s (Eq. 8), reference r, uniform 0."""
-    shuffled_from: Literal["product", "ratio", "influence", "reference"] = "product"
+    formula: Literal["product", "ratio", "influence", "reference", "posterior", "uniform", "shuffled"] = "product"
+    """log W: product a-s+r (Algorithm 1), ratio a-s (Eq. 7), influence r-s (Eq. 8), reference r, uniform 0. `posterior`
+    (label sets): the log-probability that the given label is right, under a noise matrix fitted to the scores of all
+    labels; 0 where no noise is found."""
+    shuffled_from: Literal["product", "ratio", "influence", "reference", "posterior"] = "product"
     """For `shuffled`: the formula whose weights are permuted among the examples."""
     length: Literal["sum", "mean"] = "sum"
     """Log-likelihood of a target: sum over its tokens, or mean per token. Default for responses: mean."""
@@ -283,6 +285,11 @@ class Weights(Section):
     """[lo, hi] in units of the mean weight."""
     temper: Annotated[float, Field(gt=0, le=1)] | None = None
     """Flatten by the largest exponent in (0, 1] that lifts the effective sample size to this share of n."""
+
+    @property
+    def base_formula(self) -> str:
+        """The formula itself, or for `shuffled` the one whose weights are permuted."""
+        return self.shuffled_from if self.formula == "shuffled" else self.formula
 
     @model_validator(mode="after")
     def _clip_bounds(self) -> Weights:
@@ -452,6 +459,8 @@ class Recipe(Section):
             return self
         every = {"weights": self.weights} | {f"arms.{a}.weights": o.weights for a, o in self.arms.items() if o.weights}
         for key, weights in every.items():
+            if weights.base_formula == "posterior":
+                raise ValueError(f"`{key}.formula: posterior` needs a label set; responses have none")
             if weights.scope == "per_label" or weights.calibrate != "none":
                 option = "scope: per_label" if weights.scope == "per_label" else f"calibrate: {weights.calibrate}"
                 raise ValueError(f"`{key}.{option}` needs a label set; responses have none")
@@ -484,9 +493,13 @@ class Recipe(Section):
                     "give it `weights: {formula: uniform}`"
                 )
         every = {"weights": self.weights} | {f"arms.{a}.weights": o.weights for a, o in self.arms.items() if o.weights}
-        of_label_set = [key for key, weights in every.items() if weights.calibrate == "label_set"]
-        if of_label_set and not self.score.label_set:
-            raise ValueError(f"`{of_label_set[0]}.calibrate: label_set` needs `score.label_set: true`")
+        for key, weights in every.items():
+            posterior = weights.base_formula == "posterior"
+            if posterior and weights.calibrate != "none":
+                raise ValueError(f"`{key}.calibrate`: the posterior compares labels by itself; take `none`")
+            if (posterior or weights.calibrate == "label_set") and not self.score.label_set:
+                option = "formula: posterior" if posterior else "calibrate: label_set"
+                raise ValueError(f"`{key}.{option}` needs `score.label_set: true`")
         return self
 
     @model_validator(mode="after")

@@ -65,7 +65,7 @@ def _weights_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any] | N
     if options == run.recipe.weights:
         diagnosis = read_json(run.folder.weights_info)
     else:
-        log_weight, _ = read_log_weights(run, examples, options)
+        log_weight = read_log_weights(run, examples, options).values
         diagnosis = diagnose(np.asarray(job.weights), log_weight, weight_facts(examples.train, options))
     return facts | {key: diagnosis[key] for key in keys}
 

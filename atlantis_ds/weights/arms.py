@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from atlantis_ds.files import fingerprint, read_json, read_table
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.formulas import combine, evidence, stabilise
+from atlantis_ds.weights.formulas import Scores, combine, evidence, label_set_evidence, shuffled, stabilise
+from atlantis_ds.weights.posterior import Noise, fit_noise, log_posterior, sample_rows
 from atlantis_ds.weights.shards import read_shards
 
 WEIGHTS_VERSION = 3
@@ -85,7 +88,7 @@ def _merged_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.
     if options.formula == "uniform":
         return np.ones(len(examples.train)), np.zeros(len(examples.train))
     if options != run.recipe.weights:
-        log_weight = read_log_weights(run, examples, options)[0]
+        log_weight = read_log_weights(run, examples, options).values
         return stabilise(log_weight, examples.train.codes, options), log_weight
     folder = run.folder
     table, info = read_weights(folder)
@@ -96,26 +99,60 @@ def _merged_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.
     return table["weight"].to_numpy(), table["log_weight"].to_numpy()
 
 
-def read_log_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.ndarray, np.ndarray]:
-    """Log weights before stabilising, read shard by shard: memory holds a few numbers an example, however many labels.
+@dataclass(frozen=True)
+class LogWeights:
+    """What the scores of a run give, before it is stabilised."""
 
-    Returns:
-        log weights, float64 [n], and the number of tokens of each target under the large model, int32 [n].
+    values: np.ndarray
+    """float64 [n]"""
+    tokens: np.ndarray
+    """int32 [n]: tokens of each target under the large model."""
+    noise: Noise | None
+    """What ``posterior`` fitted."""
+
+
+def read_log_weights(run: Run, examples: Examples, options: Weights) -> LogWeights:
+    """Log weights, read shard by shard: memory holds a few numbers an example, however many labels.
 
     Raises:
         InputError: see ``read_shards``.
     """
-    models = np.empty((3, len(examples.train)))
+    seed, noise = run.recipe.seed, None
     tokens = np.empty(len(examples.train), dtype=np.int32)
+    if options.base_formula == "posterior":
+        noise = _fit_noise(run, examples, options)
+        values = np.empty(len(examples.train))
+        for rows, chunk in _chunks(run, examples):
+            large, small, reference = label_set_evidence(chunk, options)
+            values[rows] = log_posterior(reference, large - small, chunk.labels, noise)
+            tokens[rows] = chunk.tokens_large
+        return LogWeights(shuffled(values, options, seed), tokens, noise)
+    models = np.empty((3, len(examples.train)))
+    for rows, chunk in _chunks(run, examples):
+        models[:, rows], tokens[rows] = evidence(chunk, options), chunk.tokens_large
+    return LogWeights(combine(models, examples.train.codes, options, seed), tokens, noise)
+
+
+def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:
+    """The noise of the given labels, from all examples, or from a sample of many."""
+    chosen = sample_rows(len(examples.train), len(examples.labels or ()), run.recipe.seed)
+    parts = []
+    for rows, chunk in _chunks(run, examples):
+        here = chosen[np.searchsorted(chosen, rows.start) : np.searchsorted(chosen, rows.stop)] - rows.start
+        parts.append(label_set_evidence(chunk, options)[:, here])
+    large, small, reference = np.concatenate(parts, axis=1)
+    return fit_noise(reference, large - small, examples.train.codes[chosen], run.recipe.seed)
+
+
+def _chunks(run: Run, examples: Examples) -> Iterator[tuple[slice, Scores]]:
+    """The scores shard by shard, each with its rows among the training examples."""
     shards = math.ceil(len(examples.train) / run.recipe.score.shard_size)
     done = 0
     with Steps("merge", shards, "shards", show=shards >= 100, every=shards // 10) as steps:
         for chunk in read_shards(run, examples):
-            rows = slice(done, done + len(chunk.labels))
-            models[:, rows], tokens[rows] = evidence(chunk, options), chunk.tokens_large
-            done = rows.stop
+            yield slice(done, done + len(chunk.labels)), chunk
+            done += len(chunk.labels)
             steps.advance()
-    return combine(models, examples.train.codes, options, run.recipe.seed), tokens
 
 
 def scores_fingerprint(folder: RunFolder) -> str:

@@ -4,6 +4,7 @@ gold labels are known, how well the weights find wrong labels; as numbers, as a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,16 @@ MOST_ROWS = 30
 """Rows of a table of shares in the terminal and the picture; ``weights.json`` and the page have all."""
 
 
-def diagnose(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
+def diagnose(
+    weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts, noise: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Numbers and warnings about one set of weights, ready for JSON (None where a number is not defined).
 
     Args:
         weights: float64 [n], final, at least 0, not all 0.
         log_weight: float64 [n], before stabilising.
         facts: of the same n examples.
+        noise: what ``formula: posterior`` fitted, from ``Noise.as_json``; it stands in the result as it is.
 
     Returns:
         ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the final
@@ -76,6 +80,7 @@ def diagnose(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts) ->
         "top_percent_share": float(np.sort(weights)[-max(1, round(0.01 * n)) :].sum() / total),
         **all_shares(weights, facts),
         "gold": None if facts.correct is None else against_gold(weights, facts.correct, facts),
+        "noise": noise,
     }
     return diagnosis | {"warnings": _warnings(diagnosis, k_final, facts.length)}
 
@@ -103,6 +108,8 @@ def diagnosis_table(diagnosis: dict[str, Any]) -> Group:
     numbers.add_row("weight on the top 1%", f"{diagnosis['top_percent_share']:.1%}")
     if diagnosis["length_correlation"] is not None:
         numbers.add_row("correlation with length", f"{diagnosis['length_correlation']:.2f} (Spearman)")
+    for row in _noise_rows(diagnosis.get("noise")):
+        numbers.add_row(*row)
     what = noun(diagnosis)
     if gold := diagnosis["gold"]:
         numbers.add_row(f"known gold {what}s", f"{gold['known']:,}, {gold['share_wrong']:.1%} of the {what}s wrong")
@@ -119,6 +126,26 @@ def diagnosis_table(diagnosis: dict[str, Any]) -> Group:
     shown = [_share_table(title, diagnosis[key]) for title, key in tables if diagnosis[key]]
     warnings = [Text(f"Warning: {warning}", style="yellow") for warning in diagnosis["warnings"]]
     return Group(numbers, *shown, *warnings)
+
+
+def _noise_rows(noise: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """What ``formula: posterior`` found: see ``posterior.Noise``."""
+    if noise is None:
+        return
+    low, high = noise["interval"]
+    told = "" if noise["found"] else "; not told from none, so all weights are 1"
+    yield "noise in the labels", f"{noise['rate']:.1%} [{low:.1%}, {high:.1%}]{told}"
+    gain = noise["evidence"] - noise["evidence_clean"]
+    yield (
+        "noise model",
+        f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats an example better "
+        "than no noise",
+    )
+    at = [(p, t, g) for t, row in enumerate(noise["matrix"]) for g, p in enumerate(row) if t != g]
+    names = noise["labels"]
+    worst = [f"{names[true]} as {names[given]} {p:.0%}" for p, true, given in sorted(at, reverse=True)[:3] if p > 0.01]
+    if noise["found"] and worst:
+        yield "most often written", "; ".join(worst)
 
 
 def _share_table(title: str, shares: list[dict[str, Any]]) -> Table:
@@ -285,7 +312,12 @@ def _warnings(diagnosis: dict[str, Any], k: float, length: str) -> list[str]:
         f"Where rules or patterns made the {what}s, a reference trained on them learns their errors: train it on gold "
         f"{what}s (models.reference.on: dev)."
     )
-    if fraction > 1 - 1e-9:
+    if (noise := diagnosis["noise"]) and not noise["found"]:
+        warnings.append(
+            f"no noise is found in the {what}s, so all weights are 1 and training on them is plain SFT. Either the "
+            f"{what}s are right, or the reference has learned their errors. {rules}"
+        )
+    elif fraction > 1 - 1e-9:
         warnings.append("all weights are equal: training on them is plain SFT, and their order says nothing.")
     elif aurocs and min(aurocs) < AUROC_WARN:
         where = " (overall or within class)" if diagnosis["classes"] else ""

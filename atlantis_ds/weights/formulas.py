@@ -29,6 +29,7 @@ import numpy as np
 
 from atlantis_ds.config import schema as recipe
 from atlantis_ds.errors import InputError
+from atlantis_ds.weights.posterior import fit_noise, log_posterior
 
 MIN_PSIS = 25
 """Fewest weights that PSIS can be fitted to: the tail, a fifth of them, needs five points."""
@@ -64,12 +65,28 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
     ``shuffled`` a permutation, drawn with ``seed``, of what ``options.shuffled_from`` gives. Before the formula each of
     a, s and r gets the end-of-sequence token (``eos``), is divided by its number of tokens (``length: mean``; the
     end-of-sequence token counts as one), and loses its mean over the examples of the same label (``calibrate:
-    label_mean``), or the log of the sum of the probabilities of all labels (``label_set``).
+    label_mean``), or the log of the sum of the probabilities of all labels (``label_set``). ``posterior`` is a page of
+    its own, ``posterior.py``; its ``labels`` are numbers into the label set.
 
     Raises:
-        InputError: ``calibrate: label_set`` without the scores of the label set.
+        InputError: ``calibrate: label_set`` or ``posterior`` without the scores of the label set.
     """
+    if options.base_formula == "posterior":
+        large, small, reference = label_set_evidence(scores, options)
+        noise = fit_noise(reference, large - small, scores.labels, seed)
+        return shuffled(log_posterior(reference, large - small, scores.labels, noise), options, seed)
     return combine(evidence(scores, options), scores.labels, options, seed)
+
+
+def label_set_evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
+    """``evidence`` of every label of the label set: float64 [3, n, K].
+
+    Raises:
+        InputError: the label set was not scored.
+    """
+    if scores.label_set is None:
+        raise InputError("weights.formula: posterior: the scores lack the label set; score with score.label_set: true")
+    return evidence(scores.label_set, options)
 
 
 def evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
@@ -83,7 +100,7 @@ def evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
 
 def combine(models: np.ndarray, labels: np.ndarray, options: recipe.Weights, seed: int) -> np.ndarray:
     """Log weights, float64 [n], from the ``evidence`` [3, n] of all examples, which it may change; see log_weights."""
-    formula = options.shuffled_from if options.formula == "shuffled" else options.formula
+    formula = options.base_formula
     if formula == "uniform":
         return np.zeros(len(labels))
     if options.calibrate == "label_mean":
@@ -96,6 +113,11 @@ def combine(models: np.ndarray, labels: np.ndarray, options: recipe.Weights, see
         log_weight = reference - small
     else:
         log_weight = large - small + (reference if formula == "product" else 0)
+    return shuffled(log_weight, options, seed)
+
+
+def shuffled(log_weight: np.ndarray, options: recipe.Weights, seed: int) -> np.ndarray:
+    """The log weights, in an order drawn with ``seed`` where the formula is ``shuffled``."""
     return np.random.default_rng(seed).permutation(log_weight) if options.formula == "shuffled" else log_weight
 
 

@@ -34,9 +34,11 @@ def merge(run: Run) -> dict[str, Any]:
         # Gold labels may come later: the weights stay, and what they are held against does not.
         if found["gold_labels"] == train.gold_digest:
             return found
-    log_weight, tokens = read_log_weights(run, examples, recipe.weights)
+    found_weights = read_log_weights(run, examples, recipe.weights)
+    log_weight, noise = found_weights.values, found_weights.noise
     weight = stabilise(log_weight, train.codes, recipe.weights)
-    diagnosis = diagnose(weight, log_weight, weight_facts(train, recipe.weights, tokens))
+    told = noise.as_json(examples.labels or []) if noise else None
+    diagnosis = diagnose(weight, log_weight, weight_facts(train, recipe.weights, found_weights.tokens), told)
     info = {
         "fingerprint": mark,
         "scores": scores,

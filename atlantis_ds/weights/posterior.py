@@ -1,0 +1,177 @@
+"""How likely each given label is the true one, from the scores of a closed label set and a fitted noise matrix.
+
+The reference says P_i(y) ∝ exp(z_i(y) / T) over the K labels, with z = r + λ (a - s): λ is the share of the base ratio.
+The given label ỹ_i is seen through M[y, ỹ], the probability that a true y is written as ỹ. M is fitted by EM, under a
+Dirichlet prior worth ``PRIOR`` examples a row of noise that is the same for all labels, at the rate found; T and λ by
+the marginal likelihood Σ_i log Σ_y P_i(y) M[y, ỹ_i]. No gold label is used. The posterior is q_i(y) ∝ P_i(y) M[y, ỹ_i],
+and the weight of an example q_i(ỹ_i).
+
+Sources: Patrini et al. 2017, Making deep neural networks robust to label noise; Northcutt et al. 2021, Confident
+learning; the choice of T and λ by evidence is ours. Pure numpy, float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+TEMPERATURES = np.geomspace(0.5, 8, 17)
+SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
+"""Values of λ that are tried, where large and small base model differ at all."""
+LIKELIEST = 20
+"""Labels an example that count; what the reference gives to others is left out."""
+CELLS = 1_000_000
+"""Examples times such labels that the noise is fitted on; beyond it a sample of the examples."""
+PRIOR = 5.0
+ROUNDS, ENOUGH = 300, 1e-6
+"""EM ends after so many rounds, or when the evidence of an example changes by less."""
+DRAWS = 100
+"""Bootstrap draws for the interval of the noise rate."""
+CLEAN = 0.01
+"""A noise rate whose interval reaches below this is not told from 0: a reference errs that often itself."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A fitted noise model."""
+
+    matrix: np.ndarray
+    """float64 [K, K]: row, the true label; column, the given one. Rows sum to 1."""
+    temperature: float
+    share: float
+    """λ: how much of the base ratio counts."""
+    rate: float
+    """Mean probability that a given label is wrong."""
+    interval: tuple[float, float]
+    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples, T and λ kept."""
+    evidence: float
+    """Marginal likelihood of the given labels, natural log, mean over the examples fitted on."""
+    evidence_clean: float
+    """The same without noise (M = 1), at its own best T."""
+    examples: int
+    """That it was fitted on."""
+
+    @property
+    def found(self) -> bool:
+        """Whether there is noise that can be told from none."""
+        return self.interval[0] >= CLEAN and self.evidence > self.evidence_clean
+
+    def as_json(self, labels: list[str]) -> dict[str, Any]:
+        """All of it, the matrix with its labels."""
+        return {**vars(self), "matrix": self.matrix.tolist(), "labels": labels, "found": self.found}
+
+
+def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int) -> Noise:
+    """Fit M, T and λ.
+
+    Args:
+        reference: float64 [n, K], log-likelihoods r of every label under the reference.
+        ratio: float64 [n, K], a - s of every label.
+        given: int [n], the labels given.
+        seed: of the bootstrap.
+    """
+    labels = reference.shape[1]
+    found = [_fit(_chances(reference, given, t), labels)[1] for t in TEMPERATURES]
+    best = int(np.argmax(found))
+    near = TEMPERATURES[max(0, best - 1) : best + 2]
+    shares = SHARES if np.ptp(ratio - ratio[:, :1]) > 1e-9 else SHARES[:1]
+    tried = [
+        (_fit(_chances(reference + share * ratio, given, t), labels), float(t), share)
+        for t, share in itertools.product(near, shares)
+    ]
+    (matrix, evidence), temperature, share = max(tried, key=lambda fit: fit[0][1])
+    chances = _chances(reference + share * ratio, given, temperature)
+    own = [_chances(reference, given, t) for t in TEMPERATURES]
+    clean = max(float(np.log(np.take_along_axis(c.values, c.column[:, None], 1)).mean()) for c in own)
+    rates = []
+    draw = np.random.default_rng(seed)
+    for _ in range(DRAWS):
+        drawn = chances.take(draw.integers(len(given), size=len(given)))
+        rates.append(1 - float(drawn.of_given(_fit(drawn, labels, matrix)[0]).mean()))
+    low, high = np.quantile(rates, [0.025, 0.975])
+    rate = 1 - float(chances.of_given(matrix).mean())
+    return Noise(matrix, temperature, share, rate, (float(low), float(high)), evidence, clean, len(given))
+
+
+def log_posterior(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, noise: Noise) -> np.ndarray:
+    """log q_i(ỹ_i) of each example, float64 [n], at least -30; 0 where no noise was found.
+
+    Weights are then all 1: where labels are clean, those that a reference finds hard lose nothing. Arguments as in
+    ``fit_noise``.
+    """
+    if not noise.found:
+        return np.zeros(len(given))
+    chances = _chances(reference + noise.share * ratio, given, noise.temperature)
+    return np.log(np.maximum(chances.of_given(noise.matrix), np.exp(-30)))
+
+
+def sample_rows(n: int, labels: int, seed: int) -> np.ndarray:
+    """The examples to fit on, int64, in their order: all, or as many as ``CELLS`` allows."""
+    size = max(1, CELLS // min(labels, LIKELIEST))
+    return np.arange(n) if n <= size else np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
+
+
+@dataclass(frozen=True)
+class _Chances:
+    """P_i(y) of the likeliest labels of each example, the given one always among them."""
+
+    labels: np.ndarray
+    """int [n, m]"""
+    values: np.ndarray
+    """float64 [n, m], rows sum to 1."""
+    given: np.ndarray
+    """int [n]: the given label,"""
+    column: np.ndarray
+    """and its column."""
+
+    def take(self, rows: np.ndarray) -> _Chances:
+        return _Chances(self.labels[rows], self.values[rows], self.given[rows], self.column[rows])
+
+    def of_given(self, matrix: np.ndarray) -> np.ndarray:
+        """q_i(ỹ_i), float64 [n]."""
+        joint = self.values * matrix[self.labels, self.given[:, None]]
+        return np.asarray(np.take_along_axis(joint, self.column[:, None], 1)[:, 0] / joint.sum(axis=1))
+
+
+def _chances(scores: np.ndarray, given: np.ndarray, temperature: float) -> _Chances:
+    rows = np.arange(len(given))
+    values = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    # A given label of probability 0 would make the evidence of no noise infinite.
+    values = np.maximum(values / values.sum(axis=1, keepdims=True), 1e-13)
+    if scores.shape[1] <= LIKELIEST:
+        labels = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+        column = given
+    else:
+        first = scores.copy()
+        first[rows, given] = np.inf
+        labels = np.argpartition(-first, LIKELIEST - 1, axis=1)[:, :LIKELIEST]
+        values = np.take_along_axis(values, labels, 1)
+        column = (labels == given[:, None]).argmax(axis=1)
+    return _Chances(labels, values / values.sum(axis=1, keepdims=True), given, column)
+
+
+def _fit(chances: _Chances, labels: int, matrix: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+    """The noise matrix [K, K] by EM, from ``matrix`` or from 10% noise, and the mean evidence."""
+    of_given = np.bincount(chances.given, minlength=labels) / len(chances.given)
+    cells = (chances.labels * labels + chances.given[:, None]).ravel()
+
+    def plain(rate: float) -> np.ndarray:
+        """Noise that is the same for all labels."""
+        return np.asarray((1 - rate) * np.eye(labels) + rate * of_given)
+
+    matrix = plain(0.1) if matrix is None else matrix
+    evidence = -np.inf
+    for _ in range(ROUNDS):
+        joint = chances.values * matrix.ravel()[cells].reshape(chances.values.shape)
+        of_example = joint.sum(axis=1)
+        before, evidence = evidence, float(np.log(of_example).mean())
+        joint /= of_example[:, None]
+        rate = 1 - float(np.take_along_axis(joint, chances.column[:, None], 1).mean())
+        counts = np.bincount(cells, joint.ravel(), labels * labels).reshape(labels, labels) + PRIOR * plain(rate)
+        matrix = counts / counts.sum(axis=1, keepdims=True)
+        if abs(evidence - before) < ENOUGH:
+            break
+    return matrix, evidence
