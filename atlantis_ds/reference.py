@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from atlantis_ds.config.schema import Model, Recipe
+import numpy as np
+import pyarrow.compute as pc
+
+from atlantis_ds.config.schema import Model, Recipe, Reference
+from atlantis_ds.data.examples import Split
+from atlantis_ds.data.rows import GROUPS
+from atlantis_ds.data.splits import group_folds
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
 
 
-def reference_name(folder: RunFolder, fold: int, folds: int) -> str:
+def reference_name(folder: RunFolder, fold: int, reference: Reference) -> str:
     """Name of a fine-tuned reference among the trained models."""
-    name = "reference" if folds == 1 else f"reference-{fold}-of-{folds}"
+    name = "reference" if reference.folds == 1 else f"reference-{fold}-of-{reference.folds}"
+    name += "-by-group" if reference.folds_by == "group" else ""
     return f"{name}-round-{folder.round}" if folder.round else name
+
+
+def example_folds(reference: Reference, train: Split) -> np.ndarray:
+    """The fold of each training example, int64 [n]: the one whose reference has not seen it.
+
+    Of an example that several groups made the first counts.
+
+    Raises:
+        InputError: ``folds_by: group``, and no example has a group.
+    """
+    ordinary = train.folds(reference.folds)
+    if reference.folds_by == "text":
+        return ordinary
+    first = pc.list_element(pc.split_pattern(train.groups.combine_chunks(), GROUPS), 0)
+    groups = pc.fill_null(first.dictionary_encode().indices, -1).to_numpy()
+    if not (groups >= 0).any():
+        raise InputError(
+            "models.reference.folds_by: group: no example has a group; name the column: data.columns.group"
+        )
+    return group_folds(train.text_codes, groups, train.codes if train.labels else None, ordinary, reference.folds)
 
 
 def round_before(recipe: Recipe, folder: RunFolder) -> RunFolder | None:
@@ -28,7 +55,7 @@ def trained_references(recipe: Recipe, folder: RunFolder) -> list[tuple[int | No
     reference = recipe.models.reference
     found: list[tuple[int | None, Model]] = []
     for fold in range(reference.folds):
-        path = folder.model(reference_name(folder, fold, reference.folds)) / "last"
+        path = folder.model(reference_name(folder, fold, reference)) / "last"
         if not path.is_dir():
             raise InputError(f"{path}: no fine-tuned reference there; run `train --arm reference` first")
         start = reference if reference.model_name_or_path else recipe.models.small

@@ -17,7 +17,7 @@ from atlantis_ds.data.examples import Split
 from atlantis_ds.data.noise import noisy_labels, noisy_responses
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.data.relation import read_semeval
-from atlantis_ds.data.splits import cut_dev, draws, keep_apart, key_hash, subset, text_key
+from atlantis_ds.data.splits import cut_dev, draws, group_folds, keep_apart, key_hash, subset, text_key
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
 
@@ -284,3 +284,46 @@ def test_draws_are_the_same_in_another_process():
         for hash_seed in ("1", "2")
     ]
     assert runs[0] == runs[1] and len(json.loads(runs[0])[0]) == 50
+
+
+# --- folds by group
+
+
+def _rules(n: int = 400, rules: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Texts (a tenth of them twice), the rule that labelled each (a fifth by none), and its label: three for all."""
+    draw = np.random.default_rng(seed)
+    texts = draw.integers(2**63, size=n).astype(np.uint64)
+    groups = np.where(draw.random(n) < 0.2, -1, draw.integers(rules, size=n))
+    twice = draw.choice(n // 2, n // 10, replace=False)
+    texts[twice], groups[twice] = texts[twice + n // 2], groups[twice + n // 2]
+    return texts, groups, np.where(groups < 0, 0, groups % 3)
+
+
+def test_no_group_and_no_text_on_both_sides() -> None:
+    texts, groups, labels = _rules()
+    ordinary = (texts % np.uint64(4)).astype(np.int64)
+    folds = group_folds(texts, groups, labels, ordinary, 4)
+    for of in (texts, groups[groups >= 0]):
+        rows = np.arange(len(folds)) if of is texts else np.flatnonzero(groups >= 0)
+        assert all(len(set(folds[rows][of == one].tolist())) == 1 for one in np.unique(of))
+    assert (folds[groups < 0] == ordinary[groups < 0]).mean() > 0.7  # but for those that share a text with a group
+    assert np.bincount(folds, minlength=4).min() > 60
+    assert np.array_equal(folds, group_folds(texts, groups, labels, ordinary, 4))
+
+
+def test_groups_that_share_a_text_stay_together() -> None:
+    texts = np.array([1, 2, 2, 3, 4, 5], dtype=np.uint64)
+    folds = group_folds(texts, np.array([0, 0, 1, 1, 2, 3]), None, np.zeros(6, dtype=np.int64), 2)
+    assert len(set(folds[:4].tolist())) == 1 and set(folds[4:].tolist()) == {1 - folds[0]}
+
+
+def test_a_label_that_one_group_alone_gives_is_judged_by_ordinary_folds() -> None:
+    """No other fold has seen it, so that it would be contradicted always, right or wrong."""
+    draw = np.random.default_rng(1)
+    texts = draw.integers(2**63, size=300).astype(np.uint64)
+    groups = np.repeat(np.arange(6), 50)
+    labels = np.array([0, 0, 0, 1, 1, 2])[groups]  # label 2 comes from group 5 alone
+    ordinary = (texts % np.uint64(3)).astype(np.int64)
+    folds = group_folds(texts, groups, labels, ordinary, 3)
+    assert np.array_equal(folds[groups == 5], ordinary[groups == 5])
+    assert all(len(set(folds[groups == group].tolist())) == 1 for group in (0, 1, 2))

@@ -161,6 +161,38 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
             load_recipe(tiny_recipe(tmp_path / "wrong", {"models.reference": wrong}))
 
 
+def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.train.jobs import reference_jobs
+
+    rows = [
+        {"text": f"sentence {at}", "label": ("a", "b")[at // 8 % 2], "rule": f"rule {at // 8}" if at < 64 else None}
+        for at in range(80)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"task": "classification", "train": str(tmp_path / "train.jsonl"), "columns": {"group": "rule"}}
+    by_group = {"kind": "finetuned", "folds": 4, "folds_by": "group"}
+    recipe = load_recipe(tiny_recipe(tmp_path, {"data": data, "models.reference": by_group}))
+    folder = RunFolder(tmp_path / "run")
+    examples = prepare(recipe, folder)
+    jobs = reference_jobs(Run(recipe, folder, Ranks.alone()), examples)
+    assert [job.name for job in jobs] == [f"reference-{fold}-of-4-by-group" for fold in range(4)]
+    groups = np.array([group or "" for group in examples.train.groups.to_pylist()])
+    left_out = [np.setdiff1d(np.arange(80), job.rows) for job in jobs]
+    assert sorted(np.concatenate(left_out).tolist()) == list(range(80))
+    for job, rows_of_fold in zip(jobs, left_out):
+        assert not ({*groups[job.rows]} & {*groups[rows_of_fold]}) - {""}
+        assert len({*groups[rows_of_fold]} - {""}) == 2
+    without = data | {"columns": {}}
+    recipe = load_recipe(
+        tiny_recipe(tmp_path / "b", {"data": without, "models.reference": by_group, "prompt.template": "{text}"})
+    )
+    with pytest.raises(InputError, match=r"no example has a group; name the column: data\.columns\.group"):
+        reference_jobs(
+            Run(recipe, RunFolder(tmp_path / "b" / "run"), Ranks.alone()),
+            prepare(recipe, RunFolder(tmp_path / "b" / "run")),
+        )
+
+
 def test_second_round_trains_on_the_weights_of_the_first(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     from atlantis_ds.train.jobs import reference_jobs
 

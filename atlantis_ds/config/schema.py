@@ -213,6 +213,9 @@ class Reference(Section):
     """finetuned: train it on the training examples, or on the gold labels of the dev split (then `folds: 1`)."""
     folds: Positive = 2
     """finetuned: cross-fitting; each example is scored by a model that did not train on it. 1 switches it off."""
+    folds_by: Literal["text", "group"] = "text"
+    """What stays in one fold: equal texts, or also all examples of a `group` (a rule, an annotator, a source;
+    `data.columns.group`). What a rule gets wrong again and again, a reference that has seen the rule learns."""
     rounds: Positive = 1
     """finetuned: with 2, the folds are trained once more, on weights that the first round's scores give: wrong labels
     mislead the second round less. Twice the work."""
@@ -231,6 +234,8 @@ class Reference(Section):
             raise ValueError("`on` is for kind: finetuned")
         if self.on == "dev" and self.folds != 1:
             raise ValueError("`on: dev` needs `folds: 1`: no training example is in the dev split")
+        if self.folds_by == "group" and (self.kind == "checkpoint" or self.folds == 1):
+            raise ValueError("`folds_by: group` needs kind: finetuned and `folds` of 2 or more")
         if self.rounds > 1 and (self.kind == "checkpoint" or self.folds == 1):
             raise ValueError("`rounds` needs kind: finetuned and `folds` of 2 or more: else a label judges itself")
         return self

@@ -90,7 +90,12 @@ class Split:
 
     def folds(self, number: int) -> np.ndarray:
         """int64 [n]: each example's fold, of ``number``; equal texts share one."""
-        return np.asarray(self.table["fold"].to_numpy() % np.uint64(number), dtype=np.int64)
+        return np.asarray(self.text_codes % np.uint64(number), dtype=np.int64)
+
+    @property
+    def text_codes(self) -> np.ndarray:
+        """uint64 [n]: equal for equal texts."""
+        return np.asarray(self.table["fold"].to_numpy(), dtype=np.uint64)
 
     def _numbers(self, column: str) -> np.ndarray:
         names = pa.array(self.labels or [], pa.string())

@@ -12,7 +12,7 @@ from typing import Any
 
 from atlantis_ds.config.schema import Columns, Data, Recipe
 from atlantis_ds.data.relation import read_semeval, read_spert, row_fields, semeval_row, spert_examples
-from atlantis_ds.data.rows import BadRow, Found, Problems, label_text, whole_text
+from atlantis_ds.data.rows import GROUPS, BadRow, Found, Problems, label_text, whole_text
 from atlantis_ds.data.sources import Row, expand, read_hub_rows, read_rows
 from atlantis_ds.demo.grammar import DEV_SIZE, TEST_SIZE, TRAIN_SIZE, grammar_corpus
 from atlantis_ds.errors import InputError
@@ -224,5 +224,5 @@ def _id(columns: Columns, values: dict[str, Any]) -> str | int | None:
 def _group(columns: Columns, values: dict[str, Any]) -> str | None:
     group = values.get(columns.group)
     if isinstance(group, list):  # several rules: their combination is a group
-        group = "; ".join(str(name) for name in group)
+        group = GROUPS.join(str(name) for name in group)
     return None if group is None or not str(group).strip() else whole_text(str(group))

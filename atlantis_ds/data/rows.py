@@ -10,6 +10,8 @@ from typing import Any
 
 from atlantis_ds.errors import InputError
 
+GROUPS = "; "
+"""Between the names of several groups that made one label."""
 SHOWN = 10
 """Bad rows that an error shows; it counts the others."""
 

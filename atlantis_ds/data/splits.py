@@ -95,6 +95,68 @@ def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
     return np.isin(text, texts)
 
 
+SEEN_ELSEWHERE = 0.2
+"""A group is judged by the other folds where these hold at least this share of its label's examples."""
+
+
+def group_folds(
+    texts: np.ndarray, groups: np.ndarray, labels: np.ndarray | None, ordinary: np.ndarray, folds: int
+) -> np.ndarray:
+    """Folds in which no group and no text stands on both sides, of about equal size.
+
+    Groups that share a text stay together; largest first, each goes to the emptiest fold. Rows without a group keep
+    their ordinary folds.
+
+    A label that hardly any other fold has, say one that only one rule gives, would be contradicted always, right or
+    wrong: where the other folds hold less than ``SEEN_ELSEWHERE`` of its examples, those of this fold get ordinary
+    folds.
+
+    Args:
+        texts: uint64 [n], equal for equal texts.
+        groups: int [n]; -1 for no group.
+        labels: int [n], or None for responses.
+        ordinary: int [n]: folds by text alone.
+
+    Returns:
+        int64 [n].
+    """
+    part = _connected(texts, groups)
+    size = np.bincount(part)
+    grouped = np.zeros(len(size), dtype=bool)
+    grouped[part[groups >= 0]] = True
+    filled = np.bincount(ordinary[~grouped[part]], minlength=folds)
+    first = np.full(len(size), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(first, part, texts)  # a draw, so that ties in size have a seeded order
+    fold_of_part = np.empty(len(size), dtype=np.int64)
+    for number in np.lexsort((first, -size)).tolist():
+        if grouped[number]:
+            fold_of_part[number] = filled.argmin()
+            filled[fold_of_part[number]] += size[number]
+    found = np.where(grouped[part], fold_of_part[part], ordinary)
+    if labels is None:
+        return found
+    here = np.zeros((folds, int(labels.max()) + 1), dtype=np.int64)
+    np.add.at(here, (found, labels), 1)
+    alone = here > (1 - SEEN_ELSEWHERE) * here.sum(axis=0)
+    loose = np.zeros(len(size), dtype=bool)
+    loose[part[alone[found, labels]]] = True
+    return np.where(loose[part], ordinary, found)
+
+
+def _connected(texts: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """int64 [n]: rows of equal text or equal group, directly or by way of others, have one number."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    _, text = np.unique(texts, return_inverse=True)
+    known = groups >= 0
+    nodes = int(text.max()) + 1
+    edges = (np.ones(int(known.sum())), (text[known], nodes + groups[known]))
+    whole = nodes + int(groups.max()) + 1
+    _, number = connected_components(coo_array(edges, shape=(whole, whole)), directed=False)
+    return np.unique(number[text], return_inverse=True)[1]
+
+
 def subset(order: np.ndarray, size: int | None, key: str, left_out: int = 0) -> np.ndarray:
     """A seeded draw of ``size`` of n rows in their old order, int64; all of them with None.
 

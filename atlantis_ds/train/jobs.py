@@ -13,7 +13,7 @@ from atlantis_ds.data.examples import Examples, Split
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import fingerprint, read_json, read_table
 from atlantis_ds.lm.load import model_identity, model_source
-from atlantis_ds.reference import reference_name, round_before
+from atlantis_ds.reference import example_folds, reference_name, round_before
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.arms import arm_weights
@@ -129,17 +129,18 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
     column: Literal["target", "gold"] = "gold" if on_dev and not source.golds.null_count else "target"
     before = round_before(recipe, folder)
     weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(source))
+    folds = None if reference.folds == 1 else example_folds(reference, source)
     jobs = []
     for fold in range(reference.folds):
         rows = np.arange(len(source))
-        if reference.folds > 1:
-            rows = rows[source.folds(reference.folds) != fold]
+        if folds is not None:
+            rows = rows[folds != fold]
             if not len(rows) or len(rows) == len(source):
                 raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
         weights = weight[rows]
         jobs.append(
             Job(
-                reference_name(folder, fold, reference.folds),
+                reference_name(folder, fold, reference),
                 None,
                 model_source(recipe, folder, "reference"),
                 "dev" if on_dev else "train",

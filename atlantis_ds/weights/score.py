@@ -24,7 +24,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import fingerprint, finished, read_json, read_table, write_json, write_table
 from atlantis_ds.lm.tokens import encode_split
 from atlantis_ds.progress import Steps
-from atlantis_ds.reference import trained_references
+from atlantis_ds.reference import example_folds, trained_references
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.shards import COLUMNS, LABEL_SET, scoring_inputs, shard_path
@@ -174,7 +174,7 @@ def _score_pass(
         return
     chat = scoring.column == "reference" and recipe.models.reference.chat_template
     encoded = encode_split(run, examples, "train", scoring.model, as_turn=chat)
-    folds = None if scoring.fold is None else examples.train.folds(recipe.models.reference.folds)
+    folds = None if scoring.fold is None else example_folds(recipe.models.reference, examples.train)
     rows = {shard: _of_fold(shards.rows(shard), folds, scoring.fold) for shard in missing}
     costs = [float(encoded.lengths[rows[shard]].sum()) for shard in missing]
     assigned = [[missing[i] for i in indices] for indices in assign_shards(costs, ranks.world_size)]
