@@ -95,7 +95,7 @@ def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
     return np.isin(text, texts)
 
 
-SEEN_ELSEWHERE = 0.2
+SEEN_ELSEWHERE = 1 / 3
 """A group is judged by the other folds where these hold at least this share of its label's examples."""
 
 

@@ -3,8 +3,8 @@
     python tools/studies/semeval_jsonl.py ../shared/data runs/semeval_data
 
 Writes train.jsonl (gold labels), dev.jsonl (every tenth of the 8,000 training rows, kept apart), test.jsonl, and
-weak.jsonl: the rows of train.jsonl that one of the hand-written patterns of semeval_weak covers, labelled by it. Rows
-of other relations, by gold or by weak label, are left out.
+weak.jsonl: the rows of train.jsonl that one of the hand-written patterns of semeval_weak covers, labelled by it, with
+the patterns that fired as `group`. Rows of other relations, by gold or by weak label, are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from atlantis_ds.evaluate.metrics import relation_of
 
@@ -37,11 +38,11 @@ def main() -> None:
     dev = rows[::DEV_EVERY]
     train = [row for at, row in enumerate(rows) if at % DEV_EVERY]
     patterns = map(json.loads, (source / "semeval_weak" / "train.jsonl").read_text(encoding="utf-8").splitlines())
-    weak = {str(row["id"]): row["weak"] for row in patterns if row["weak"] is not None}
+    weak = {str(row["id"]): (row["weak"], row["rules"]) for row in patterns if row["weak"] is not None}
     write(out / "train.jsonl", ((row, row["label"]) for row in train))
     write(out / "dev.jsonl", ((row, row["label"]) for row in dev))
     write(out / "test.jsonl", ((row, row["label"]) for row in test))
-    write(out / "weak.jsonl", ((row, weak[row["id"]]) for row in train if row["id"] in weak))
+    write(out / "weak.jsonl", ((row, *weak[row["id"]]) for row in train if row["id"] in weak))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -59,12 +60,14 @@ def signed(line: str) -> str:
     return sentence
 
 
-def write(path: Path, rows: Iterable[tuple[dict[str, str], str]]) -> None:
+def write(path: Path, rows: Iterable[tuple[Any, ...]]) -> None:
+    """Each row with its label and, where it has them, the patterns that gave it."""
     with path.open("w", encoding="utf-8") as file:
-        for row, label in rows:
+        for row, label, *patterns in rows:
             labels = {"label": relation_of(label), "gold": relation_of(row["label"])}
             if set(labels.values()) <= set(RELATIONS):
                 written = {"id": row["id"], "sentence": row["sentence"]} | labels
+                written |= {"group": patterns[0]} if patterns else {}
                 file.write(json.dumps(written, ensure_ascii=False) + "\n")
     print(path)
 
