@@ -153,6 +153,7 @@ def test_interval_grows_with_the_spread_over_seeds(gold: list[str]) -> None:
     assert width([0.5, 0.9]) > 2 * width([0.7, 0.7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "spread"), [(5, 0.6), (3, 1.5)])
 def test_the_interval_holds_the_true_difference(seeds: int, spread: float) -> None:
     """In 100 studies of two equally good arms with 400 test examples each; 98 and 98 when this was written.

@@ -212,6 +212,7 @@ print(json.dumps(scores))
 """
 
 
+@pytest.mark.slow
 def test_untied_t5_saved_under_zero3_loads_with_plain_transformers(
     families: dict[str, Path], outcomes: Launch, tmp_path: Path
 ) -> None:

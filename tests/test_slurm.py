@@ -212,6 +212,7 @@ def test_lora_on_one_gpu(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_pa
     assert (tmp_path / "run" / "model" / "sft" / "last" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow  # Slurm lets a requeued job wait for two minutes
 def test_preempted_training_requeues_and_loses_nothing(
     slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ QLORA = LORA | {"train.mode": "qlora", "train.deepspeed": str(ROOT / "ds_configs
 # --- the gradient of a step
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradient_is_that_of_the_whole_batch_in_one_process(
     ranks: int, base_model: Path, encoder_decoder: Path, tmp_path: Path
 ) -> None:
