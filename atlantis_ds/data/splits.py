@@ -128,10 +128,10 @@ def group_folds(
     first = np.full(len(size), np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(first, part, texts)  # a draw, so that ties in size have a seeded order
     fold_of_part = np.empty(len(size), dtype=np.int64)
-    for number in np.lexsort((first, -size)).tolist():
-        if grouped[number]:
-            fold_of_part[number] = filled.argmin()
-            filled[fold_of_part[number]] += size[number]
+    order = np.lexsort((first, -size))
+    for number in order[grouped[order]].tolist():
+        fold_of_part[number] = filled.argmin()
+        filled[fold_of_part[number]] += size[number]
     found = np.where(grouped[part], fold_of_part[part], ordinary)
     if labels is None:
         return found

@@ -43,6 +43,8 @@ NOISES = 4
 """A fast way may differ by this many times what another padding makes."""
 REFUSED = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 """Nats a token by which padding may change an example."""
+PADDED = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""Nats by which padding may change the likeliest next token of a prompt, for generation in batches."""
 Scores = list[torch.Tensor]
 """For each of some examples, log p of its target tokens: float64."""
 
@@ -134,7 +136,7 @@ def check_generation(lm: Any, prompts: Sequence[Sequence[int]], pad_token_id: in
         batch = batch if accepts else {name: batch[name] for name in ("input_ids", "attention_mask")}
         return lm(**batch).logits[:, -1].float().log_softmax(dim=-1)
 
-    tolerance = REFUSED.get(next(lm.parameters()).dtype, REFUSED[torch.bfloat16])
+    tolerance = PADDED.get(next(lm.parameters()).dtype, PADDED[torch.bfloat16])
     with takes_hidden_states_of_any_type(lm):
         likely = [next_token([prompt])[0] for prompt in prompts]
         best = [int(row.argmax()) for row in likely]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlantis_ds.config.schema import Train
+from atlantis_ds.plan.scoring import GIB
 from atlantis_ds.plan.trace import Activations, Shape
 from atlantis_ds.train.deepspeed_config import accumulates_wide
 
-GIB = 2**30
 HOST_OF_A_RANK = 3 * GIB
 """Assumed: a process with its libraries and CUDA context, before any model."""
 RESERVED, FRAGMENTED = 1.5 * GIB, 0.05
@@ -81,7 +81,7 @@ def training_memory(
     if quantised:
         weights = width * (shape.parameters - shape.linear) + NF4 * shape.linear
     parameters = weights / ranks if stage == 3 else weights
-    gradients = (4 if accumulates_wide(train, zero, accumulation) else width) * (share if stage >= 2 else trained)
+    gradients = (4 if accumulates_wide(train, stage, accumulation) else width) * (share if stage >= 2 else trained)
     # DeepSpeed keeps a master copy at stages 1 to 3 even where the weights are fp32 themselves.
     master = 4 if stage or width == 2 else 0
     optimizer = (OPTIMIZER_STATES + master) * (share if stage else trained)

@@ -17,8 +17,8 @@ from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_json
 from atlantis_ds.lm.load import load_tokenizer, model_source
-from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
-from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, Sizes, scoring_memory
+from atlantis_ds.plan.memory import largest_micro_batch, training_memory, usable
+from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, GIB, Sizes, scoring_memory
 from atlantis_ds.plan.trace import Activations, Shape, activations, build_model, model_shape, read_config
 from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder

@@ -12,7 +12,7 @@ from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.load import DTYPES, load_model, sharded_at_load, start_deepspeed
-from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device
+from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device, zero_stage
 
 
 def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks: Ranks) -> Any:
@@ -27,14 +27,14 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     config = deepspeed_config(train, ranks.world_size)
     _check_machine(train, config, ranks.device)
     with sharded_at_load(config):
-        lm = load_model(model, train.dtype, four_bits(train, ranks.device, config["zero_optimization"]["stage"]))
+        lm = load_model(model, train.dtype, four_bits(train, ranks.device, zero_stage(config)))
     torch.manual_seed(seed)
     if train.mode != "full":
         lm = add_lora(lm, train, model.revision)
     lm.config.use_cache = False
     if train.gradient_checkpointing:
         # LoRA under ZeRO-3 needs the reentrant kind, which in turn needs an input with a gradient.
-        reentrant = train.mode != "full" and config["zero_optimization"]["stage"] == 3
+        reentrant = train.mode != "full" and zero_stage(config) == 3
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant:
             lm.enable_input_require_grads()
@@ -74,7 +74,7 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
                 f"train.deepspeed: {train.deepspeed}: offload to NVMe needs libaio with its headers (libaio-dev) on "
                 "every node; install it, or take zero3_offload.json"
             )
-    if train.mode == "qlora" and device.type == "cpu" and config["zero_optimization"]["stage"] == 3:
+    if train.mode == "qlora" and device.type == "cpu" and zero_stage(config) == 3:
         raise InputError(
             f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks take "
             "zero2.json, or train.mode: lora"

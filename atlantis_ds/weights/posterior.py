@@ -74,8 +74,8 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
         seed: of the bootstrap.
     """
     labels = reference.shape[1]
-    found = [_fit(_chances(reference, given, t), labels)[1] for t in TEMPERATURES]
-    best = int(np.argmax(found))
+    own = [_chances(reference, given, t) for t in TEMPERATURES]
+    best = int(np.argmax([_fit(chances, labels)[1] for chances in own]))
     near = TEMPERATURES[max(0, best - 1) : best + 2]
     shares = SHARES if np.ptp(ratio - ratio[:, :1]) > 1e-9 else SHARES[:1]
     tried = [
@@ -84,7 +84,6 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
     ]
     (matrix, evidence), temperature, share = max(tried, key=lambda fit: fit[0][1])
     chances = _chances(reference + share * ratio, given, temperature)
-    own = [_chances(reference, given, t) for t in TEMPERATURES]
     clean = max(float(np.log(np.take_along_axis(c.values, c.column[:, None], 1)).mean()) for c in own)
     rates = []
     draw = np.random.default_rng(seed)
