@@ -2,11 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import deepspeed
 import peft  # noqa: F401
 import transformers  # noqa: F401
+from resident import forget_peak, resident
 
 from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
 from atlantis_ds.config.schema import Model, Train
@@ -15,19 +15,13 @@ from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import optimizer_step
 
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 model, train, tokens = sys.argv[1], Train(**json.loads(sys.argv[2])), int(sys.argv[3])
 ranks = start_ranks(5)
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 ranks.sum(1.0)
 before = resident("VmRSS")
 engine = start_engine(train, Model(model_name_or_path=model), 4, 0, ranks)
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+forget_peak()  # of loading
 size = train.per_device_train_batch_size
 pairs = [Encoded([100] * (tokens - 6), [7] * 6, 0)] * size
 for _ in range(2):

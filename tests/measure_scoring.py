@@ -6,28 +6,22 @@ Usage: measure_scoring.py MODEL SCORE.json PROMPT_TOKENS LABELS; labels of 4 tok
 import json
 import random
 import sys
-from pathlib import Path
 
 import torch
 import transformers  # noqa: F401
+from resident import forget_peak, resident
 
 from atlantis_ds.config.schema import Model, Score
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import load_scorer
 
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 model, score = Model(model_name_or_path=sys.argv[1]), Score(**json.loads(sys.argv[2]))
 prompt_tokens, labels = map(int, sys.argv[3:5])
 draw = random.Random(1)
 before = resident("VmRSS")
 lm = load_scorer(model, score.dtype, torch.device("cpu"))
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+forget_peak()  # of loading
 prompts = [
     [draw.randrange(1000) for _ in range(prompt_tokens)] for _ in range(2 * score.tokens_per_batch // prompt_tokens)
 ]

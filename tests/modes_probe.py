@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from conftest import grammar_pairs
+from resident import forget_peak, resident
 
 from atlantis_ds.cluster.ranks import Ranks, end_rank, start_ranks, stop_ranks
 from atlantis_ds.config.schema import Model, Train
@@ -32,25 +33,14 @@ from atlantis_ds.train.step import micro_batch_rows, optimizer_step, step_rows
 EXAMPLES, STEPS = 16, 4
 
 
-def memory(line: str) -> float:
-    """A line of /proc/self/status (VmRSS, VmHWM) in MiB."""
-    status = dict(row.split(":", 1) for row in Path("/proc/self/status").read_text().splitlines())
-    return int(status[line].split()[0]) / 1024
-
-
-def forget_peak() -> float:
-    """Start VmHWM anew; what is resident now, in MiB."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
-
-
 def train(row: dict[str, Any], tokenizer: Any, pairs: list[Encoded], ranks: Ranks) -> dict[str, Any]:
     settings = Train.model_validate(
         {"train_batch_size": 8, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"} | row["train"]
     )
     lengths = [len(pair) for pair in pairs]
-    before = forget_peak()
+    gc.collect()
+    forget_peak()
+    before = resident("VmRSS")
     engine = start_engine(settings, Model(model_name_or_path=row["model"]), STEPS, 1, ranks)
     losses = []
     for step in range(STEPS):
@@ -62,7 +52,7 @@ def train(row: dict[str, Any], tokenizer: Any, pairs: list[Encoded], ranks: Rank
         ]
         torch.manual_seed(step)
         losses.append(optimizer_step(engine, batches, len(rows), ranks).loss)
-    peak = max(ranks.gather(memory("VmHWM") - before))
+    peak = max(ranks.gather((resident("VmHWM") - before) / 2**20))
     if "save" in row:
         save_model(engine, tokenizer, Path(row["save"]), ranks)
     scores = score_pairs(engine, pairs[:3], pairs[0].eos, 4096).sum(1).tolist()

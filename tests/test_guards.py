@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteRecipe, launch, refuse
+from conftest import ROOT, WriteRecipe, launch, refuse, succeed
 from families import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +24,7 @@ from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.frozen import cgroup_room
 from atlantis_ds.lm.likelihood import cut_labels, score_choices
 from atlantis_ds.lm.load import load_model, load_tokenizer, sharded_at_load
+from atlantis_ds.plan.scoring import sizes_of_folder
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.checkpoint import adam_moments, save_model
 from atlantis_ds.train.engine import add_lora, four_bits
@@ -222,7 +223,25 @@ def test_a_sentencepiece_model_alone_is_enough(tmp_path: Path) -> None:
     assert len(ids) > 1 and tokenizer.decode(ids) == "the fox"
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"", b"[]"])
+def test_check_survives_weights_that_are_none(content: bytes, base_model: Path, tmp_path: Path) -> None:
+    """What a clone without Git LFS holds, say; it is refused where it is loaded."""
+    (tmp_path / "config.json").write_bytes((base_model / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert sizes_of_folder(base_model) is not None
+    assert sizes_of_folder(tmp_path) is None
+
+
 # --- the machine
+
+
+def test_a_deepspeed_config_without_zero_is_stage_0(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    config = json.loads((ROOT / "ds_configs" / "zero0.json").read_text())
+    del config["zero_optimization"]
+    (tmp_path / "plain.json").write_text(json.dumps(config))
+    recipe = tiny_recipe(tmp_path, {"train.deepspeed": str(tmp_path / "plain.json"), "train.num_train_epochs": 1})
+    succeed("local", 1, "prepare", recipe)
+    assert "5/5 steps" in succeed("local", 1, "train", recipe, "--arm", "sft")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from resident import forget_peak, resident
+
 LENGTHS = (500, 1000, 2000, 4000)
 PROMPT = 100
 GIB = 2**30
@@ -28,10 +30,6 @@ def measured(tokens: int, chunked: bool) -> None:
     from atlantis_ds.lm.batch import collate
     from atlantis_ds.lm.encode import Encoded
     from atlantis_ds.train.step import weighted_loss
-
-    def resident(key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
     config = Qwen2Config(
         vocab_size=151936,
@@ -49,7 +47,7 @@ def measured(tokens: int, chunked: bool) -> None:
         likelihood.CHUNK = 2**62
     pairs = [Encoded([5] * PROMPT, [7] * length, 1) for length in (8, tokens)]
     weighted_loss(lm, collate(pairs[:1], config, 0, [1.0]), 1.0).backward()
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = resident("VmRSS")
     torch.manual_seed(0)
     weighted_loss(lm, collate(pairs[1:], config, 0, [1.0]), 1.0).backward()

@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,6 +19,7 @@ import peft  # noqa: F401
 import torch
 import torch.distributed as dist
 import transformers  # noqa: F401
+from resident import forget_peak, resident
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,11 +103,6 @@ def links(ranks: Ranks) -> dict[str, dict[str, float]]:
     return found
 
 
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def some_pairs(count: int, prompt: int, label: int) -> list[Encoded]:
     return [Encoded([100 + i] * prompt, [7] * (label - 1), 0) for i in range(count)]
 
@@ -117,7 +112,7 @@ def train(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
     settings = Train(**options["train"])
     before = resident("VmRSS")
     engine = start_engine(settings, Model(model_name_or_path=options["model"]), 100, 0, ranks)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    forget_peak()  # of loading
     micro, size = settings.per_device_train_batch_size, settings.train_batch_size
     batch = collate(some_pairs(micro, options["prompt"], options["label"]), engine.module.config, 0, [1.0] * micro)
     batches = [batch] * (size // (micro * ranks.world_size))
