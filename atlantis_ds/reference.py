@@ -31,13 +31,29 @@ def example_folds(reference: Reference, train: Split) -> np.ndarray:
     ordinary = train.folds(reference.folds)
     if reference.folds_by == "text":
         return ordinary
-    first = pc.list_element(pc.split_pattern(train.groups.combine_chunks(), GROUPS), 0)
-    groups = pc.fill_null(first.dictionary_encode().indices, -1).to_numpy()
+    groups = _first_groups(train)
     if not (groups >= 0).any():
         raise InputError(
             "models.reference.folds_by: group: no example has a group; name the column: data.columns.group"
         )
     return group_folds(train.text_codes, groups, train.codes if train.labels else None, ordinary, reference.folds)
+
+
+def _first_groups(train: Split) -> np.ndarray:
+    """int [n]: a number for the first group of each example, -1 where it has none."""
+    first = pc.list_element(pc.split_pattern(train.groups.combine_chunks(), GROUPS), 0)
+    return np.asarray(pc.fill_null(first.dictionary_encode().indices, -1).to_numpy())
+
+
+def judged_by_others(reference: Reference, train: Split) -> np.ndarray | None:
+    """bool [n]: whether no other example of its group trained the reference that scores it; None for folds by text."""
+    if reference.folds_by == "text":
+        return None
+    folds, groups = example_folds(reference, train), _first_groups(train) + 1
+    first, last = np.full(groups.max() + 1, reference.folds), np.full(groups.max() + 1, -1)
+    np.minimum.at(first, groups, folds)
+    np.maximum.at(last, groups, folds)
+    return (groups > 0) & (first == last)[groups]
 
 
 def round_before(recipe: Recipe, folder: RunFolder) -> RunFolder | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from atlantis_ds.cluster.claim import claimed
@@ -42,6 +43,7 @@ def _prepare_examples(run: Run) -> None:
     examples = prepare_examples(recipe, folder, judges)
     _keep_recipe(run)
     _say_what_was_read(examples)
+    _say_equal_by_construction(run, examples)
     for name in ("large", "small"):
         if getattr(recipe.models, name).scratch:
             from atlantis_ds.demo.scratch import build_scratch_model
@@ -66,6 +68,21 @@ def _say_what_was_read(examples: Examples) -> None:
         console.print(f"prepare: left out {sum(kinds.values())} rows of {split} that cannot be read: {told}")
     for note in info["notes"]:
         console.print(f"prepare: {note}")
+
+
+def _say_equal_by_construction(run: Run, examples: Examples) -> None:
+    """Under ``per_label`` the only example of a label weighs 1, whatever its scores: known before any training."""
+    if run.recipe.weights.scope != "per_label" or not examples.labels or not len(examples.train):
+        return
+    counts = np.bincount(examples.train.codes)
+    alone, labels = int((counts == 1).sum()), int((counts > 0).sum())
+    if alone == labels:
+        console.print(
+            "prepare: Warning: weights.scope: per_label, and no label has two training examples: all weights will be "
+            "1, which is plain SFT. Set weights.scope: global."
+        )
+    elif alone:
+        console.print(f"prepare: {alone} of {labels} labels have one training example; under per_label it weighs 1")
 
 
 def _encode_ahead(run: Run, examples: Examples) -> None:

@@ -17,9 +17,11 @@ from conftest import WriteRecipe, launch, refuse, succeed
 
 from atlantis_ds.config.schema import Weights
 from atlantis_ds.weights import page
-from atlantis_ds.weights.diagnostics import diagnose, plot_weights
+from atlantis_ds.weights.agreement import joined, suggestion
+from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.facts import WeightFacts
 from atlantis_ds.weights.formulas import Scores
+from atlantis_ds.weights.picture import plot_weights
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ def test_the_list_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     prompts = [f"Is it?\nrow {row}\nAnswer:" for row in range(n)]
     examples = made_up(prompts, [labels[code] for code in codes], golds=["yes", None] * 5, labels=labels)
     parts = [label_scores(reference[:4], codes[:4].tolist()), label_scores(reference[4:], codes[4:].tolist())]
-    listing = page.Listing(examples, weights, page.suggestions(parts))
+    listing = page.Listing(examples, weights, joined([suggestion(part) for part in parts]))
     order = np.argsort(weights)
     page._write_csv(tmp_path / "label_errors.csv", listing.entries(order))
     with (tmp_path / "label_errors.csv").open(encoding="utf-8", newline="") as file:
@@ -210,9 +212,6 @@ def test_the_list_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_list_without_suggestions_leaves_them_empty() -> None:
-    zero = np.zeros(2)
-    names = [f"{kind}{model}" for kind in ("", "tokens_", "eos_") for model in ("large", "small", "reference")]
-    assert page.suggestions([Scores(**dict.fromkeys(names, zero), labels=zero)]) is None
     turns = [json.dumps([{"role": "user", "content": text}]) for text in ("a", "b")]
     said = [json.dumps([{"role": "assistant", "content": text}]) for text in ("A\nAA", "B")]
     listing = page.Listing(made_up(turns, said, golds=[None, said[0]], chat=True), np.ones(2), None)

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pytest
 from arviz_stats.base import array_stats
 from rich.console import Console
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from sklearn.metrics import roc_auc_score
 
-from atlantis_ds.config.schema import Weights
+from atlantis_ds.config.schema import Reference, Weights
 from atlantis_ds.data.examples import Split
 from atlantis_ds.weights import diagnostics, formulas
-from atlantis_ds.weights.facts import WeightFacts, largest, weight_facts
+from atlantis_ds.weights.agreement import Suggestions
+from atlantis_ds.weights.facts import WeightFacts, auroc_interval, largest, weight_facts
+from atlantis_ds.weights.picture import plot_weights
 
 RELATIONS = ["Cause-Effect", "Component-Whole", "Content-Container", "Entity-Destination", "Entity-Origin"]
 RELATIONS += ["Instrument-Agency", "Member-Collection", "Message-Topic", "Product-Producer"]
@@ -228,7 +230,7 @@ def test_the_picture_is_a_whole_png(tmp_path, names, scale):
     log_weight = scale * rng.normal(size=500)
     weights = formulas.stabilise(log_weight, labels, Weights())
     path = tmp_path / "weights.png"
-    diagnostics.plot_weights(path, weights, diagnose(weights, log_weight, labels, None))
+    plot_weights(path, weights, diagnose(weights, log_weight, labels, None))
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] > 1500 and picture.shape[0] >= 600 and picture.std() > 0.05
     assert [file.name for file in tmp_path.iterdir()] == ["weights.png"]
@@ -236,7 +238,9 @@ def test_the_picture_is_a_whole_png(tmp_path, names, scale):
 
 def test_responses_have_shares_by_length_and_no_classes():
     weights, log_weight, tokens, correct = responses()
-    diagnosis = diagnose(weights, log_weight, None, None, tokens=tokens, correct=correct, length="mean")
+    diagnosis = diagnose(
+        weights, log_weight, None, None, tokens=tokens, correct=correct, options=Weights(length="mean")
+    )
     assert diagnosis["warnings"] == []
     assert [diagnosis[key] for key in ("classes", "groups", "label_lengths")] == [None] * 3
     bins = [tuple(map(int, row["label"].split("-"))) for row in diagnosis["target_lengths"]]
@@ -271,7 +275,7 @@ def test_few_different_lengths_make_few_ranges(tokens, labels):
 @pytest.mark.parametrize("length", ["sum", "mean"])
 def test_weights_that_follow_the_length_are_named(by_length, favoured, length):
     weights, log_weight, tokens, _ = responses(by_length=by_length)
-    warnings = diagnose(weights, log_weight, None, None, tokens=tokens, length=length)["warnings"]
+    warnings = diagnose(weights, log_weight, None, None, tokens=tokens, options=Weights(length=length))["warnings"]
     named = [warning for warning in warnings if "follow the response length" in warning]
     assert [f"{favoured} responses" in warning for warning in named] == ([True] if favoured else [])
     advised = [warning for warning in warnings if "Set weights" in warning and "weights.length: mean" in warning]
@@ -286,13 +290,20 @@ def test_advice_is_of_the_task_and_not_set_already(scale, length, known):
     tokens, correct = rng.integers(1, 90, 3000), rng.integers(0, 2, 3000) if known else None
     log_weight = scale * rng.normal(size=3000)
     weights = formulas.stabilise(log_weight, np.full(3000, -1), Weights())
-    facts = {"tokens": tokens, "correct": correct, "length": length, "groups": rng.integers(0, 9, 3000)}
+    facts = {
+        "tokens": tokens,
+        "correct": correct,
+        "options": Weights(length=length),
+        "groups": rng.integers(0, 9, 3000),
+    }
     warnings = diagnose(weights, log_weight, None, None, **facts, group_names=list("abcdefghi"))["warnings"]
     assert warnings
     said = " ".join(warnings)
     assert "label" not in said and "class" not in said and "calibrate" not in said and "scope" not in said
     assert ("length: mean" in said) == (length == "sum" and scale > 1)
-    numbered = diagnose(weights, log_weight, correct if known else tokens % 2, None, length=length)["warnings"]
+    numbered = diagnose(weights, log_weight, correct if known else tokens % 2, None, options=Weights(length=length))[
+        "warnings"
+    ]
     assert length == "sum" or "length" not in " ".join(numbered)
 
 
@@ -310,7 +321,8 @@ def test_groups_are_shown_for_every_task():
     within = [roc_auc_score(~wrong[groups == g], weights[groups == g]) for g in (0, 1)]
     sizes = [(groups == g).sum() for g in (0, 1)]  # all labels of the third are wrong
     assert diagnosis["gold"]["auroc_correct_within_group"] == pytest.approx(np.average(within, weights=sizes))
-    without = diagnosis | {"groups": None, "gold": diagnosis["gold"] | {"auroc_correct_within_group": None}}
+    bare = dict.fromkeys(("auroc_correct_within_group", "auroc_correct_within_group_interval"))
+    without = diagnosis | {"groups": None, "gold": diagnosis["gold"] | bare}
     assert plain == without  # groups change no other number
     text = printed(diagnosis)
     assert "within class" in text and "within group" in text and all(name in text for name in shares)
@@ -340,14 +352,15 @@ def test_facts_come_from_the_columns_of_a_split():
         {
             "target": ["b", "a", "b", "b"],
             "gold": pa.array(["b", "b", None, "a"]),
-            "group": pa.array([None, "rule 7", "rule 2", "rule 7"]),
+            "group": pa.array([None, "rule 7", "rule 2", "rule 7; rule 2"]),
         }
     )
     table = pa.Table.from_batches(table.to_batches(max_chunksize=3))
-    facts = weight_facts(Split(table, ["a", "b"], "", ""), Weights(length="mean"), np.array([1, 2, 1, 1]))
+    facts = weight_facts(Split(table, ["a", "b"], "", ""), Weights(length="mean"), tokens=np.array([1, 2, 1, 1]))
     assert facts.labels.tolist() == [1, 0, 1, 1] and facts.correct.tolist() == [1, 0, -1, 0]
-    assert facts.groups.tolist() == [-1, 0, 1, 0] and facts.group_names == ["rule 7", "rule 2"]
-    assert facts.tokens.tolist() == [1, 2, 1, 1] and facts.length == "mean"
+    assert facts.groups.tolist() == [-1, 0, 1, 0, 1] and facts.group_rows.tolist() == [0, 1, 2, 3, 3]
+    assert facts.group_names == ["rule 7", "rule 2"]
+    assert facts.tokens.tolist() == [1, 2, 1, 1] and facts.options.length == "mean"
     bare = table.set_column(2, "group", pa.nulls(4, pa.string()))
     facts = weight_facts(Split(bare, None, "", ""), Weights())
     assert facts.labels is None and facts.groups is None and facts.tokens is None
@@ -361,6 +374,170 @@ def test_the_picture_of_responses(tmp_path, groups, tokens):
     if groups:
         facts |= {"groups": np.arange(1800) % groups, "group_names": [f"g{number}" for number in range(groups)]}
     path = tmp_path / "weights.png"
-    diagnostics.plot_weights(path, weights, diagnose(weights, log_weight, None, None, **facts))
+    plot_weights(path, weights, diagnose(weights, log_weight, None, None, **facts))
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] > 800 and 600 <= picture.shape[0] < 2000 and picture.std() > 0.05
+
+
+@pytest.mark.parametrize("right,wrong", [(12, 3), (40, 20), (180, 20)])
+def test_the_interval_of_an_auroc_holds_the_true_one(right, wrong):
+    rng = np.random.default_rng(right)
+    shift, held, draws = np.sqrt(2) * norm.ppf(0.86), 0, 400  # two normals this far apart have an AUROC of 0.86
+    for _ in range(draws):
+        scores = rng.normal(size=right + wrong) + shift * (np.arange(right + wrong) < right)
+        auroc = roc_auc_score(np.arange(right + wrong) < right, scores)
+        low, high = auroc_interval(auroc, np.array([[right, wrong]]))
+        held += low <= 0.86 <= high
+    assert held / draws > 0.92
+    assert auroc_interval(1.0, np.array([[right, wrong]]))[0] < 0.95  # no certainty from a few
+
+
+def few_gold_labels(n=300, known=15, shift=1.53, seed=0):
+    """Good weights, AUROC 0.86, and gold labels for a few of the examples: two right ones for each wrong one."""
+    rng = np.random.default_rng(seed)
+    correct = (np.arange(n) % 3 > 0).astype(np.int64)
+    log_weight = rng.normal(size=n) + shift * correct
+    correct[known:] = -1
+    return formulas.stabilise(0.3 * log_weight, np.zeros(n, int), Weights()), log_weight, correct
+
+
+def test_a_few_gold_labels_do_not_warn_of_good_weights():
+    warned = 0
+    for seed in range(60):
+        weights, log_weight, correct = few_gold_labels(seed=seed)
+        warned += any(
+            "hardly tell" in text for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"]
+        )
+    assert warned <= 1  # by the AUROC itself it was one in six
+    weights, log_weight, correct = few_gold_labels(known=300, shift=0.1)
+    assert any("hardly tell" in text for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"])
+
+
+def test_weights_held_at_a_bound_are_named():
+    weights, log_weight, _, gold = noisy_examples()
+    labels = np.zeros(4000, int)
+    correct = np.where(log_weight + np.random.default_rng(3).normal(size=4000) > 0, 1, 0)
+    options = Weights(clip=[0, 1.05])
+    weights = formulas.stabilise(log_weight, labels, options)
+    facts = WeightFacts(labels=labels, label_names=["a"], correct=correct, options=options)
+    diagnosis = diagnostics.diagnose(weights, log_weight, facts)
+    assert diagnosis["tied"] > 0.5
+    (warning,) = [text for text in diagnosis["warnings"] if "are equal, held by" in text]
+    gold = diagnosis["gold"]
+    assert f"{gold['auroc_correct_before']:.2f}" in warning and gold["auroc_correct_before"] > gold["auroc_correct"]
+    weights = formulas.stabilise(log_weight, labels, Weights())
+    assert not any("are equal" in text for text in diagnostics.diagnose(weights, log_weight, facts)["warnings"])
+
+
+def test_one_label_that_takes_the_abstentions_makes_the_scope_global():
+    """As on TREC's rule labels: what no rule covers is DESC, and two thirds of that are wrong."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 2000)
+    correct = (rng.random(2000) < np.where(labels == 0, 0.33, 0.95)).astype(int)
+    log_weight = rng.normal(size=2000) - 1.5 * (labels == 0) - 0.5 * (1 - correct)
+    options = Weights(scope="per_label")
+    facts = {"label_names": ["DESC", "HUM", "LOC", "NUM"], "labels": labels, "correct": correct}
+    diagnosis = diagnostics.diagnose(
+        formulas.stabilise(log_weight, labels, options), log_weight, WeightFacts(**facts, options=options)
+    )
+    (warning,) = [text for text in diagnosis["warnings"] if "per_label hides" in text]
+    assert "'DESC' in 6" in warning and "Set weights.scope: global" in warning
+    assert diagnosis["gold"]["auroc_correct_before"] > diagnosis["gold"]["auroc_correct"] + 0.05
+    classes = {row["label"]: row["wrong"] for row in diagnosis["classes"]}
+    assert classes["DESC"] == pytest.approx(1 - correct[labels == 0].mean())
+    after = diagnostics.diagnose(formulas.stabilise(log_weight, labels, Weights()), log_weight, WeightFacts(**facts))
+    assert not any("scope: per_label hides" in text for text in after["warnings"])
+
+
+def said(labels):
+    return Suggestions(np.asarray(labels, dtype=np.int32), np.ones(len(labels)), np.ones(len(labels)))
+
+
+def test_a_reference_that_has_learned_nothing_is_named_without_gold():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(9, 600, p=[0.2, *[0.1] * 8])
+    weights = formulas.stabilise(0.3 * rng.normal(size=600), labels, Weights())
+    facts = {"labels": labels, "label_names": [f"l{number}" for number in range(9)]}
+    guessed = diagnostics.diagnose(
+        weights, np.log(weights), WeightFacts(**facts, suggested=said(rng.integers(0, 7, 600)))
+    )
+    assert guessed["agreement"]["never_said"] == ["l7", "l8"]
+    assert guessed["agreement"]["share"] == pytest.approx(1 / 9, abs=0.05)
+    assert guessed["agreement"]["majority_share"] == pytest.approx(0.2, abs=0.05)
+    agrees, never = (
+        [text for text in guessed["warnings"] if word in text] for word in ("agrees with", "likeliest in no example")
+    )
+    assert len(agrees) == 1 and "'l0' always" in agrees[0] and "rounds: 2" in agrees[0]
+    assert len(never) == 1 and "2 of 9 labels" in never[0] and "'l7', 'l8'" in never[0]
+    learned = np.where(rng.random(600) < 0.8, labels, rng.integers(0, 9, 600))
+    fine = diagnostics.diagnose(weights, np.log(weights), WeightFacts(**facts, suggested=said(learned)))
+    assert not any("agrees with" in text or "likeliest" in text for text in fine["warnings"])
+    assert [row["contradicted"] for row in fine["classes"]] == pytest.approx([0.18] * 9, abs=0.12)
+
+
+@pytest.mark.parametrize(
+    "reference,grouped,wanted,unwanted",
+    [
+        ({}, False, ["rounds: 2", "column `group`", "on: dev"], ["folds: 4"]),
+        ({}, True, ["rounds: 2", "folds_by: group", "on: dev"], ["column `group`"]),
+        ({"folds": 1}, False, ["folds: 4", "on: dev"], ["rounds"]),
+        ({"folds": 4, "rounds": 2}, False, ["num_train_epochs"], ["rounds: 2"]),
+        ({"folds_by": "group"}, True, ["on: dev"], ["folds_by"]),
+        ({"on": "dev", "folds": 1}, True, ["data.dev"], ["on: dev", "folds", "rounds"]),
+        ({"kind": "checkpoint", "model_name_or_path": "m"}, False, ["kind: finetuned"], ["rounds: 2", "folds: 4"]),
+    ],
+)
+def test_advice_can_be_followed(reference, grouped, wanted, unwanted):
+    """Nothing is advised that is set already, or that the recipe would refuse."""
+    rng = np.random.default_rng(0)
+    labels, correct = rng.integers(0, 3, 900), rng.integers(0, 2, 900)
+    facts = {"labels": labels, "label_names": list("abc"), "correct": correct}
+    if grouped:
+        facts |= {"groups": rng.integers(0, 2, 900), "group_names": ["g", "h"]}
+    weights = formulas.stabilise(0.3 * rng.normal(size=900), labels, Weights())
+    known = WeightFacts(**facts, reference=Reference(**reference))
+    (warning,) = [
+        text for text in diagnostics.diagnose(weights, np.log(weights), known)["warnings"] if "hardly tell" in text
+    ]
+    assert all(words in warning for words in wanted) and not any(words in warning for words in unwanted)
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_groups_that_the_reference_contradicts_more_often_speak_for_errors(differ):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 2000)
+    groups = 5 * labels + rng.integers(0, 5, 2000)  # a rule gives one label
+    # One label is harder than the other: that alone says nothing of the rules.
+    against = rng.random(2000) < np.where(differ & (groups == 3), 0.3, np.where(labels == 1, 0.06, 0.02))
+    facts = WeightFacts(
+        labels=labels,
+        label_names=["a", "b"],
+        groups=groups,
+        group_names=[f"rule {number}" for number in range(10)],
+        suggested=said(np.where(against, 1 - labels, labels)),
+    )
+    diagnosis = diagnostics.diagnose(np.ones(2000), np.zeros(2000), facts, {"found": False, **NO_NOISE})
+    (warning,) = [text for text in diagnosis["warnings"] if "no noise is found" in text]
+    assert ("'rule 3' in " in warning) == ("speaks for errors" in warning) == differ
+    assert (diagnosis["groups_differ_p"] < 1e-6) == differ
+    assert printed(diagnosis)
+
+
+NO_NOISE = {"interval": [0, 0.01], "rate": 0.004, "evidence": -1.0, "evidence_clean": -1.01, "temperature": 1.0}
+NO_NOISE |= {"share": 0.0, "matrix": [[1, 0], [0, 1]], "labels": ["a", "b"], "examples": 2000}
+
+
+def test_groups_that_were_not_judged_by_others_show_no_contradiction():
+    labels = np.zeros(8, int)
+    facts = WeightFacts(
+        labels=labels,
+        label_names=["a", "b"],
+        groups=np.array([0, 0, 0, 0, 1, 1, 1, 1, 0]),
+        group_rows=np.array([0, 1, 2, 3, 4, 5, 6, 7, 7]),
+        group_names=["seen", "apart"],
+        suggested=said([1, 1, 1, 1, 1, 1, 0, 0]),
+        judged=np.repeat([False, True], 4),
+    )
+    rows = {row["label"]: row for row in diagnostics.diagnose(np.ones(8), np.zeros(8), facts)["groups"]}
+    assert rows["apart"]["contradicted"] == 0.5 and rows["apart"]["data_share"] == 0.5
+    assert rows["seen"]["contradicted"] == 0.0 and rows["seen"]["data_share"] == 5 / 8  # the one row that it shares

@@ -127,7 +127,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.table import Table
 
     names = [name for name in _columns(rows) if name != "unmapped" or any(row[name] for row in rows)]
-    table = Table()
+    caption = "One run each: `compare` gives differences with intervals over seeds." if len(rows) > 1 else None
+    table = Table(caption=caption, caption_justify="left")
     for name in names:
         title = "train examples/s" if name == "train_examples_per_s" else name
         table.add_column(title, justify="left" if name == "arm" else "right", no_wrap=name == "arm")

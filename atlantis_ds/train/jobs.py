@@ -16,8 +16,8 @@ from atlantis_ds.lm.load import model_identity, model_source
 from atlantis_ds.reference import example_folds, reference_name, round_before
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.weights.advice import ESS_REFUSE
 from atlantis_ds.weights.arms import arm_weights
-from atlantis_ds.weights.diagnostics import ESS_REFUSE
 from atlantis_ds.weights.formulas import effective_sample_size
 
 VERSION = 2
@@ -123,10 +123,7 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
     }
     on_dev = reference.on == "dev"
     source = examples.dev if on_dev else examples.train
-    if not len(source):
-        raise InputError("models.reference.on: dev: there are no dev examples; set data.dev or data.dev_size")
-    # Targets of dev are gold where the rows have nothing else; where they have both, the true one counts.
-    column: Literal["target", "gold"] = "gold" if on_dev and not source.golds.null_count else "target"
+    column = _gold_column(run, source) if on_dev else "target"
     before = round_before(recipe, folder)
     weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(source))
     folds = None if reference.folds == 1 else example_folds(reference, source)
@@ -153,6 +150,31 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
             )
         )
     return jobs
+
+
+def _gold_column(run: Run, dev: Split) -> Literal["target", "gold"]:
+    """Which column of the dev split holds its gold labels: ``gold`` where known, else what a file of its own says.
+
+    Raises:
+        InputError: there are no dev examples, or some whose gold label is not known.
+    """
+    key = "models.reference.on: dev"
+    if not len(dev):
+        raise InputError(f"{key}: there are no dev examples; set data.dev or data.dev_size")
+    unknown = dev.golds.null_count
+    if not unknown:
+        return "gold"
+    if unknown < len(dev):
+        row = dev.golds.is_null().index(True).as_py()
+        raise InputError(
+            f"{key}: dev example {dev.ids[row].as_py()} has no gold label, and {len(dev) - unknown} others have one; "
+            "leave it out of data.dev"
+        )
+    if run.recipe.data.dev is None and run.recipe.data.hub_id is None:
+        raise InputError(
+            f"{key}: data.dev_size cuts dev from train, where no gold label is known; name gold examples: data.dev"
+        )
+    return "target"
 
 
 def training_summary(folder: RunFolder, name: str) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class Trainer:
         self.tokens = encode_split(run, examples, job.split, job.model, job.column)
         self.lengths = self.tokens.lengths[job.rows]
         self.dev = encode_split(run, examples, "dev", job.model)
+        # A loss on the very rows trained on would say nothing, and choose the last model as the best.
+        self.dev_loss_asked = bool(len(self.dev)) and job.split != "dev"
         self.tokenizer = load_tokenizer(job.model)
         self.an_epoch = steps_per_epoch(len(job.rows), self.settings.train_batch_size)
         self.total = max(1, math.ceil(self.settings.num_train_epochs * self.an_epoch))
@@ -119,7 +121,7 @@ class Trainer:
             steps.resume(state.step)
             while state.step < self.total:
                 result = self.step()
-                if len(self.dev) and (state.step % every_eval == 0 or state.step == self.total):
+                if self.dev_loss_asked and (state.step % every_eval == 0 or state.step == self.total):
                     self.evaluate()
                 best = f", dev {state.best_loss:.4f}" if state.best_loss else ""
                 steps.advance(note=f"loss {result.loss:.4f}{best}")

@@ -19,11 +19,12 @@ from atlantis_ds.files import fingerprint, read_json, read_table
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.formulas import Scores, combine, evidence, label_set_evidence, shuffled, stabilise
 from atlantis_ds.weights.posterior import Noise, fit_noise, log_posterior, sample_rows
 from atlantis_ds.weights.shards import read_shards
 
-WEIGHTS_VERSION = 3
+WEIGHTS_VERSION = 4
 """Goes up where the same scores and options give other weights or other diagnostics than before."""
 
 
@@ -109,6 +110,10 @@ class LogWeights:
     """int32 [n]: tokens of each target under the large model."""
     noise: Noise | None
     """What ``posterior`` fitted."""
+    suggested: Suggestions | None
+    """What the reference would say; None where the label set was not scored."""
+    one_base: bool
+    """Whether large and small base give the same log-likelihood to every example."""
 
 
 def read_log_weights(run: Run, examples: Examples, options: Weights) -> LogWeights:
@@ -117,20 +122,23 @@ def read_log_weights(run: Run, examples: Examples, options: Weights) -> LogWeigh
     Raises:
         InputError: see ``read_shards``.
     """
-    seed, noise = run.recipe.seed, None
-    tokens = np.empty(len(examples.train), dtype=np.int32)
-    if options.base_formula == "posterior":
-        noise = _fit_noise(run, examples, options)
-        values = np.empty(len(examples.train))
-        for rows, chunk in _chunks(run, examples):
-            large, small, reference = label_set_evidence(chunk, options)
-            values[rows] = log_posterior(reference, large - small, chunk.labels, noise)
-            tokens[rows] = chunk.tokens_large
-        return LogWeights(shuffled(values, options, seed), tokens, noise)
-    models = np.empty((3, len(examples.train)))
+    seed, n = run.recipe.seed, len(examples.train)
+    noise = _fit_noise(run, examples, options) if options.base_formula == "posterior" else None
+    tokens, values, models = np.empty(n, dtype=np.int32), np.empty(n), np.empty((3, n))
+    said: list[Suggestions] = []
     for rows, chunk in _chunks(run, examples):
         models[:, rows], tokens[rows] = evidence(chunk, options), chunk.tokens_large
-    return LogWeights(combine(models, examples.train.codes, options, seed), tokens, noise)
+        if chunk.label_set is not None:
+            said.append(suggestion(chunk))
+        if noise is not None:
+            large, small, reference = label_set_evidence(chunk, options)
+            values[rows] = log_posterior(reference, large - small, chunk.labels, noise)
+    one_base = np.array_equal(models[0], models[1])
+    if noise is not None:
+        values = shuffled(values, options, seed)
+    else:
+        values = combine(models, examples.train.codes, options, seed)
+    return LogWeights(values, tokens, noise, joined(said) if said else None, one_base)
 
 
 def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from atlantis_ds.config.schema import Reference, Weights
+from atlantis_ds.data.rows import GROUPS
+from atlantis_ds.weights.agreement import Suggestions
+
 if TYPE_CHECKING:
-    from atlantis_ds.config.schema import Weights
     from atlantis_ds.data.examples import Split
 
 LENGTH_BINS = 10
+SMALL_GROUP = 5
 MOST_GROUPS = 1000  # with rows of their own: a column of sources may have another text in nearly every example
 
 
@@ -26,34 +31,63 @@ class WeightFacts:
     """int [n] into ``label_names``, the labels trained on; None for responses."""
     label_names: Sequence[str] = ()
     groups: np.ndarray | None = None
-    """int [n] into ``group_names``, what made the labels; -1 where it is not known."""
+    """int [m] into ``group_names``, what made the labels; -1 where it is not known."""
+    group_rows: np.ndarray | None = None
+    """int [m]: the example of each, where several groups made one label; None for one each, m = n."""
     group_names: Sequence[str] = ()
     tokens: np.ndarray | None = None
     """int [n], tokens of each label or response under the large model."""
     correct: np.ndarray | None = None
     """int [n]: 1 where the label or response is the gold one, 0 where it is not, -1 where that is not known."""
-    length: Literal["sum", "mean"] = "sum"
-    """``weights.length``: no warning advises what is set already."""
+    suggested: Suggestions | None = None
+    """What the reference would say; None where the label set was not scored."""
+    judged: np.ndarray | None = None
+    """bool [n]: whether the reference has seen nothing else of the example's group; None where folds go by text."""
+    options: Weights = field(default_factory=Weights)
+    """Of the weights: no warning advises what is set already,"""
+    reference: Reference = field(default_factory=Reference)
+    """nor what the recipe refuses."""
+    one_base: bool = False
+    """Whether large and small base are one model."""
+
+    @property
+    def contradicted(self) -> np.ndarray | None:
+        """float64 [n]: 1 where the reference finds another label likelier, 0 where it does not."""
+        if self.suggested is None or self.labels is None:
+            return None
+        return np.asarray(self.suggested.labels != self.labels, dtype=np.float64)
+
+    @property
+    def wrong(self) -> np.ndarray | None:
+        """float64 [n]: 1 where the label is not the gold one, 0 where it is, NaN where that is not known."""
+        if self.correct is None or not (self.correct >= 0).any():
+            return None
+        return np.where(self.correct < 0, np.nan, 1.0 - self.correct)
 
 
-def weight_facts(train: Split, options: Weights, tokens: np.ndarray | None = None) -> WeightFacts:
-    """What ``diagnose`` wants to know of the training examples.
-
-    Args:
-        train: the n training examples.
-        options: of the weights.
-        tokens: int [n], tokens of each target under the large model.
-    """
-    names = pc.unique(train.groups).drop_null()
+def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
+    """What ``diagnose`` wants to know of the n training examples, with what else is ``known`` of ``WeightFacts``."""
+    rows, groups, names = _groups(train.groups)
     return WeightFacts(
         labels=None if train.labels is None else train.codes,
         label_names=train.labels or (),
-        groups=pc.fill_null(pc.index_in(train.groups, value_set=names), -1).to_numpy() if len(names) else None,
-        group_names=names.to_pylist(),
-        tokens=tokens,
+        groups=groups if names else None,
+        group_rows=rows,
+        group_names=names,
         correct=train.correct,
-        length=options.length,
+        options=options,
+        **known,
     )
+
+
+def _groups(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Examples, int [m], and their groups, int [m] into the names; -1 where an example has none."""
+    split = pc.split_pattern(pc.fill_null(column, ""), GROUPS).combine_chunks()
+    rows, each = pc.list_parent_indices(split).to_numpy(), pc.list_flatten(split)
+    names = pc.unique(each)
+    names = names.filter(pc.not_equal(names, ""))
+    groups = pc.fill_null(pc.index_in(each, value_set=names), -1).to_numpy()
+    return rows, groups, names.to_pylist()
 
 
 def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
@@ -62,25 +96,66 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
         ("classes", "groups", "label_lengths", "target_lengths", "length_correlation")
     )
     tokens = facts.tokens
+    means = {"contradicted": facts.contradicted, "wrong": facts.wrong}
     if facts.labels is not None:
-        found["classes"] = _most_frequent_first(_shares(weights, facts.labels, facts.label_names))
+        classes = _shares(weights, facts.labels, facts.label_names, **means)
+        found["classes"] = _most_frequent_first(classes)
         found["label_lengths"] = None if tokens is None else _shares(weights, tokens)
     elif tokens is not None:
         found["target_lengths"] = _shares(weights, *_length_bins(tokens))
         found["length_correlation"] = _rank_correlation(weights, tokens)
     if facts.groups is not None and (facts.groups >= 0).any():
+        if facts.judged is not None and facts.contradicted is not None:
+            means["contradicted"] = np.where(facts.judged, facts.contradicted, np.nan)
         # -1, no group, comes last among the names.
-        shares = _shares(weights, facts.groups, [*facts.group_names, "(no group)"])
+        shares = _shares(weights, facts.groups, [*facts.group_names, "(no group)"], facts.group_rows, **means)
         found["groups"] = largest(_most_frequent_first(shares), MOST_GROUPS)
     return found
 
 
-def _shares(weights: np.ndarray, groups: np.ndarray, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Share of the examples and of the weight of each group, in the order of the groups' numbers."""
-    numbers, code = np.unique(groups, return_inverse=True)
-    data_share = np.bincount(code) / len(groups)
-    weight_share = np.bincount(code, weights) / weights.sum()
-    return [
+def groups_differ_p(facts: WeightFacts) -> float | None:
+    """Chance that groups of one label differ as much in how often the reference contradicts them: Pearson's chi-squared
+    test within each label, since some labels are harder than others. None where no label has two groups of
+    ``SMALL_GROUP`` examples, or none that it contradicts in part."""
+    if facts.contradicted is None or facts.labels is None or facts.groups is None:
+        return None
+    from scipy.stats import chi2, chi2_contingency
+
+    rows = np.arange(len(facts.contradicted)) if facts.group_rows is None else facts.group_rows
+    known = facts.groups >= 0
+    rows, groups, statistic, freedom = rows[known], facts.groups[known], 0.0, 0
+    for label in np.unique(facts.labels):
+        inside = facts.labels[rows] == label
+        size = np.bincount(groups[inside])
+        against = np.bincount(groups[inside], facts.contradicted[rows[inside]])
+        table = np.stack([against, size - against])[:, size >= SMALL_GROUP]
+        if table.shape[1] > 1 and table.sum(axis=1).all():
+            found = chi2_contingency(table, correction=False)
+            statistic, freedom = statistic + found.statistic, freedom + found.dof
+    return float(chi2.sf(statistic, freedom)) if freedom else None
+
+
+def _shares(
+    weights: np.ndarray,
+    codes: np.ndarray,
+    names: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
+    **means: np.ndarray | None,
+) -> list[dict[str, Any]]:
+    """Share of the examples and of the weight of each code, in the order of the codes.
+
+    Args:
+        weights: float64 [n].
+        codes: int [m].
+        names: of the codes.
+        rows: int [m], the example of each code; None for m = n.
+        means: float64 [n], NaN where it is not known: each becomes its mean over what is known.
+    """
+    rows = np.arange(len(weights)) if rows is None else rows
+    numbers, code = np.unique(codes, return_inverse=True)
+    data_share = np.bincount(code) / len(weights)
+    weight_share = np.bincount(code, weights[rows]) / weights.sum()
+    shares = [
         {
             "label": str(number) if names is None else names[number],
             "data_share": float(data),
@@ -89,6 +164,14 @@ def _shares(weights: np.ndarray, groups: np.ndarray, names: Sequence[str] | None
         }
         for number, data, weight in zip(numbers, data_share, weight_share)
     ]
+    for key, values in means.items():
+        if values is None:
+            continue
+        known = ~np.isnan(values[rows])
+        total = np.bincount(code[known], values[rows][known], len(numbers))
+        for share, sum_of, count in zip(shares, total, np.bincount(code[known], minlength=len(numbers)).tolist()):
+            share[key] = float(sum_of / count) if count else None
+    return shares
 
 
 def _most_frequent_first(shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -125,43 +208,86 @@ def _rank_correlation(weights: np.ndarray, tokens: np.ndarray) -> float | None:
     return float(spearmanr(weights, tokens).statistic)
 
 
-def against_gold(weights: np.ndarray, correct: np.ndarray, facts: WeightFacts) -> dict[str, Any] | None:
-    known = correct >= 0
-    if not known.any():
+def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts) -> dict[str, Any] | None:
+    """What ``diagnose`` returns as ``gold``: how well the weights tell right targets from wrong ones.
+
+    Args:
+        weights: float64 [n], final.
+        log_weight: float64 [n], before stabilising.
+    """
+    correct = facts.correct
+    if correct is None or not (known := correct >= 0).any():
         return None
-    weights, wrong = weights[known], correct[known] == 0
-    labels, groups = (None if codes is None else codes[known] for codes in (facts.labels, facts.groups))
-    size = max(1, round(0.1 * len(weights)))
-    border = np.sort(weights)[size - 1]
-    below, tied = weights < border, weights == border
-    wrong_below = wrong[below].sum() + (size - below.sum()) * wrong[tied].mean()
+    right, size = correct[known] == 1, max(1, round(0.1 * known.sum()))
+    border = np.sort(weights[known])[size - 1]
+    below, tied = weights[known] < border, weights[known] == border
+    wrong_below = (~right)[below].sum() + (size - below.sum()) * (~right)[tied].mean()
+    everywhere = np.zeros(known.sum(), dtype=np.int64)
+    found = {"correct": _auroc(weights[known], right, everywhere)}
+    found["correct_before"] = _auroc(log_weight[known], right, everywhere)
+    found["correct_within_class"] = found["correct_within_group"] = (None, None)
+    if facts.labels is not None:
+        found["correct_within_class"] = _auroc(weights[known], right, facts.labels[known])
+    if facts.groups is not None:
+        rows = np.arange(len(weights)) if facts.group_rows is None else facts.group_rows
+        kept = known[rows]
+        rows = rows[kept]
+        found["correct_within_group"] = _auroc(weights[rows], correct[rows] == 1, facts.groups[kept])
+    total = weights[known].sum()
     return {
         "known": int(known.sum()),
-        "auroc_correct": _auroc(weights, ~wrong),
-        "auroc_correct_within_class": None if labels is None else _auroc_within(weights, ~wrong, labels),
-        "auroc_correct_within_group": None if groups is None else _auroc_within(weights, ~wrong, groups),
-        "share_wrong": float(wrong.mean()),
-        "weight_share_wrong": float(weights[wrong].sum() / weights.sum()) if weights.sum() else None,
+        **{f"auroc_{key}": auroc for key, (auroc, _) in found.items()},
+        **{f"auroc_{key}_interval": interval for key, (_, interval) in found.items()},
+        "share_wrong": float((~right).mean()),
+        "weight_share_wrong": float(weights[known][~right].sum() / total) if total else None,
         "lowest_tenth_wrong": float(wrong_below / size),
     }
 
 
-def _auroc_within(weights: np.ndarray, correct: np.ndarray, codes: np.ndarray) -> float | None:
-    """Mean AUROC over the codes from 0, of the most frequent ones at most 1,000; None where it is defined in none."""
+def _auroc(weights: np.ndarray, right: np.ndarray, codes: np.ndarray) -> tuple[float | None, list[float] | None]:
+    """Mean AUROC over the codes from 0, of the most frequent ones at most 1,000, by their number, and its interval.
+
+    (None, None) where it is defined in none.
+    """
+    from sklearn.metrics import roc_auc_score
+
     order = np.argsort(codes, kind="stable")
     numbers, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
     aurocs, sizes = [], []
     for part in np.sort(np.argsort(-counts, kind="stable")[:MOST_GROUPS]):
         rows = order[starts[part] :][: counts[part]]
-        if numbers[part] >= 0 and (auroc := _auroc(weights[rows], correct[rows])) is not None:
-            aurocs.append(auroc)
-            sizes.append(len(rows))
-    return float(np.average(aurocs, weights=sizes)) if aurocs else None
+        ups = int(right[rows].sum())
+        if numbers[part] >= 0 and 0 < ups < len(rows):
+            aurocs.append(roc_auc_score(right[rows], weights[rows]))
+            sizes.append((ups, len(rows) - ups))
+    if not aurocs:
+        return None, None
+    mean = float(np.average(aurocs, weights=np.sum(sizes, axis=1)))
+    return mean, auroc_interval(mean, np.array(sizes))
 
 
-def _auroc(weights: np.ndarray, correct: np.ndarray) -> float | None:
-    if correct.all() or not correct.any():
-        return None
-    from sklearn.metrics import roc_auc_score
+def auroc_interval(auroc: float, sizes: np.ndarray) -> list[float]:
+    """95% interval of a mean AUROC over parts, each weighted by its number of examples.
 
-    return float(roc_auc_score(correct, weights))
+    Newcombe 2006, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, method 5: the
+    values whose own standard error (Hanley and McNeil 1982) reaches the AUROC found. It holds for few examples, too.
+
+    Args:
+        sizes: int [parts, 2], right and wrong examples of each part, at least one of each.
+    """
+    from scipy.optimize import brentq
+
+    right, wrong = sizes.T.astype(np.float64)
+    share = (right + wrong) / sizes.sum()
+
+    def beyond(value: float, way: float) -> float:
+        """How far the AUROC found lies beyond 1.96 standard errors from ``value``."""
+        mean = (right + wrong) / 2 - 1
+        pairs = 1 + mean * (1 - value) / (2 - value) + mean * value / (1 + value)
+        variance = float((share**2 * value * (1 - value) * pairs / (right * wrong)).sum())
+        return way * (auroc - value) - 1.96 * math.sqrt(variance)
+
+    edge = 1e-9
+    low = brentq(beyond, edge, max(auroc - edge, 2 * edge), args=(1.0,)) if auroc > 3 * edge else 0.0
+    high = brentq(beyond, min(auroc + edge, 1 - 2 * edge), 1 - edge, args=(-1.0,)) if auroc < 1 - 3 * edge else 1.0
+    return [low, high]

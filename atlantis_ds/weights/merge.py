@@ -10,11 +10,13 @@ from atlantis_ds import __version__
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.data.prepare import refuse_other_data
 from atlantis_ds.files import finished, read_json, write_json, write_table
+from atlantis_ds.reference import judged_by_others
 from atlantis_ds.run import Run
 from atlantis_ds.weights.arms import read_log_weights, scores_fingerprint, weights_fingerprint
-from atlantis_ds.weights.diagnostics import diagnose, plot_weights
+from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.facts import weight_facts
 from atlantis_ds.weights.formulas import stabilise
+from atlantis_ds.weights.picture import plot_weights
 
 
 def merge(run: Run) -> dict[str, Any]:
@@ -38,7 +40,16 @@ def merge(run: Run) -> dict[str, Any]:
     log_weight, noise = found_weights.values, found_weights.noise
     weight = stabilise(log_weight, train.codes, recipe.weights)
     told = noise.as_json(examples.labels or []) if noise else None
-    diagnosis = diagnose(weight, log_weight, weight_facts(train, recipe.weights, found_weights.tokens), told)
+    facts = weight_facts(
+        train,
+        recipe.weights,
+        tokens=found_weights.tokens,
+        suggested=found_weights.suggested,
+        judged=judged_by_others(recipe.models.reference, train),
+        reference=recipe.models.reference,
+        one_base=found_weights.one_base,
+    )
+    diagnosis = diagnose(weight, log_weight, facts, told)
     info = {
         "fingerprint": mark,
         "scores": scores,

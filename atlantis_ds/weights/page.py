@@ -6,7 +6,6 @@ import base64
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,17 @@ from atlantis_ds.data.examples import Examples, Split, load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_atomic, write_json, write_text
 from atlantis_ds.run import Run
+from atlantis_ds.weights.advice import CLASS_RATIO, noun
+from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.arms import lowest_first, read_weights
-from atlantis_ds.weights.diagnostics import CLASS_RATIO, noun, plot_weights
-from atlantis_ds.weights.formulas import Scores
+from atlantis_ds.weights.diagnostics import number_rows
+from atlantis_ds.weights.picture import plot_weights
 from atlantis_ds.weights.shards import read_shards
 
 COLUMNS = ("id", "prompt", "target", "suggested_label", "p_label", "p_suggested", "weight", "gold", "group")
 SHOWN = 50
 """Rows of a list on the page; the CSV file has all."""
 ROWS_AT_ONCE = 10_000
-
-
-@dataclass(frozen=True)
-class Suggestions:
-    """What the reference model would say of n examples; see ``suggestions``."""
-
-    labels: np.ndarray
-    """int32 [n] into the label set: the likeliest label."""
-    p_label: np.ndarray
-    """float64 [n]: its probability of the example's own label among those of the set."""
-    p_suggested: np.ndarray
-    """float64 [n]: that of the likeliest."""
 
 
 def write_diagnosis(run: Run) -> dict[str, Any]:
@@ -61,7 +50,7 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
         raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
     weights = table["weight"].to_numpy()
     order = lowest_first(weights, table["log_weight"].to_numpy())
-    listed = Listing(examples, weights, suggestions(read_shards(run, examples)))
+    listed = Listing(examples, weights, _suggestions(run, examples))
     target = folder.root / "diagnosis"
     _write_csv(target / "label_errors.csv", listed.entries(order))
     plot_weights(target / "weights.png", weights, diagnosis)
@@ -71,24 +60,10 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     return diagnosis
 
 
-def suggestions(chunks: Iterable[Scores]) -> Suggestions | None:
-    """The label that the reference model finds likeliest for each example, end-of-sequence token included, as in
-    ranking; None where the label set was not scored.
-
-    Args:
-        chunks: the scores of all examples, some at a time: [n, K] numbers are never in memory together.
-    """
-    found = []
-    for scores in chunks:
-        every = scores.label_set
-        if every is None:
-            return None
-        log_likelihood = every.reference + every.eos_reference
-        chances = np.exp(log_likelihood - np.logaddexp.reduce(log_likelihood, axis=1, keepdims=True))
-        best = chances.argmax(axis=1).astype(np.int32)
-        rows = np.arange(len(best))
-        found.append((best, chances[rows, scores.labels], chances[rows, best]))
-    return Suggestions(*(np.concatenate(parts) for parts in zip(*found)))
+def _suggestions(run: Run, examples: Examples) -> Suggestions | None:
+    if not run.recipe.score.label_set:
+        return None
+    return joined([suggestion(chunk) for chunk in read_shards(run, examples)])
 
 
 class Listing:
@@ -247,6 +222,7 @@ def _page(
         name=name,
         diagnosis=diagnosis,
         what=what,
+        numbers=list(number_rows(diagnosis)),
         ratio=CLASS_RATIO,
         picture=base64.b64encode(picture.read_bytes()).decode(),
         options={key: value for key, value in diagnosis["options"].items() if value is not None},

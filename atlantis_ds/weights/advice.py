@@ -1,0 +1,225 @@
+"""What is wrong with one set of weights, in plain sentences, each with what to change: nothing that is set already, and
+nothing that the recipe refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from atlantis_ds.weights.facts import WeightFacts
+
+ESS_WARN = 0.5
+ESS_REFUSE = 0.1
+ESS_LEVEL = 0.9  # on gold labels, and on labels whose errors the reference had learned, it was 0.94 to 0.96
+TAIL_WARN = 3.0  # no tail at all below this multiple of the mean: classes that peak side by side make a k-hat of 2, too
+AUROC_WARN = 0.7
+AUROC_LOST = 0.02
+TIED = 0.25
+CLASS_RATIO = (0.5, 2.0)
+LENGTH_WARN = 0.5
+AGREEMENT_WARN = 0.3
+"""Of what is left above saying always the most frequent label, as Cohen's kappa has it."""
+NEVER_SAID = 0.01
+GROUPS_DIFFER = 0.001
+
+
+def noun(diagnosis: dict[str, Any]) -> str:
+    """What a target of the diagnosed examples is called."""
+    return "response" if diagnosis["classes"] is None else "label"
+
+
+def warnings(diagnosis: dict[str, Any], facts: WeightFacts) -> list[str]:
+    """Args:
+    diagnosis: the numbers of ``diagnostics.diagnose``.
+    facts: of the same examples.
+    """
+    parts = (_spread, _tail, _class_shares, _length, _agreement, _order, _no_noise)
+    return [warning for part in parts for warning in part(diagnosis, facts)]
+
+
+def _or_mean(facts: WeightFacts) -> str:
+    return "" if facts.options.length == "mean" else ", or weights.length: mean"
+
+
+def _ess(diagnosis: dict[str, Any]) -> str:
+    return (
+        f"the effective sample size is {diagnosis['ess']:,.1f} of {diagnosis['n']:,} examples "
+        f"({100 * diagnosis['ess_fraction']:.3g}%)"
+    )
+
+
+def _spread(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    advice = f"Set weights.temper (0.5 asks for half of n){_or_mean(facts)}."
+    if diagnosis["ess_fraction"] < ESS_REFUSE:
+        yield (
+            f"{_ess(diagnosis)}, and the heaviest 1% hold {diagnosis['top_percent_share']:.0%} of the weight: `train` "
+            f"refuses this without --force. {advice}"
+        )
+    elif diagnosis["ess_fraction"] < ESS_WARN:
+        yield f"{_ess(diagnosis)}: training will follow a minority of them. {advice}"
+
+
+def _tail(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    k, threshold = diagnosis["pareto_k_final"], diagnosis["pareto_k_threshold"]
+    if diagnosis["max"] < TAIL_WARN:
+        return
+    advice = f"Set weights.temper{_or_mean(facts)}."
+    if k == math.inf:
+        yield f"Pareto k-hat is beyond measure: nearly all weights are zero beside the largest few. {advice}"
+    elif k >= 1:
+        yield (
+            f"Pareto k-hat is {k:.2f}: with 1 or more the weights have no mean, and another sample would give quite "
+            f"other weights. {advice}"
+        )
+    elif k >= threshold:
+        yield f"Pareto k-hat is {k:.2f}, above {threshold:.2f}: a few large weights decide the result. {advice}"
+
+
+def _class_shares(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    low, high = CLASS_RATIO
+    outside = [row for row in diagnosis["classes"] or () if not low <= row["ratio"] <= high]
+    if outside:
+        outside.sort(key=lambda row: -abs(row["weight_share"] - row["data_share"]))
+        named = "; ".join(
+            f"{row['label']!r} has {row['data_share']:.1%} of the data and {row['weight_share']:.1%} of the weight"
+            for row in outside[:3]
+        )
+        more = f"; and {len(outside) - 3} more" if len(outside) > 3 else ""
+        yield (
+            f"the weights change the class shares by more than {high:g} times: {named}{more}. Set weights.scope: "
+            f"per_label to keep every class's share, or weights.calibrate: label_mean{_or_mean(facts)}."
+        )
+
+
+def _length(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    correlation = diagnosis["length_correlation"]
+    if correlation is not None and abs(correlation) > LENGTH_WARN:
+        favoured = "long" if correlation > 0 else "short"
+        mean = facts.options.length == "mean"
+        yield (
+            f"the weights follow the response length: Spearman's correlation is {correlation:.2f}, {favoured} "
+            f"responses weigh more{', even with weights.length: mean.' if mean else '. Set weights.length: mean.'}"
+        )
+
+
+def _agreement(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    """Whether the reference has learned the labels at all: no gold label is needed to see that."""
+    if (found := diagnosis["agreement"]) is None:
+        return
+    share, majority = found["share"], found["majority_share"]
+    if majority < 1 and (share - majority) / (1 - majority) < AGREEMENT_WARN:
+        yield (
+            f"the reference agrees with {share:.0%} of the labels, and saying {found['majority']!r} always would with "
+            f"{majority:.0%}: either it has not learned them, and the weights say little, or few of them are right. "
+            f"{_better_reference('label', facts)}"
+        )
+    never, labels = found["never_said"], len(facts.label_names)
+    if never and (found["never_said_share"] >= NEVER_SAID or len(never) > labels / 5):
+        named = ", ".join(map(repr, never[:5])) + (", …" if len(never) > 5 else "")
+        yield (
+            f"the reference finds {len(never)} of {labels} labels likeliest in no example ({named}), and "
+            f"{found['never_said_share']:.1%} of the examples have them: it cannot tell whether these are right. "
+            "It needs more examples of them, or more training (models.reference.num_train_epochs)."
+        )
+
+
+def _order(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    """Whether the weights tell right from wrong, where that is known."""
+    if (gold := diagnosis["gold"]) is None or _all_equal(diagnosis):
+        return
+    what = noun(diagnosis)
+    found = [
+        (gold[f"auroc_{key}"], gold[f"auroc_{key}_interval"][1])
+        for key in ("correct", "correct_within_class")
+        if gold[f"auroc_{key}"] is not None
+    ]
+    # The upper end: a handful of known gold labels would warn of good weights by chance.
+    if found and min(high for _, high in found) < AUROC_WARN:
+        where = " (overall or within class)" if diagnosis["classes"] else ""
+        yield (
+            f"the weights hardly tell right {what}s from wrong ones: AUROC {min(found)[0]:.2f}{where}, where 0.50 is "
+            f"chance. {_better_reference(what, facts)}"
+        )
+    before, after = gold["auroc_correct_before"], gold["auroc_correct"]
+    if before is None or before - after < AUROC_LOST:
+        return
+    if facts.options.scope == "per_label":
+        worst = max(diagnosis["classes"], key=lambda row: row["wrong"] or 0)
+        yield (
+            f"weights.scope: per_label hides errors: AUROC {after:.2f}, and {before:.2f} without it. Some labels are "
+            f"wrong more often than others ({worst['label']!r} in {worst['wrong']:.0%}), and each keeps its share of "
+            "the weight. Set weights.scope: global."
+        )
+    elif diagnosis["tied"] >= TIED:
+        yield (
+            f"{diagnosis['tied']:.0%} of the weights are equal, held by weights.clip or truncate, which hides their "
+            f"order: AUROC {after:.2f}, and {before:.2f} before. Widen the bound, or lower weights.power."
+        )
+
+
+def _no_noise(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    """Weights that hardly differ: right labels, or errors that the reference has learned."""
+    noise, what = diagnosis["noise"], noun(diagnosis)
+    differ = _groups_differ(diagnosis)
+    if noise and not noise["found"]:
+        yield (
+            f"no noise is found in the {what}s, so all weights are 1 and training on them is plain SFT. Either the "
+            f"{what}s are right, or the reference has learned their errors. {differ}{_unseen_errors(what, facts)}"
+        )
+    elif _all_equal(diagnosis):
+        yield "all weights are equal: training on them is plain SFT, and their order says nothing."
+    elif diagnosis["gold"] is None and diagnosis["ess_fraction"] > ESS_LEVEL:
+        yield (
+            f"{_ess(diagnosis)}: the weights hardly differ. Either nearly all {what}s are right, and training without "
+            f"weights (weights.formula: uniform) is the better choice, or the reference finds the wrong ones likely, "
+            f"too. {differ}{_unseen_errors(what, facts)}"
+        )
+
+
+def _all_equal(diagnosis: dict[str, Any]) -> bool:
+    return bool(diagnosis["ess_fraction"] > 1 - 1e-9)
+
+
+def _groups_differ(diagnosis: dict[str, Any]) -> str:
+    """Clean labels are contradicted about equally often in all groups."""
+    p = diagnosis["groups_differ_p"]
+    if p is None or p >= GROUPS_DIFFER:
+        return ""
+    rows = [row for row in diagnosis["groups"] if row.get("contradicted") is not None and row["data_share"] >= 0.005]
+    worst = sorted(rows, key=lambda row: -row["contradicted"])[:3]
+    named = ", ".join(f"{row['label']!r} in {row['contradicted']:.0%}" for row in worst)
+    return (
+        f"The groups differ in how often the reference contradicts them (by chance that has p = {p:.1g}), most often "
+        f"{named}: that speaks for errors. "
+    )
+
+
+def _better_reference(what: str, facts: WeightFacts) -> str:
+    reference = facts.reference
+    if reference.kind == "checkpoint":
+        return (
+            f"Fine-tune a reference on the examples (models.reference.kind: finetuned). {_unseen_errors(what, facts)}"
+        )
+    advice = "Train the reference longer (models.reference.num_train_epochs)"
+    if reference.on == "train" and reference.folds == 1:
+        advice += ", in folds (models.reference.folds: 4)"
+    elif reference.on == "train" and reference.rounds == 1:
+        advice += ", in two rounds (models.reference.rounds: 2)"
+    return f"{advice}. {_unseen_errors(what, facts)}"
+
+
+def _unseen_errors(what: str, facts: WeightFacts) -> str:
+    """What helps where the reference learns errors because rules, patterns or a model make them again and again."""
+    reference = facts.reference
+    if reference.on == "dev":
+        return f"More gold {what}s for it (data.dev) help most."
+    gold = f"train it on gold {what}s (models.reference.on: dev)"
+    if reference.folds_by == "group":
+        return f"Where many groups share an error, {gold}."
+    if facts.groups is not None:
+        return f"A reference learns the errors of rules: set models.reference.folds_by: group, or {gold}."
+    return (
+        f"Where rules or patterns made the {what}s, a reference trained on them learns their errors: name what made "
+        f"each in a column `group` and set models.reference.folds_by: group, or {gold}."
+    )

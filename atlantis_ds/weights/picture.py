@@ -1,0 +1,132 @@
+"""The picture of the weights: their distribution, the shares of labels or groups and of lengths, the fitted noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from atlantis_ds.files import write_atomic
+from atlantis_ds.weights.advice import CLASS_RATIO, noun
+from atlantis_ds.weights.diagnostics import MOST_ROWS
+from atlantis_ds.weights.facts import largest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DATA_COLOUR, WEIGHT_COLOUR = "#9aa5b1", "#1f6f8b"
+MOST_CELLS = 40
+"""Labels up to which the noise matrix is drawn; ``weights.json`` has all."""
+
+
+def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
+    """Write a PNG: the distribution of the weights; data share beside weight share, by label, or else by group, and by
+    length.
+
+    Args:
+        path: the file to write.
+        weights: float64 [n], final.
+        diagnosis: what ``diagnose`` returned for them.
+    """
+    from matplotlib.figure import Figure
+
+    kind = "group" if diagnosis["classes"] is None else "label"
+    panels = [
+        (title, largest(shares, MOST_ROWS))
+        for title, shares in (
+            (f"share of each {kind} (× = weight / data)", diagnosis["classes"] or diagnosis["groups"]),
+            (f"share by tokens of the {noun(diagnosis)}", diagnosis["label_lengths"] or diagnosis["target_lengths"]),
+        )
+        if shares
+    ]
+    noise = diagnosis["noise"]
+    drawn = noise is not None and noise["found"] and len(noise["labels"]) <= MOST_CELLS
+    rows = max((len(shares) for _, shares in panels), default=0)
+    count = 1 + len(panels) + drawn
+    size = (0.5 + 5.5 * count, max(4.0, 1.5 + 0.34 * rows, 1.5 + 0.3 * len(noise["labels"]) if drawn else 0))
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    first, *others = figure.subplots(1, count, squeeze=False)[0]
+    _plot_histogram(first, np.asarray(weights, dtype=np.float64), diagnosis)
+    for axes, (title, shares) in zip(others, panels):
+        _plot_shares(axes, shares, title)
+    if drawn:
+        _plot_noise(others[-1], noise)
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
+    for axes in (first, *others):
+        axes.spines[["top", "right"]].set_visible(False)
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
+    # Weights below 1e-6 of the mean are as good as zero; they share the first bin.
+    low, high = max(float(weights.min()), 1e-6), float(weights.max())
+    if high / low < 1.5:
+        low, high = low / 10, 10 * high
+    bins = np.geomspace(low, high * (1 + 1e-9), 42).tolist()
+    inside = np.clip(weights, low, high)
+    n, total = len(weights), weights.sum()
+    axes.hist(inside, bins, weights=np.full(n, 1 / n), color=DATA_COLOUR, label="share of examples")
+    axes.hist(
+        inside, bins, weights=weights / total, histtype="step", color=WEIGHT_COLOUR, lw=1.6, label="share of weight"
+    )
+    axes.axvline(1, color="0.35", lw=0.8, ls=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("weight (the mean is 1" + ("; 1e-6 and below in the first bin)" if low == 1e-6 else ")"))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.set_title(
+        f"effective sample size {diagnosis['ess']:,.0f} of {diagnosis['n']:,} "
+        f"({100 * diagnosis['ess_fraction']:.3g}%), max {diagnosis['max']:,.4g}",
+        fontsize=10.5,
+    )
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
+    *shown, last = shares
+    if "of" in last:  # one bar for all others would dwarf every other one
+        shares, title = shown, f"{title}, {last['of']:,} smaller ones left out"
+    at = np.arange(len(shares))
+    for offset, key, colour, name in (
+        (-0.2, "data_share", DATA_COLOUR, "data"),
+        (0.2, "weight_share", WEIGHT_COLOUR, "weight"),
+    ):
+        axes.barh(at + offset, [row[key] for row in shares], 0.38, color=colour, label=name)
+    for y, row in zip(at, shares):
+        outside = not CLASS_RATIO[0] <= row["ratio"] <= CLASS_RATIO[1]
+        axes.annotate(
+            f"×{row['ratio']:.2f}",
+            (max(row["data_share"], row["weight_share"]), y),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color="#b3261e" if outside else "0.35",
+        )
+    axes.set_yticks(at, [_short(row["label"]) for row in shares], fontsize=9, parse_math=False)
+    axes.set_ylim(len(shares) + 0.3, -0.6)  # with room for the legend below the bars
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.set_title(title, fontsize=10.5)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", ncols=2)
+
+
+def _plot_noise(axes: Axes, noise: dict[str, Any]) -> None:
+    """The noise matrix: a row a true label, a column the label it is given, probabilities in the cells."""
+    matrix, names = np.array(noise["matrix"]), [_short(name) for name in noise["labels"]]
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if len(names) <= 15:
+        for (true, given), chance in np.ndenumerate(matrix):
+            colour = "white" if chance > 0.6 else "0.2"
+            if chance >= 0.005:
+                axes.text(given, true, f"{100 * chance:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right", fontsize=8, parse_math=False)
+    axes.set_yticks(np.arange(len(names)), names, fontsize=8, parse_math=False)
+    axes.set_xlabel("label given")
+    axes.set_ylabel("true label")
+    low, high = noise["interval"]
+    axes.set_title(f"noise in %: {noise['rate']:.1%} of labels wrong [{low:.1%}, {high:.1%}]", fontsize=10.5)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else name[:39] + "…"
