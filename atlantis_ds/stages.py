@@ -197,7 +197,7 @@ def run(run: Run, force: bool) -> None:
 def _weigh(run: Run, force: bool) -> bool:
     """All stages before the arms; False where every arm has uniform weights, and nothing needs scores."""
     prepare(run)
-    arms = run.recipe.arms.values()
+    arms = [options for options in run.recipe.arms.values() if options.dev != "alone"]
     weighted = any((options.weights or run.recipe.weights).formula != "uniform" for options in arms)
     if weighted:
         train(run, "reference", force)
@@ -214,6 +214,9 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
         raise InputError(
             "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
         )
+    if run.recipe.evaluate.checkpoint == "best":
+        for arm in (arm for arm, options in run.recipe.arms.items() if options.dev):
+            raise InputError(f"evaluate.checkpoint: best: arm {arm} trains on the dev examples it would be chosen by")
     if examples.labels and run.recipe.evaluate.method == "generate":
         from atlantis_ds.data.ingest import equal_but_for_case
 

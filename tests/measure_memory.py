@@ -20,7 +20,7 @@ ranks = start_ranks(5)
 deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 ranks.sum(1.0)
 before = resident("VmRSS")
-engine = start_engine(train, Model(model_name_or_path=model), 4, 0, ranks)
+engine = start_engine(train, Model(model_name_or_path=model), [4], 0, ranks)
 forget_peak()  # of loading
 size = train.per_device_train_batch_size
 pairs = [Encoded([100] * (tokens - 6), [7] * 6, 0)] * size

@@ -41,7 +41,7 @@ def train(row: dict[str, Any], tokenizer: Any, pairs: list[Encoded], ranks: Rank
     gc.collect()
     forget_peak()
     before = resident("VmRSS")
-    engine = start_engine(settings, Model(model_name_or_path=row["model"]), STEPS, 1, ranks)
+    engine = start_engine(settings, Model(model_name_or_path=row["model"]), [STEPS], 1, ranks)
     losses = []
     for step in range(STEPS):
         rows = step_rows(EXAMPLES, 8, 1, step)

@@ -26,7 +26,7 @@ from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
 from atlantis_ds.lm.ways import FAST
 from atlantis_ds.train.engine import add_lora, start_engine
-from atlantis_ds.train.jobs import Job
+from atlantis_ds.train.jobs import Job, Part
 from atlantis_ds.train.step import optimizer_step, weighted_loss
 from atlantis_ds.train.trainer import Trainer
 
@@ -50,8 +50,10 @@ class Setting:
         self.pairs = grammar_pairs(encoder, BATCH, seed=4)
         assert len({len(pair.label) for pair in self.pairs}) > 2, "labels of unequal length are the point"
         weights = np.random.default_rng(1).exponential(size=BATCH) ** 2
-        self.job = Job("probe", None, self.model, "train", "target", np.arange(BATCH), weights, self.train, seed=1)
-        self.engine = start_engine(self.train, self.model, 100, 1, ranks)
+        self.job = Job(
+            "probe", None, self.model, (Part("train", "target", np.arange(BATCH)),), weights, self.train, seed=1
+        )
+        self.engine = start_engine(self.train, self.model, [100], 1, ranks)
         self.gradients = record_gradients(self.engine)
         self.bare = load_model(self.model, "float32")
         if self.train.mode == "lora":
@@ -68,7 +70,7 @@ class Setting:
             run=SimpleNamespace(ranks=self.ranks),
             job=self.job,
             settings=self.train,
-            tokens=self.pairs,
+            pair=self.pairs.__getitem__,
             lengths=[len(pair) for pair in self.pairs],
             tokenizer=self.tokenizer,
             engine=self.engine,

@@ -150,7 +150,8 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
     recipe, folder = load_recipe(tiny_recipe(tmp_path), [on_dev]), RunFolder(tmp_path / "run")
     examples = prepare(recipe, folder)
     (job,) = reference_jobs(Run(recipe, folder, Ranks.alone()), examples)
-    assert (job.split, job.column) == ("dev", "gold") and job.rows.tolist() == list(range(len(examples.dev)))
+    (part,) = job.parts
+    assert (part.split, part.column) == ("dev", "gold") and part.rows.tolist() == list(range(len(examples.dev)))
     for wrong, said in (
         ({"on": "dev", "folds": 2}, "`on: dev` needs `folds: 1`"),
         ({"folds": 1, "rounds": 2}, "`rounds` needs kind: finetuned and `folds` of 2 or more"),
@@ -177,10 +178,10 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
     jobs = reference_jobs(Run(recipe, folder, Ranks.alone()), examples)
     assert [job.name for job in jobs] == [f"reference-{fold}-of-4-by-group" for fold in range(4)]
     groups = np.array([group or "" for group in examples.train.groups.to_pylist()])
-    left_out = [np.setdiff1d(np.arange(80), job.rows) for job in jobs]
+    left_out = [np.setdiff1d(np.arange(80), job.parts[0].rows) for job in jobs]
     assert sorted(np.concatenate(left_out).tolist()) == list(range(80))
     for job, rows_of_fold in zip(jobs, left_out):
-        assert not ({*groups[job.rows]} & {*groups[rows_of_fold]}) - {""}
+        assert not ({*groups[job.parts[0].rows]} & {*groups[rows_of_fold]}) - {""}
         assert len({*groups[rows_of_fold]} - {""}) == 2
     without = data | {"columns": {}}
     recipe = load_recipe(

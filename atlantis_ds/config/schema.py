@@ -209,8 +209,9 @@ class Reference(Section):
     """Run code that comes with the model. Off unless you set it."""
     chat_template: bool = False
     """checkpoint: put the prompt into the tokenizer's chat template, as an instruction-tuned model expects it."""
-    on: Literal["train", "dev"] = "train"
-    """finetuned: train it on the training examples, or on the gold labels of the dev split (then `folds: 1`)."""
+    on: Literal["train", "dev", "both"] = "train"
+    """finetuned: train it on the training examples, on the gold labels of the dev split (then `folds: 1`), or on both:
+    every fold has the dev examples among its own."""
     folds: Positive = 2
     """finetuned: cross-fitting; each example is scored by a model that did not train on it. 1 switches it off."""
     folds_by: Literal["text", "group"] = "text"
@@ -230,7 +231,7 @@ class Reference(Section):
             raise ValueError("kind: checkpoint needs `model_name_or_path`")
         if self.kind == "finetuned" and self.chat_template:
             raise ValueError("`chat_template` is for kind: checkpoint; the run trains its own reference without one")
-        if self.on == "dev" and self.kind == "checkpoint":
+        if self.on != "train" and self.kind == "checkpoint":
             raise ValueError("`on` is for kind: finetuned")
         if self.on == "dev" and self.folds != 1:
             raise ValueError("`on: dev` needs `folds: 1`: no training example is in the dev split")
@@ -372,6 +373,9 @@ class Arm(Section):
     """File of example ids, one a line, that this arm leaves out: what an annotator or another tool found wrong."""
     gold: bool = False
     """Train on the gold labels: what noise-free data would give."""
+    dev: Literal["mixed", "last", "alone"] | None = None
+    """Train on the gold labels of the dev split, too: `mixed` among the training examples, each with weight 1; `last`:
+    alone after them, with a learning rate schedule of its own; `alone`: on nothing else. Such arms have no dev loss."""
     loss: Loss | None = None
     """Loss of this arm; without it `train.loss`."""
 

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from atlantis_ds import __version__
@@ -31,7 +30,8 @@ def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
     Returns:
         ``arm``, ``recipe``, ``settings`` (of this job), ``base`` (the model trained from), ``encoder_decoder``,
         ``data`` (fingerprint, sizes), ``weights`` (options, ``ess``, ``ess_fraction``, ``pareto_k``,
-        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a reference of the first round) and ``versions``.
+        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a reference of the first round and for an arm on
+        dev alone) and ``versions``.
     """
     packages = ["torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
     return {
@@ -43,7 +43,7 @@ def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
         "encoder_decoder": bool(load_config(job.model).is_encoder_decoder),
         "data": {
             "fingerprint": examples.train_fingerprint,
-            "train": len(job.rows),
+            "train": len(job),
             "dev": len(examples.dev),
             "labels": len(examples.labels or ()),
         },
@@ -58,6 +58,8 @@ def _weights_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any] | N
     if job.arm is None:
         before = round_before(run.recipe, run.folder)
         return {key: read_json(before.weights_info)[key] for key in ("options", *keys)} if before else None
+    if job.parts[0].split == "dev":
+        return None
     options = run.recipe.arms[job.arm].weights or run.recipe.weights
     facts: dict[str, Any] = {"options": options.model_dump(mode="json")}
     if options.formula == "uniform":
@@ -66,7 +68,7 @@ def _weights_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any] | N
         diagnosis = read_json(run.folder.weights_info)
     else:
         log_weight = read_log_weights(run, examples, options).values
-        diagnosis = diagnose(np.asarray(job.weights), log_weight, weight_facts(examples.train, options))
+        diagnosis = diagnose(job.weights[: len(log_weight)], log_weight, weight_facts(examples.train, options))
     return facts | {key: diagnosis[key] for key in keys}
 
 

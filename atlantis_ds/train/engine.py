@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Model, Train
@@ -15,14 +17,15 @@ from atlantis_ds.lm.load import DTYPES, load_model, sharded_at_load, start_deeps
 from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device, zero_stage
 
 
-def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks: Ranks) -> Any:
+def start_engine(train: Train, model: Model, steps: Sequence[int], seed: int, ranks: Ranks) -> Any:
     """Load a model (sharded at load under ZeRO-3), put adapters on it where asked, and give it to DeepSpeed.
+
+    Args:
+        steps: optimizer steps; where there are several numbers, the learning rate begins anew after each.
 
     Returns:
         a DeepSpeed engine; ``engine.module`` is the transformers (or peft) model.
     """
-    from transformers import get_scheduler
-
     deepspeed = start_deepspeed()
     config = deepspeed_config(train, ranks.world_size)
     _check_machine(train, config, ranks.device)
@@ -43,14 +46,27 @@ def start_engine(train: Train, model: Model, total_steps: int, seed: int, ranks:
     optimizer = _adamw_class(train, config, ranks.device)(
         parameters, lr=train.learning_rate, weight_decay=train.weight_decay
     )
-    scheduler = get_scheduler(
-        train.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=round(train.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-    )
+    scheduler = _learning_rate(train, optimizer, steps)
     engine, *_ = deepspeed.initialize(model=lm, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
+
+
+def _learning_rate(train: Train, optimizer: torch.optim.Optimizer, steps: Sequence[int]) -> LambdaLR:
+    """The recipe's schedule, once for each number of ``steps``."""
+    from transformers import get_scheduler
+
+    factors = [
+        get_scheduler(train.lr_scheduler_type, optimizer, round(train.warmup_ratio * n), n).lr_lambdas[0] for n in steps
+    ]
+
+    def factor(step: int) -> float:
+        for of_phase, n in zip(factors[:-1], steps):
+            if step < n:
+                return float(of_phase(step))
+            step -= n
+        return float(factors[-1](step))
+
+    return LambdaLR(optimizer, factor)
 
 
 def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -> None:

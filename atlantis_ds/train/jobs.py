@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.data.examples import Examples, Split
@@ -25,34 +27,65 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
+class Part:
+    """Examples of one split, to train on."""
+
+    split: Literal["train", "dev"]
+    column: Literal["target", "gold"]
+    """What is trained on."""
+    rows: np.ndarray
+    """int64 [n], of the split."""
+
+    def of(self, examples: Examples) -> Split:
+        """Its split."""
+        split: Split = getattr(examples, self.split)
+        return split
+
+    def fingerprint(self, examples: Examples) -> list[str]:
+        split = self.of(examples)
+        digest = split.gold_digest if self.column == "gold" else split.digest
+        return [self.column, digest, hashlib.sha256(self.rows.tobytes()).hexdigest()]
+
+
+@dataclass(frozen=True)
 class Job:
     name: str
     """Name of its folders: arm, arm and seed, or ``reference``."""
     arm: str | None
     """Arm of the recipe; None for a reference."""
     model: Model
-    split: Literal["train", "dev"]
-    column: Literal["target", "gold"]
-    """What is trained on."""
-    rows: np.ndarray
-    """int64 [n], of the split."""
+    parts: tuple[Part, ...]
+    """What is trained on: n examples, one part after another."""
     weights: np.ndarray
-    """float64 [n], mean 1, one for each row."""
+    """float64 [n], one for each example."""
     settings: Train
     seed: int
+    one_by_one: bool = False
+    """Whether training on the next part begins when that on the one before has ended; else they are mixed."""
+
+    def __len__(self) -> int:
+        return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Numbers of examples that are trained on together, one phase after another."""
+        return tuple(len(part.rows) for part in self.parts) if self.one_by_one else (len(self),)
+
+    def ids(self, examples: Examples, places: np.ndarray) -> list[str]:
+        """Ids of some of the n examples."""
+        all_ids = pa.chunked_array([part.of(examples).ids.take(part.rows) for part in self.parts])
+        return list(all_ids.take(places).to_pylist())
 
     def fingerprint(self, run: Run, examples: Examples) -> str:
         """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
         free = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_skipped_steps"}
         free |= {"per_device_train_batch_size"}
-        split: Split = getattr(examples, self.split)
         return fingerprint(
             [
                 VERSION,
                 examples.train_fingerprint,
-                self.column,
-                split.gold_digest if self.column == "gold" else split.digest,
-                hashlib.sha256(self.rows.tobytes()).hexdigest(),
+                *(mark for part in self.parts for mark in part.fingerprint(examples)),
+                *(["one by one"] if self.one_by_one else []),
                 hashlib.sha256(self.weights.tobytes()).hexdigest(),
                 model_identity(self.model),
                 self.settings.model_dump(exclude=free),
@@ -75,27 +108,32 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
     recipe, folder = run.recipe, run.folder
     if arm not in recipe.arms:
         raise InputError(f"--arm {arm}: no such arm; the recipe has {', '.join(recipe.arms)} (and `reference`)")
-    weights = arm_weights(run, examples, arm)
+    options = recipe.arms[arm]
+    weights = np.ones(len(examples.train)) if options.dev == "alone" else arm_weights(run, examples, arm)
     share = effective_sample_size(weights) / len(weights)
     if not (share >= ESS_REFUSE or force):
         raise InputError(
             f"arm {arm}: the effective sample size of its weights is {share:.1%} of the examples, below "
             f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train all the same with --force"
         )
-    options = recipe.arms[arm]
     if options.gold:
         _refuse_unknown_gold(examples.train)
+    parts = [Part("train", "gold" if options.gold else "target", np.arange(len(weights)))]
+    if options.dev:
+        parts.append(_gold_dev(run, examples.dev, f"arms.{arm}.dev"))
+        weights = np.append(weights, np.ones(len(parts[1].rows)))
+    if options.dev == "alone":
+        parts, weights = parts[1:], weights[len(parts[0].rows) :]
     settings = recipe.train.model_copy(update={"loss": options.loss or recipe.train.loss})
     return Job(
         arm if seed is None else f"{arm}-seed{seed}",
         arm,
         model_source(recipe, folder, "large"),
-        "train",
-        "gold" if options.gold else "target",
-        np.arange(len(examples.train)),
+        tuple(parts),
         weights,
         settings,
         recipe.seed if seed is None else seed,
+        one_by_one=options.dev == "last",
     )
 
 
@@ -121,60 +159,61 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
     changes = {
         key: value for key in ("num_train_epochs", "learning_rate") if (value := getattr(reference, key)) is not None
     }
-    on_dev = reference.on == "dev"
-    source = examples.dev if on_dev else examples.train
-    column = _gold_column(run, source) if on_dev else "target"
+    gold = [] if reference.on == "train" else [_gold_dev(run, examples.dev, f"models.reference.on: {reference.on}")]
+    if reference.on == "dev":
+        return [_reference_job(run, 0, gold, np.ones(len(gold[0].rows)), changes)]
+    train = examples.train
     before = round_before(recipe, folder)
-    weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(source))
-    folds = None if reference.folds == 1 else example_folds(reference, source)
+    weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(train))
+    folds = np.full(len(train), -1) if reference.folds == 1 else example_folds(reference, train)
     jobs = []
     for fold in range(reference.folds):
-        rows = np.arange(len(source))
-        if folds is not None:
-            rows = rows[folds != fold]
-            if not len(rows) or len(rows) == len(source):
-                raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
-        weights = weight[rows]
-        jobs.append(
-            Job(
-                reference_name(folder, fold, reference),
-                None,
-                model_source(recipe, folder, "reference"),
-                "dev" if on_dev else "train",
-                column,
-                rows,
-                weights / weights.mean(),
-                # A reference is to tell right labels from wrong ones by their likelihood: no other loss will do.
-                recipe.train.model_copy(update={**changes, "loss": "cross_entropy"}),
-                recipe.seed,
-            )
-        )
+        rows = np.flatnonzero(folds != fold)
+        if reference.folds > 1 and len(rows) in (0, len(train)):
+            raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
+        weights = weight[rows] / weight[rows].mean()
+        weights = np.append(weights, [1.0] * sum(len(part.rows) for part in gold))
+        jobs.append(_reference_job(run, fold, [Part("train", "target", rows), *gold], weights, changes))
     return jobs
 
 
-def _gold_column(run: Run, dev: Split) -> Literal["target", "gold"]:
-    """Which column of the dev split holds its gold labels: ``gold`` where known, else what a file of its own says.
+def _reference_job(run: Run, fold: int, parts: Sequence[Part], weights: np.ndarray, changes: dict[str, Any]) -> Job:
+    recipe = run.recipe
+    return Job(
+        reference_name(run.folder, fold, recipe.models.reference),
+        None,
+        model_source(recipe, run.folder, "reference"),
+        tuple(parts),
+        weights,
+        # A reference is to tell right labels from wrong ones by their likelihood: no other loss will do.
+        recipe.train.model_copy(update={**changes, "loss": "cross_entropy"}),
+        recipe.seed,
+    )
+
+
+def _gold_dev(run: Run, dev: Split, key: str) -> Part:
+    """The dev split to train on: its gold labels where they are known, else what a file of its own says.
+
+    Args:
+        key: of the recipe, that asks for it.
 
     Raises:
         InputError: there are no dev examples, or some whose gold label is not known.
     """
-    key = "models.reference.on: dev"
     if not len(dev):
         raise InputError(f"{key}: there are no dev examples; set data.dev or data.dev_size")
     unknown = dev.golds.null_count
-    if not unknown:
-        return "gold"
-    if unknown < len(dev):
+    if 0 < unknown < len(dev):
         row = dev.golds.is_null().index(True).as_py()
         raise InputError(
             f"{key}: dev example {dev.ids[row].as_py()} has no gold label, and {len(dev) - unknown} others have one; "
             "leave it out of data.dev"
         )
-    if run.recipe.data.dev is None and run.recipe.data.hub_id is None:
+    if unknown and run.recipe.data.dev is None and run.recipe.data.hub_id is None:
         raise InputError(
             f"{key}: data.dev_size cuts dev from train, where no gold label is known; name gold examples: data.dev"
         )
-    return "target"
+    return Part("dev", "target" if unknown else "gold", np.arange(len(dev)))
 
 
 def training_summary(folder: RunFolder, name: str) -> dict[str, Any]:

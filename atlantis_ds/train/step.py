@@ -125,6 +125,39 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return math.ceil(examples / batch_size)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which examples each optimizer step of a job trains on."""
+
+    phases: tuple[int, ...]
+    """Numbers of examples: all epochs on the first so many, then all epochs on the next ones."""
+    epochs: float
+    batch_size: int
+    seed: int
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Optimizer steps of each phase."""
+        return tuple(max(1, math.ceil(self.epochs * steps_per_epoch(n, self.batch_size))) for n in self.phases)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The examples of optimizer step ``step`` (from 0), int64; see ``step_rows``."""
+        first = 0
+        for examples, steps in zip(self.phases, self.steps, strict=True):
+            if step < steps:
+                break
+            step, first = step - steps, first + examples
+        return first + step_rows(examples, self.batch_size, self.seed, step)
+
+    def examples_seen(self, steps: int) -> int:
+        """Examples of the first so many steps."""
+        seen = 0
+        for examples, of_phase in zip(self.phases, self.steps, strict=True):
+            epochs, rest = divmod(min(steps, of_phase), steps_per_epoch(examples, self.batch_size))
+            seen, steps = seen + epochs * examples + rest * self.batch_size, max(0, steps - of_phase)
+        return seen
+
+
 def step_rows(examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """The rows of the global batch of optimizer step ``step`` (from 0): int64, the last batch of an epoch may be short.
 

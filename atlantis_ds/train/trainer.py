@@ -19,6 +19,7 @@ from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.check import check_packed, sample_rows
+from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import label_log_likelihoods
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_tokenizer
 from atlantis_ds.lm.tokens import Tokens, encode_split
@@ -31,11 +32,11 @@ from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.step import (
+    Schedule,
     StepResult,
     loss_of_step,
     micro_batch_rows,
     optimizer_step,
-    step_rows,
     steps_per_epoch,
 )
 
@@ -96,16 +97,18 @@ class Trainer:
 
     def __init__(self, run: Run, examples: Examples, job: Job, mark: str) -> None:
         self.run, self.examples, self.job, self.settings = run, examples, job, job.settings
-        self.tokens = encode_split(run, examples, job.split, job.model, job.column)
-        self.lengths = self.tokens.lengths[job.rows]
+        self.tokens = [encode_split(run, examples, part.split, job.model, part.column) for part in job.parts]
+        self.lengths = np.concatenate([tokens.lengths[part.rows] for tokens, part in zip(self.tokens, job.parts)])
+        self.targets = np.concatenate([tokens.targets[part.rows] for tokens, part in zip(self.tokens, job.parts)])
         self.dev = encode_split(run, examples, "dev", job.model)
         # A loss on the very rows trained on would say nothing, and choose the last model as the best.
-        self.dev_loss_asked = bool(len(self.dev)) and job.split != "dev"
+        self.dev_loss_asked = bool(len(self.dev)) and all(part.split != "dev" for part in job.parts)
         self.tokenizer = load_tokenizer(job.model)
-        self.an_epoch = steps_per_epoch(len(job.rows), self.settings.train_batch_size)
-        self.total = max(1, math.ceil(self.settings.num_train_epochs * self.an_epoch))
+        settings = job.settings
+        self.schedule = Schedule(job.phases, settings.num_train_epochs, settings.train_batch_size, job.seed)
+        self.total = sum(self.schedule.steps)
         self._say_what_is_trained()
-        self.engine = start_engine(self.settings, job.model, self.total, job.seed, run.ranks)
+        self.engine = start_engine(settings, job.model, self.schedule.steps, job.seed, run.ranks)
         self.ways = self._find_ways()
         self.checkpoints = run.folder.checkpoints(job.name)
         found = resume(self.engine, self.checkpoints, mark, run.ranks) or {"fingerprint": mark}
@@ -115,7 +118,8 @@ class Trainer:
         """All steps that are left: step → log → dev loss → checkpoint."""
         self._say_where_it_begins()
         settings, state = self.settings, self.state
-        every_eval, every_save = settings.eval_steps or self.an_epoch, settings.save_steps or self.an_epoch
+        an_epoch = steps_per_epoch(self.job.phases[0], settings.train_batch_size)
+        every_eval, every_save = settings.eval_steps or an_epoch, settings.save_steps or an_epoch
         title = f"train {self.job.name}"
         with Steps(title, self.total, "steps", self.run.ranks.is_main, settings.logging_steps) as steps:
             steps.resume(state.step)
@@ -132,10 +136,8 @@ class Trainer:
         """One optimizer step on one global batch."""
         start = time.monotonic()
         settings, state, job, ranks = self.settings, self.state, self.job, self.run.ranks
-        places = step_rows(len(job.rows), settings.train_batch_size, job.seed, state.step)
-        rows = job.rows[places]
-        examples = settings.reduction == "example"
-        denominator = len(rows) if examples else int(self.tokens.targets[rows].sum())
+        places = self.schedule.rows(state.step)
+        denominator = len(places) if settings.reduction == "example" else int(self.targets[places].sum())
         # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
         torch.manual_seed(hash((job.seed, state.step, ranks.rank)) & 0x7FFFFFFF)
         rate = self.engine.get_lr()[0]
@@ -155,11 +157,11 @@ class Trainer:
                 loss=_finite(result.loss),
                 grad_norm=_finite(result.grad_norm),
                 learning_rate=rate,
-                examples_per_s=round(len(rows) / seconds, 2),
-                tokens_per_s=round(int(self.tokens.lengths[rows].sum()) / seconds, 1),
+                examples_per_s=round(len(places) / seconds, 2),
+                tokens_per_s=round(int(self.lengths[places].sum()) / seconds, 1),
             )
         if result.skipped:
-            self._note_skipped(rows)
+            self._note_skipped(places)
         return result
 
     def evaluate(self) -> None:
@@ -198,8 +200,8 @@ class Trainer:
             summary = {
                 **asdict(state),
                 **training_facts(run, self.examples, job),
-                "examples": len(job.rows),
-                "examples_per_s": round(self._examples_seen() / state.seconds, 2),
+                "examples": len(job),
+                "examples_per_s": round(self.schedule.examples_seen(state.step) / state.seconds, 2),
                 "world_size": run.ranks.world_size,
                 "hardware": run.ranks.hardware,
             }
@@ -210,12 +212,12 @@ class Trainer:
         run.ranks.barrier()
 
     def _micro_batches(self, places: np.ndarray) -> list[Batch]:
-        """This rank's part of a global batch; ``places`` are indices into the job's rows and weights."""
+        """This rank's part of a global batch; ``places`` are numbers of the job's examples."""
         job, settings = self.job, self.settings
         micro_batch_size = settings.per_device_train_batch_size
         batches = [
             collate_to_train(
-                [self.tokens[int(job.rows[place])] for place, _ in micro],
+                [self.pair(place) for place, _ in micro],
                 self.engine.module.config,
                 self.tokenizer.eos_token_id,
                 [float(job.weights[place]) if counts else 0.0 for place, counts in micro],
@@ -227,10 +229,18 @@ class Trainer:
         ]
         return [replace(batch, chunked=self.ways.chunked) for batch in batches]
 
+    def pair(self, place: int) -> Encoded:
+        """The tokens of one of the job's examples."""
+        for tokens, part in zip(self.tokens, self.job.parts):
+            if place < len(part.rows):
+                return tokens[int(part.rows[place])]
+            place -= len(part.rows)
+        raise IndexError(place)
+
     def _find_ways(self) -> Ways:
         """Which fast ways this model takes; found out on a few of the job's own examples."""
         self.engine.eval()
-        samples = [self.tokens[int(self.job.rows[at])] for at in sample_rows(self.lengths)]
+        samples = [self.pair(int(at)) for at in sample_rows(self.lengths)]
         ways = check_packed(self.engine, samples, self.tokenizer.eos_token_id)
         self.engine.train()
         if ways.slow:
@@ -242,7 +252,7 @@ class Trainer:
         micro = settings.per_device_train_batch_size
         accumulation = accumulation_steps(settings.train_batch_size, micro, ranks.world_size)
         self.run.say(
-            f"train {self.job.name}: {len(self.job.rows)} examples, {self.total} optimizer steps of "
+            f"train {self.job.name}: {len(self.job)} examples, {self.total} optimizer steps of "
             f"{settings.train_batch_size} ({ranks.world_size} ranks x {accumulation} micro-batches x {micro}), "
             f"{settings.mode}, {settings.dtype}"
         )
@@ -256,15 +266,10 @@ class Trainer:
         if self.run.ranks.is_main:
             self.run.log(event="start", arm=name, step=step, steps=self.total, since_process_start=waited)
 
-    def _examples_seen(self) -> int:
-        epochs, rest = divmod(self.state.step, self.an_epoch)
-        return int(epochs * len(self.job.rows) + rest * self.settings.train_batch_size)
-
-    def _note_skipped(self, rows: np.ndarray) -> None:
+    def _note_skipped(self, places: np.ndarray) -> None:
         """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""
         name, state = self.job.name, self.state
-        split = getattr(self.examples, self.job.split)
-        ids = [split.ids[row].as_py() for row in rows.tolist()]
+        ids = self.job.ids(self.examples, places)
         if self.run.ranks.is_main:
             self.run.log(event="skipped", arm=name, step=state.step, ids=ids)
         if state.skipped_in_a_row >= self.settings.max_skipped_steps:

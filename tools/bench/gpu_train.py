@@ -98,7 +98,7 @@ def train_ours(mode: str, model: Model, config: Any, micro: int, ranks: Ranks, e
     micro = fitting(mode, config, micro, ranks.device)
     pairs = some_examples(config, micro)
     with EXTRAS[(mode, extra)]() if extra == "fused AdamW" else contextlib.nullcontext():
-        engine = start_engine(settings(mode, micro), model, 100, 0, ranks)
+        engine = start_engine(settings(mode, micro), model, [100], 0, ranks)
     try:
         if extra and extra != "fused AdamW":
             EXTRAS[(mode, extra)](engine.module)

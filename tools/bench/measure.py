@@ -97,7 +97,7 @@ def train_ours(setting: Setting) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         setting.lm.save_pretrained(folder)
         setting.lm = None
-        engine = start_engine(train, Model(model_name_or_path=folder), 100, 0, ranks)
+        engine = start_engine(train, Model(model_name_or_path=folder), [100], 0, ranks)
     if setting.options.get("full_logits"):
         weighted_step.token_log_likelihoods = full_logits
     to_batch = collate if setting.options.get("padded") else collate_to_train

@@ -111,7 +111,7 @@ def train(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
     """Optimizer steps over equal examples: what is sent, seconds of a step and of its update, peak memory."""
     settings = Train(**options["train"])
     before = resident("VmRSS")
-    engine = start_engine(settings, Model(model_name_or_path=options["model"]), 100, 0, ranks)
+    engine = start_engine(settings, Model(model_name_or_path=options["model"]), [100], 0, ranks)
     forget_peak()  # of loading
     micro, size = settings.per_device_train_batch_size, settings.train_batch_size
     batch = collate(some_pairs(micro, options["prompt"], options["label"]), engine.module.config, 0, [1.0] * micro)
@@ -180,7 +180,7 @@ def _score(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float
 def _train(ranks: Ranks, options: dict[str, Any], pairs: list[Encoded]) -> float:
     """One epoch, after two steps to warm up: global batches and micro-batches as `train` makes them."""
     settings = Train(**options["train"])
-    engine = start_engine(settings, Model(model_name_or_path=options["model"]), 100, 0, ranks)
+    engine = start_engine(settings, Model(model_name_or_path=options["model"]), [100], 0, ranks)
     lengths, size = [len(pair) for pair in pairs], settings.train_batch_size
 
     def step(first: int) -> None:
