@@ -524,7 +524,14 @@ def test_groups_that_the_reference_contradicts_more_often_speak_for_errors(diffe
 
 
 NO_NOISE = {"interval": [0, 0.01], "rate": 0.004, "evidence": -1.0, "evidence_clean": -1.01, "temperature": 1.0}
-NO_NOISE |= {"share": 0.0, "matrix": [[1, 0], [0, 1]], "labels": ["a", "b"], "examples": 2000}
+NO_NOISE |= {
+    "share": 0.0,
+    "matrix": [[1, 0], [0, 1]],
+    "labels": ["a", "b"],
+    "examples": 2000,
+    "pairs": 0,
+    "meaning": None,
+}
 
 
 def test_groups_that_were_not_judged_by_others_show_no_contradiction():

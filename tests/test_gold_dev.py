@@ -1,4 +1,4 @@
-"""A few gold labels beside many others: the dev split in training, mixed in, at the end or alone, and in a reference."""
+"""A few gold labels beside many others: the dev split in training (mixed in, at the end, alone), and in a reference."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import WriteRecipe, succeed
 from pydantic import ValidationError
@@ -13,13 +14,13 @@ from pydantic import ValidationError
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.config.schema import Recipe, Weights
-from atlantis_ds.data.examples import load_examples
+from atlantis_ds.data.examples import Split, load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights import arms, posterior
 from atlantis_ds.weights.formulas import log_weights
-from atlantis_ds.weights.posterior import Noise, fit_noise, log_posterior
+from atlantis_ds.weights.posterior import Noise, count_noise, fit_noise, log_posterior
 from atlantis_ds.weights.shards import load_scores
 
 UNIFORM = np.full((5, 5), 0.05) + 0.75 * np.eye(5)
@@ -72,6 +73,33 @@ def test_wrong_labels_weigh_less_and_hard_ones_keep_their_weight() -> None:
     weights = np.exp(log_posterior(scores, np.zeros_like(scores), given, fit(scores, given)))
     wrong = given != true
     assert weights[wrong].mean() < 0.2 < 0.9 < weights[~wrong].mean()
+
+
+def test_known_pairs_find_noise_that_the_reference_has_learned() -> None:
+    """Errors that are made in the same way again and again are invisible to a reference that was trained on them."""
+    scores, _, true = simulated(900, np.eye(5))
+    given = np.where((true == 1) & (np.arange(900) % 3 > 0), 0, true)  # two thirds of label 1 are written as label 0
+    scores[given != true, 0] = scores[given != true, 1] + 4
+    assert not fit(scores, given).found
+    pairs = np.diag([20, 7, 20, 20, 20])
+    pairs[1, 0] = 13
+    seen = count_noise(scores, given, pairs, seed=1)
+    assert seen.found and seen.pairs == 100 and seen.meaning is not None
+    assert seen.interval[0] < np.mean(given != true) < seen.interval[1]
+    weights = log_posterior(scores, np.zeros_like(scores), given, seen)
+    wrong = given != true
+    assert weights[wrong].mean() < weights[~wrong & (given != 0)].mean() - 0.2
+
+
+def test_pairs_give_the_matrix_to_a_reference_that_has_not_learned_the_errors() -> None:
+    scores, given, true = simulated(2000, PAIRS)
+    pairs = np.zeros((5, 5), dtype=np.int64)
+    np.add.at(pairs, (true[:1500], given[:1500]), 1)
+    counted, fitted = count_noise(scores, given, pairs, seed=1), fit(scores, given)
+    assert counted.meaning is None and counted.found
+    assert np.abs(counted.matrix - PAIRS).max() < 0.06 and 0.8 < counted.temperature < 1.25
+    one, other = (log_posterior(scores, np.zeros_like(scores), given, noise) for noise in (counted, fitted))
+    assert np.corrcoef(one, other)[0, 1] > 0.98
 
 
 def test_orders_and_constants_do_not_count() -> None:
@@ -145,6 +173,15 @@ def test_from_shards_as_from_all_scores_at_once(
 def test_what_the_posterior_needs(changes: dict[str, Any], said: str, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         load_recipe(tiny_recipe(tmp_path, {"weights": {"formula": "posterior"}, **changes}))
+
+
+def test_pairs_come_from_dev_labels_that_are_not_gold_themselves() -> None:
+    def dev(targets: str, golds: list[str | None]) -> Split:
+        table = pa.table({"target": list(targets), "gold": pa.array(golds, pa.string())})
+        return Split(table, ["a", "b"], "", "")
+
+    assert not arms.known_pairs(dev("abab", ["a", "b", "a", None]), 2).any()
+    assert arms.known_pairs(dev("abab", ["a", "a", None, "b"]), 2).tolist() == [[1, 1], [0, 1]]
 
 
 def test_responses_have_no_posterior() -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Recipe, Weights
-from atlantis_ds.data.examples import Examples
+from atlantis_ds.data.examples import Examples, Split
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import fingerprint, read_json, read_table
 from atlantis_ds.progress import Steps
@@ -21,7 +21,14 @@ from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.formulas import Scores, combine, evidence, label_set_evidence, shuffled, stabilise
-from atlantis_ds.weights.posterior import Noise, fit_noise, log_posterior, sample_rows
+from atlantis_ds.weights.posterior import (
+    ENOUGH_PAIRS,
+    Noise,
+    count_noise,
+    fit_noise,
+    log_posterior,
+    sample_rows,
+)
 from atlantis_ds.weights.shards import read_shards
 
 WEIGHTS_VERSION = 4
@@ -93,7 +100,7 @@ def _merged_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.
         return stabilise(log_weight, examples.train.codes, options), log_weight
     folder = run.folder
     table, info = read_weights(folder)
-    if info["fingerprint"] != weights_fingerprint(run.recipe, options, info["scores"]):
+    if info["fingerprint"] != weights_fingerprint(run.recipe, examples, options, info["scores"]):
         raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
     if not table["id"].cast(pa.string()).equals(examples.train.ids):
         raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
@@ -149,7 +156,23 @@ def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:
         here = chosen[np.searchsorted(chosen, rows.start) : np.searchsorted(chosen, rows.stop)] - rows.start
         parts.append(label_set_evidence(chunk, options)[:, here])
     large, small, reference = np.concatenate(parts, axis=1)
-    return fit_noise(reference, large - small, examples.train.codes[chosen], run.recipe.seed)
+    given, seed = examples.train.codes[chosen], run.recipe.seed
+    pairs = known_pairs(examples.dev, len(examples.labels or ()))
+    if pairs.sum() >= ENOUGH_PAIRS:
+        return count_noise(reference, given, pairs, seed)
+    return fit_noise(reference, large - small, given, seed)
+
+
+def known_pairs(dev: Split, labels: int) -> np.ndarray:
+    """How often dev has a true label (row) given as another (column), int [K, K].
+
+    All 0 where every label of dev is its gold label: then its labels did not come the way those of train did.
+    """
+    counts = np.zeros((labels, labels), dtype=np.int64)
+    if (dev.correct == 0).any():
+        known = dev.correct >= 0
+        np.add.at(counts, (dev.gold_codes[known], dev.codes[known]), 1)
+    return counts
 
 
 def _chunks(run: Run, examples: Examples) -> Iterator[tuple[slice, Scores]]:
@@ -167,5 +190,6 @@ def scores_fingerprint(folder: RunFolder) -> str:
     return str(read_json(folder.scores / "scores.json")["fingerprint"])
 
 
-def weights_fingerprint(recipe: Recipe, options: Weights, scores: str) -> str:
-    return fingerprint([WEIGHTS_VERSION, scores, options.model_dump(), recipe.seed])
+def weights_fingerprint(recipe: Recipe, examples: Examples, options: Weights, scores: str) -> str:
+    pairs = [examples.dev.gold_digest] if options.base_formula == "posterior" else []
+    return fingerprint([WEIGHTS_VERSION, scores, options.model_dump(), recipe.seed, *pairs])

@@ -145,11 +145,15 @@ def _noise_rows(noise: dict[str, Any]) -> Iterator[tuple[str, str]]:
     told = "" if noise["found"] else "; not told from none, so all weights are 1"
     yield "noise in the labels", f"{noise['rate']:.1%} [{low:.1%}, {high:.1%}]{told}"
     gain = noise["evidence"] - noise["evidence_clean"]
-    yield (
-        "noise model",
-        f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats an example better "
-        "than no noise",
-    )
+    if noise["pairs"]:
+        learned = "; the reference has learned the errors" if noise["meaning"] else ""
+        yield "noise model", f"from {noise['pairs']:,} dev examples with a given and a gold label{learned}"
+    else:
+        yield (
+            "noise model",
+            f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats an example "
+            "better than no noise",
+        )
     at = [(p, t, g) for t, row in enumerate(noise["matrix"]) for g, p in enumerate(row) if t != g]
     names = noise["labels"]
     worst = [f"{names[true]} as {names[given]} {p:.0%}" for p, true, given in sorted(at, reverse=True)[:3] if p > 0.01]

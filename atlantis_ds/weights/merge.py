@@ -30,7 +30,7 @@ def merge(run: Run) -> dict[str, Any]:
     examples = load_examples(folder)
     train = examples.train
     scores = scores_fingerprint(folder)
-    mark = weights_fingerprint(recipe, recipe.weights, scores)
+    mark = weights_fingerprint(recipe, examples, recipe.weights, scores)
     if finished(folder.weights_info, mark) and finished(folder.weights, mark) and folder.weights_plot.exists():
         found: dict[str, Any] = read_json(folder.weights_info)
         # Gold labels may come later: the weights stay, and what they are held against does not.

@@ -6,8 +6,12 @@ Dirichlet prior worth ``PRIOR`` examples a row of noise that is the same for all
 the marginal likelihood Σ_i log Σ_y P_i(y) M[y, ỹ_i]. No gold label is used. The posterior is q_i(y) ∝ P_i(y) M[y, ỹ_i],
 and the weight of an example q_i(ỹ_i).
 
+Where both labels of ``ENOUGH_PAIRS`` examples are known, M is counted instead. They also show whether the reference has
+learned the errors: then it predicts the given labels better without M than with it, and what it says is translated,
+P_i(y) = Σ_ỹ P_i(ỹ) C[ỹ, y] with C the true labels of those given.
+
 Sources: Patrini et al. 2017, Making deep neural networks robust to label noise; Northcutt et al. 2021, Confident
-learning; the choice of T and λ by evidence is ours. Pure numpy, float64.
+learning; the choice of T, λ and the translation by evidence is ours. Pure numpy, float64.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ CELLS = 1_000_000
 PRIOR = 5.0
 ROUNDS, ENOUGH = 300, 1e-6
 """EM ends after so many rounds, or when the evidence of an example changes by less."""
+ENOUGH_PAIRS = 50
 DRAWS = 100
 """Bootstrap draws for the interval of the noise rate."""
 CLEAN = 0.01
@@ -46,22 +51,27 @@ class Noise:
     rate: float
     """Mean probability that a given label is wrong."""
     interval: tuple[float, float]
-    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples, T and λ kept."""
+    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples (or pairs), T and λ kept."""
     evidence: float
     """Marginal likelihood of the given labels, natural log, mean over the examples fitted on."""
     evidence_clean: float
     """The same without noise (M = 1), at its own best T."""
     examples: int
     """That it was fitted on."""
+    pairs: int = 0
+    """Of a true and a given label, where M was counted from them."""
+    meaning: np.ndarray | None = None
+    """float64 [K, K], where the reference has learned the errors: row, the label it says; column, the true one."""
 
     @property
     def found(self) -> bool:
         """Whether there is noise that can be told from none."""
-        return self.interval[0] >= CLEAN and self.evidence > self.evidence_clean
+        return self.interval[0] >= CLEAN and (self.evidence > self.evidence_clean or self.pairs > 0)
 
     def as_json(self, labels: list[str]) -> dict[str, Any]:
         """All of it, the matrix with its labels."""
-        return {**vars(self), "matrix": self.matrix.tolist(), "labels": labels, "found": self.found}
+        arrays = {"matrix": self.matrix.tolist(), "meaning": None if self.meaning is None else self.meaning.tolist()}
+        return {**vars(self), **arrays, "labels": labels, "found": self.found}
 
 
 def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int) -> Noise:
@@ -84,7 +94,7 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
     ]
     (matrix, evidence), temperature, share = max(tried, key=lambda fit: fit[0][1])
     chances = _chances(reference + share * ratio, given, temperature)
-    clean = max(float(np.log(np.take_along_axis(c.values, c.column[:, None], 1)).mean()) for c in own)
+    clean = max(c.evidence_clean for c in own)
     rates = []
     draw = np.random.default_rng(seed)
     for _ in range(DRAWS):
@@ -95,6 +105,37 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
     return Noise(matrix, temperature, share, rate, (float(low), float(high)), evidence, clean, len(given))
 
 
+def count_noise(reference: np.ndarray, given: np.ndarray, pairs: np.ndarray, seed: int) -> Noise:
+    """M from known pairs, T by the evidence, and whether the reference has learned the errors; λ is 0.
+
+    Args:
+        reference, given, seed: as in ``fit_noise``.
+        pairs: int [K, K], how often a true label (row) is known to be given as another (column).
+    """
+    of_given = np.bincount(given, minlength=len(pairs)) / len(given)
+    wrong = 1 - np.trace(pairs) / pairs.sum()
+    matrix = _rows_to_1(pairs + PRIOR * ((1 - wrong) * np.eye(len(pairs)) + wrong * of_given))
+    own = [_chances(reference, given, t) for t in TEMPERATURES]
+    seen = [chances.evidence(matrix) for chances in own]
+    clean = [chances.evidence_clean for chances in own]
+    learned = max(clean) > max(seen)
+    temperature = float(TEMPERATURES[np.argmax(clean if learned else seen)])
+
+    def rate(counts: np.ndarray) -> float:
+        return float(of_given @ (1 - np.diag(_rows_to_1(counts.T + np.eye(len(counts))))))
+
+    draw = np.random.default_rng(seed)
+    drawn = draw.multinomial(pairs.sum(), pairs.ravel() / pairs.sum(), size=DRAWS).reshape(DRAWS, *pairs.shape)
+    low, high = np.quantile([rate(counts) for counts in drawn], [0.025, 0.975])
+    meaning = _rows_to_1(pairs.T + PRIOR * np.eye(len(pairs))) if learned else None
+    interval, size = (float(low), float(high)), int(pairs.sum())
+    return Noise(matrix, temperature, 0.0, rate(pairs), interval, max(seen), max(clean), len(given), size, meaning)
+
+
+def _rows_to_1(counts: np.ndarray) -> np.ndarray:
+    return np.asarray(counts / counts.sum(axis=1, keepdims=True))
+
+
 def log_posterior(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, noise: Noise) -> np.ndarray:
     """log q_i(ỹ_i) of each example, float64 [n], at least -30; 0 where no noise was found.
 
@@ -103,7 +144,7 @@ def log_posterior(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, n
     """
     if not noise.found:
         return np.zeros(len(given))
-    chances = _chances(reference + noise.share * ratio, given, noise.temperature)
+    chances = _chances(reference + noise.share * ratio, given, noise.temperature, noise.meaning)
     return np.log(np.maximum(chances.of_given(noise.matrix), np.exp(-30)))
 
 
@@ -129,22 +170,34 @@ class _Chances:
     def take(self, rows: np.ndarray) -> _Chances:
         return _Chances(self.labels[rows], self.values[rows], self.given[rows], self.column[rows])
 
+    @property
+    def evidence_clean(self) -> float:
+        """Mean log-likelihood of the given labels where none is wrong."""
+        return float(np.log(np.take_along_axis(self.values, self.column[:, None], 1)).mean())
+
+    def evidence(self, matrix: np.ndarray) -> float:
+        """The same under a noise matrix."""
+        return float(np.log((self.values * matrix[self.labels, self.given[:, None]]).sum(axis=1)).mean())
+
     def of_given(self, matrix: np.ndarray) -> np.ndarray:
         """q_i(ỹ_i), float64 [n]."""
         joint = self.values * matrix[self.labels, self.given[:, None]]
         return np.asarray(np.take_along_axis(joint, self.column[:, None], 1)[:, 0] / joint.sum(axis=1))
 
 
-def _chances(scores: np.ndarray, given: np.ndarray, temperature: float) -> _Chances:
+def _chances(scores: np.ndarray, given: np.ndarray, temperature: float, meaning: np.ndarray | None = None) -> _Chances:
     rows = np.arange(len(given))
     values = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    values /= values.sum(axis=1, keepdims=True)
+    if meaning is not None:
+        values = values @ meaning
     # A given label of probability 0 would make the evidence of no noise infinite.
-    values = np.maximum(values / values.sum(axis=1, keepdims=True), 1e-13)
+    values = np.maximum(values, 1e-13)
     if scores.shape[1] <= LIKELIEST:
         labels = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
         column = given
     else:
-        first = scores.copy()
+        first = values.copy()
         first[rows, given] = np.inf
         labels = np.argpartition(-first, LIKELIEST - 1, axis=1)[:, :LIKELIEST]
         values = np.take_along_axis(values, labels, 1)
@@ -169,8 +222,8 @@ def _fit(chances: _Chances, labels: int, matrix: np.ndarray | None = None) -> tu
         before, evidence = evidence, float(np.log(of_example).mean())
         joint /= of_example[:, None]
         rate = 1 - float(np.take_along_axis(joint, chances.column[:, None], 1).mean())
-        counts = np.bincount(cells, joint.ravel(), labels * labels).reshape(labels, labels) + PRIOR * plain(rate)
-        matrix = counts / counts.sum(axis=1, keepdims=True)
+        counts = np.bincount(cells, joint.ravel(), labels * labels).reshape(labels, labels)
+        matrix = _rows_to_1(counts + PRIOR * plain(rate))
         if abs(evidence - before) < ENOUGH:
             break
     return matrix, evidence
