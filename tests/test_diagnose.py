@@ -237,7 +237,8 @@ def test_page_of_responses(tmp_path: Path) -> None:
     plot_weights(tmp_path / "weights.png", weights, diagnosis)
     order, listing = np.argsort(weights), page.Listing(examples, weights, None)
     lists = (list(listing.entries(rows)) for rows in (order[:50], order[::-1][:50]))
-    text = page._page("x", diagnosis, *lists, tmp_path / "weights.png")
+    first = {"web": lists[0][0]}
+    text = page._page("x", diagnosis, *lists, tmp_path / "weights.png", first)
     found = Page(text)
     assert not found.open and "<book>" in found.text
     assert "x" * 200 + "…" in found.text and "x" * 300 not in found.text and "Answer this" not in found.text
@@ -250,11 +251,11 @@ def test_page_of_responses(tmp_path: Path) -> None:
 def test_text_of_the_data_is_never_markup() -> None:
     row = {"id": "<1>", "prompt": "<script>alert(1)</script>", "target": "a&b", "gold": None, "weight": 0.1}
     row |= {"suggested_label": "<b>", "p_label": 0.1, "p_suggested": 0.5, "group": "<u>"}
-    share = {"label": "<i>", "data_share": 1.0, "weight_share": 1.0, "ratio": 1.0}
+    share = {"label": "<i>", "examples": 1, "data_share": 1.0, "weight_share": 1.0, "ratio": 1.0}
     facts = WeightFacts(labels=np.zeros(1, int), label_names=["<i>"], groups=np.zeros(1, int), group_names=["<u>"])
     diagnosis = diagnose(np.ones(1), np.zeros(1), facts) | {"options": {"formula": "ratio"}}
     assert diagnosis["classes"] == [share]
     for classes in ([share], None):
-        text = page._page("<x>", diagnosis | {"classes": classes}, [row], [row], Path(__file__))
+        text = page._page("<x>", diagnosis | {"classes": classes}, [row], [row], Path(__file__), {"<u>": row})
         assert not any(tag in text for tag in ("<script>", "<b>", "<i>", "<u>", "<x>"))
         assert "&lt;script&gt;" in text and Page(text).open == []

@@ -40,14 +40,14 @@ def diagnose(
         ``formulas.pareto_k``; the final one decides about the warning, unless no weight is large); ``max``;
         ``quantiles``; ``top_percent_share``: share of the weight on the heaviest 1% of examples.
 
-        Lists of shares, each row with ``label``, ``data_share``, ``weight_share`` and their ``ratio``: ``classes``,
-        most frequent first, None for responses; ``groups``, likewise, None where no group is known (beyond the 1,000
-        largest one row for all others, with their number in ``of``); ``label_lengths``: the labels of equal length,
-        shortest first, and ``target_lengths``: responses in up to ten ranges of tokens, shortest first; either is None
-        for the other task, or without tokens. Classes and groups also have ``contradicted``, the share where the
-        reference finds another label likelier (None where folds go by group and the reference has seen others of the
-        group), and ``wrong``, the share known to be wrong. ``length_correlation``: Spearman's, of weight and length,
-        for responses.
+        Lists of shares, each row with ``label``, ``examples`` (how many), ``data_share``, ``weight_share`` and their
+        ``ratio``: ``classes``, most frequent first, None for responses; ``groups``, likewise, None where no group is
+        known (beyond the 1,000 largest one row for all others, with their number in ``of``); ``label_lengths``: the
+        labels of equal length, shortest first, and ``target_lengths``: responses in up to ten ranges of tokens,
+        shortest first; either is None for the other task, or without tokens. Classes and groups also have
+        ``contradicted``, the share where the reference finds another label likelier (None where folds go by group and
+        the reference has seen others of the group), and ``wrong``, the share known to be wrong. ``length_correlation``:
+        Spearman's, of weight and length, for responses.
 
         ``tied``: share of the examples that have the most frequent weight. ``one_base``: whether large and small base
         are one model. ``agreement``: see ``agreement.agreement``; None where the label set was not scored.
@@ -167,11 +167,16 @@ def _share_table(title: str, shares: list[dict[str, Any]]) -> Table:
 
     extra = [key for key in ("contradicted", "wrong") if any(row.get(key) is not None for row in shares)]
     table = Table(title, header_style="bold")
-    for column in ("data", "weight", "ratio", *extra):
+    for column in ("examples", "data", "weight", "ratio", *extra):
         table.add_column(column, justify="right")
     for row in largest(shares, MOST_ROWS):
         style = None if CLASS_RATIO[0] <= row["ratio"] <= CLASS_RATIO[1] else "yellow"
-        numbers = [f"{row['data_share']:.1%}", f"{row['weight_share']:.1%}", f"{row['ratio']:.2f}"]
+        numbers = [
+            f"{row['examples']:,}",
+            f"{row['data_share']:.1%}",
+            f"{row['weight_share']:.1%}",
+            f"{row['ratio']:.2f}",
+        ]
         numbers += ["–" if row.get(key) is None else f"{row[key]:.1%}" for key in extra]
         table.add_row(Text(row["label"]), *numbers, style=style)
     return table

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Reference, Weights
@@ -67,7 +66,7 @@ class WeightFacts:
 
 def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
     """What ``diagnose`` wants to know of the n training examples, with what else is ``known`` of ``WeightFacts``."""
-    rows, groups, names = _groups(train.groups)
+    rows, groups, names = groups_of(train)
     return WeightFacts(
         labels=None if train.labels is None else train.codes,
         label_names=train.labels or (),
@@ -80,9 +79,9 @@ def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
     )
 
 
-def _groups(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def groups_of(train: Split) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Examples, int [m], and their groups, int [m] into the names; -1 where an example has none."""
-    split = pc.split_pattern(pc.fill_null(column, ""), GROUPS).combine_chunks()
+    split = pc.split_pattern(pc.fill_null(train.groups, ""), GROUPS).combine_chunks()
     rows, each = pc.list_parent_indices(split).to_numpy(), pc.list_flatten(split)
     names = pc.unique(each)
     names = names.filter(pc.not_equal(names, ""))
@@ -153,16 +152,18 @@ def _shares(
     """
     rows = np.arange(len(weights)) if rows is None else rows
     numbers, code = np.unique(codes, return_inverse=True)
-    data_share = np.bincount(code) / len(weights)
+    counts = np.bincount(code)
+    data_share = counts / len(weights)
     weight_share = np.bincount(code, weights[rows]) / weights.sum()
     shares = [
         {
             "label": str(number) if names is None else names[number],
+            "examples": int(count),
             "data_share": float(data),
             "weight_share": float(weight),
             "ratio": float(weight / data),
         }
-        for number, data, weight in zip(numbers, data_share, weight_share)
+        for number, count, data, weight in zip(numbers, counts, data_share, weight_share)
     ]
     for key, values in means.items():
         if values is None:
@@ -187,8 +188,11 @@ def largest(shares: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     kept, rest = sorted(by_size[:most]), [shares[row] for row in by_size[most:]]
     data, weight = (math.fsum(row[key] for row in rest) for key in ("data_share", "weight_share"))
     count = sum(row.get("of", 1) for row in rest)
-    others = {"label": f"and {count:,} more", "data_share": data, "weight_share": weight, "ratio": weight / data}
-    return [*(shares[row] for row in kept), {**others, "of": count}]
+    others = {"label": f"and {count:,} more", "of": count, "examples": sum(row["examples"] for row in rest)}
+    return [
+        *(shares[row] for row in kept),
+        {**others, "data_share": data, "weight_share": weight, "ratio": weight / data},
+    ]
 
 
 def _length_bins(tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:

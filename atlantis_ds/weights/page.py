@@ -21,6 +21,7 @@ from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.arms import lowest_first, read_weights
 from atlantis_ds.weights.diagnostics import number_rows
+from atlantis_ds.weights.facts import groups_of
 from atlantis_ds.weights.picture import plot_weights
 from atlantis_ds.weights.shards import read_shards
 
@@ -55,9 +56,25 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     _write_csv(target / "label_errors.csv", listed.entries(order))
     plot_weights(target / "weights.png", weights, diagnosis)
     lowest, highest = (list(listed.entries(rows)) for rows in (order[:SHOWN], order[::-1][:SHOWN]))
-    write_text(target / "diagnosis.html", _page(run.recipe.name, diagnosis, lowest, highest, target / "weights.png"))
+    of_groups = _lowest_of_groups(examples, diagnosis, order, listed)
+    page = _page(run.recipe.name, diagnosis, lowest, highest, target / "weights.png", of_groups)
+    write_text(target / "diagnosis.html", page)
     write_json(target / "diagnosis.json", diagnosis)
     return diagnosis
+
+
+def _lowest_of_groups(
+    examples: Examples, diagnosis: dict[str, Any], order: np.ndarray, listed: Listing
+) -> dict[str, dict[str, Any]]:
+    """The example of the lowest weight of each of the largest groups, by the group's name."""
+    rows, groups, names = groups_of(examples.train)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    first = np.full(len(names) + 1, len(order))
+    np.minimum.at(first, groups, place[rows])  # -1, no group, is the last
+    shown = {row["label"] for row in (diagnosis["groups"] or ())[:SHOWN]}
+    chosen = [number for number, name in enumerate(names) if name in shown]
+    return dict(zip([names[number] for number in chosen], listed.entries(order[first[chosen]])))
 
 
 def _suggestions(run: Run, examples: Examples) -> Suggestions | None:
@@ -208,6 +225,7 @@ def _page(
     lowest: Sequence[dict[str, Any]],
     highest: Sequence[dict[str, Any]],
     picture: Path,
+    of_groups: dict[str, dict[str, Any]],
 ) -> str:
     """One HTML file with all in it: no script, no other file, no network."""
     import jinja2
@@ -224,6 +242,7 @@ def _page(
         what=what,
         numbers=list(number_rows(diagnosis)),
         ratio=CLASS_RATIO,
+        of_groups=of_groups,
         picture=base64.b64encode(picture.read_bytes()).decode(),
         options={key: value for key, value in diagnosis["options"].items() if value is not None},
         lists=[(f"Lowest weights: {errors}", lowest), ("Highest weights", highest)],
