@@ -163,6 +163,8 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
 
 
 def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    from atlantis_ds.config.schema import Reference
+    from atlantis_ds.reference import judged_by_others
     from atlantis_ds.train.jobs import reference_jobs
 
     rows = [
@@ -183,6 +185,9 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
     for job, rows_of_fold in zip(jobs, left_out):
         assert not ({*groups[job.parts[0].rows]} & {*groups[rows_of_fold]}) - {""}
         assert len({*groups[rows_of_fold]} - {""}) == 2
+    judged = judged_by_others(recipe.models.reference, examples.train)
+    assert judged is not None and judged.tolist() == [group != "" for group in groups]
+    assert judged_by_others(Reference(folds=4), examples.train) is None
     without = data | {"columns": {}}
     recipe = load_recipe(
         tiny_recipe(tmp_path / "b", {"data": without, "models.reference": by_group, "prompt.template": "{text}"})
