@@ -523,6 +523,19 @@ def test_groups_that_the_reference_contradicts_more_often_speak_for_errors(diffe
     assert printed(diagnosis)
 
 
+@pytest.mark.parametrize("labels", [2, 15, 40, 41])
+def test_the_noise_matrix_is_drawn_where_noise_is_found(tmp_path, labels):
+    weights, log_weight, given, gold = noisy_examples()
+    names = [f"label {number} $x$" for number in range(labels)]
+    noise = {**NO_NOISE, "found": True, "matrix": (0.8 * np.eye(labels) + 0.2 / labels).tolist(), "labels": names}
+    shapes = []
+    for found in (True, False):
+        diagnosis = diagnose(weights, log_weight, given, gold) | {"noise": noise | {"found": found}}
+        plot_weights(tmp_path / "weights.png", weights, diagnosis)
+        shapes.append(matplotlib.image.imread(tmp_path / "weights.png").shape)
+    assert (shapes[0][:2] != shapes[1][:2]) == (labels <= 40)
+
+
 NO_NOISE = {"interval": [0, 0.01], "rate": 0.004, "evidence": -1.0, "evidence_clean": -1.01, "temperature": 1.0}
 NO_NOISE |= {
     "share": 0.0,

@@ -44,9 +44,10 @@ def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> 
     drawn = noise is not None and noise["found"] and len(noise["labels"]) <= MOST_CELLS
     rows = max((len(shares) for _, shares in panels), default=0)
     count = 1 + len(panels) + drawn
-    size = (0.5 + 5.5 * count, max(4.0, 1.5 + 0.34 * rows, 1.5 + 0.3 * len(noise["labels"]) if drawn else 0))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    first, *others = figure.subplots(1, count, squeeze=False)[0]
+    down, across = (1, count) if count <= 3 else (2, 2)
+    height = max(4.0, 1.5 + 0.34 * rows, 1.5 + 0.3 * len(noise["labels"]) if drawn else 0)
+    figure = Figure(figsize=(0.5 + 5.5 * across, down * height), dpi=150, layout="constrained")
+    first, *others = figure.subplots(down, across, squeeze=False).ravel()
     _plot_histogram(first, np.asarray(weights, dtype=np.float64), diagnosis)
     for axes, (title, shares) in zip(others, panels):
         _plot_shares(axes, shares, title)
