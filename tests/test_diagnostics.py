@@ -560,4 +560,5 @@ def test_groups_that_were_not_judged_by_others_show_no_contradiction():
     )
     rows = {row["label"]: row for row in diagnostics.diagnose(np.ones(8), np.zeros(8), facts)["groups"]}
     assert rows["apart"]["contradicted"] == 0.5 and rows["apart"]["data_share"] == 0.5
+    assert rows["apart"]["precision"] == pytest.approx([0.5, 0.15, 0.85], abs=0.01)
     assert rows["seen"]["contradicted"] == 0.0 and rows["seen"]["data_share"] == 5 / 8  # the one row that it shares

@@ -45,9 +45,10 @@ def diagnose(
         known (beyond the 1,000 largest one row for all others, with their number in ``of``); ``label_lengths``: the
         labels of equal length, shortest first, and ``target_lengths``: responses in up to ten ranges of tokens,
         shortest first; either is None for the other task, or without tokens. Classes and groups also have
-        ``contradicted``, the share where the reference finds another label likelier (None where folds go by group and
-        the reference has seen others of the group), and ``wrong``, the share known to be wrong. ``length_correlation``:
-        Spearman's, of weight and length, for responses.
+        ``contradicted``, the share where the reference finds another label likelier, of ``judged`` examples (None where
+        folds go by group and the reference has seen others of the group), and ``wrong``, the share known to be wrong;
+        groups then also ``precision``, the share that is not contradicted, with its 95% interval.
+        ``length_correlation``: Spearman's, of weight and length, for responses.
 
         ``tied``: share of the examples that have the most frequent weight. ``one_base``: whether large and small base
         are one model. ``agreement``: see ``agreement.agreement``; None where the label set was not scored.
@@ -165,7 +166,9 @@ def _share_table(title: str, shares: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    extra = [key for key in ("contradicted", "wrong") if any(row.get(key) is not None for row in shares)]
+    estimated = any(row.get("precision") for row in shares)
+    extra = ["precision" if estimated else "contradicted", "wrong"]
+    extra = [key for key in extra if any(row.get(key) is not None for row in shares)]
     table = Table(title, header_style="bold")
     for column in ("examples", "data", "weight", "ratio", *extra):
         table.add_column(column, justify="right")
@@ -177,9 +180,19 @@ def _share_table(title: str, shares: list[dict[str, Any]]) -> Table:
             f"{row['weight_share']:.1%}",
             f"{row['ratio']:.2f}",
         ]
-        numbers += ["–" if row.get(key) is None else f"{row[key]:.1%}" for key in extra]
+        numbers += [share_text(row.get(key)) for key in extra]
         table.add_row(Text(row["label"]), *numbers, style=style)
     return table
+
+
+def share_text(share: float | list[float] | None) -> str:
+    """A share in percent, or an estimate with its interval."""
+    if share is None:
+        return "–"
+    if isinstance(share, float):
+        return f"{share:.1%}"
+    estimate, low, high = share
+    return f"{estimate:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _finite(number: float) -> float | None:

@@ -109,7 +109,20 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
         # -1, no group, comes last among the names.
         shares = _shares(weights, facts.groups, [*facts.group_names, "(no group)"], facts.group_rows, **means)
         found["groups"] = largest(_most_frequent_first(shares), MOST_GROUPS)
+        if facts.judged is not None:
+            for share in found["groups"]:
+                share["precision"] = _precision(share.get("contradicted"), share.get("judged", 0))
     return found
+
+
+def _precision(contradicted: float | None, judged: int) -> list[float] | None:
+    """Estimate of a group's share of right labels, by references that have not seen it, with Wilson's 95% interval."""
+    if contradicted is None:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(round((1 - contradicted) * judged), judged).proportion_ci(method="wilson")
+    return [1 - contradicted, float(interval.low), float(interval.high)]
 
 
 def groups_differ_p(facts: WeightFacts) -> float | None:
@@ -172,6 +185,8 @@ def _shares(
         total = np.bincount(code[known], values[rows][known], len(numbers))
         for share, sum_of, count in zip(shares, total, np.bincount(code[known], minlength=len(numbers)).tolist()):
             share[key] = float(sum_of / count) if count else None
+            if key == "contradicted":
+                share["judged"] = count
     return shares
 
 

@@ -20,7 +20,7 @@ from atlantis_ds.run import Run
 from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.arms import lowest_first, read_weights
-from atlantis_ds.weights.diagnostics import number_rows
+from atlantis_ds.weights.diagnostics import number_rows, share_text
 from atlantis_ds.weights.facts import groups_of
 from atlantis_ds.weights.picture import plot_weights
 from atlantis_ds.weights.shards import read_shards
@@ -233,7 +233,7 @@ def _page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atlantis_ds", "weights"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["cut"] = _cut
+    environment.filters |= {"cut": _cut, "share": share_text}
     what = noun(diagnosis)
     errors = "likely label errors" if what == "label" else "likely wrong responses"
     return environment.get_template("diagnosis.html").render(
