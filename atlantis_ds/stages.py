@@ -9,7 +9,7 @@ import yaml
 
 from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.preemption import leave_if_asked
-from atlantis_ds.config.recommended import RECOMMENDED
+from atlantis_ds.config.rounds import OF_A_ROUND
 from atlantis_ds.data.examples import SPLITS, Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.data.prepare import refuse_other_data
@@ -137,7 +137,7 @@ def train(run: Run, arm: str, force: bool) -> None:
 def _reference_round(run: Run, force: bool) -> None:
     """A round before the last: its folds, their scores and the weights for the next one.
 
-    The weights are the recommended ones, whatever the recipe's own: those may change without new training, and the base
+    The weights are the same whatever the recipe's own: those may change without new training, and the base
     models have no part in them.
     """
     from dataclasses import replace
@@ -147,7 +147,7 @@ def _reference_round(run: Run, force: bool) -> None:
     train(run, "reference", force)
     start = model_source(run.recipe, run.folder, "reference")
     models = run.recipe.models.model_copy(update={"large": start, "small": start})
-    weights = RECOMMENDED[run.recipe.task]
+    weights = OF_A_ROUND[run.recipe.task]
     run = replace(run, recipe=run.recipe.model_copy(update={"models": models, "weights": weights}))
     score(run)
     merge(run)

@@ -70,7 +70,8 @@ def test_training_on_the_dev_split(tiny_recipe: WriteRecipe, tmp_path: Path) -> 
     assert [step["loss"] for step in last[:10]] == [step["loss"] for step in sft]
     assert last[10]["learning_rate"] == 2e-3 and last[9]["learning_rate"] < 1e-3
     assert [step["loss"] for step in alone] == [step["loss"] for step in reference]
-    assert [bool(events(run, "dev", arm)) for arm in ("sft", "last", "alone", "weighted")] == [True] + 3 * [False]
+    names = ("sft", "reference", "last", "alone", "weighted")
+    assert [bool(events(run, "dev", arm)) for arm in names] == [True] + 4 * [False]  # none on rows that were trained on
     summary = json.loads((run / "model" / "weighted" / "training.json").read_text())
     assert summary["examples"] == 43 and summary["weights"]["ess_fraction"] > 0.45
     assert json.loads((run / "model" / "alone" / "training.json").read_text())["weights"] is None

@@ -179,3 +179,8 @@ def test_comparison_files(tmp_path):
         lines = list(csv.DictReader(file))
     as_text = [{key: "" if value is None else str(value) for key, value in record.items()} for record in records]
     assert lines == as_text
+
+
+def test_a_table_of_single_runs_says_so():
+    assert "One run each" in printed([row("sft"), row("atlantis")])
+    assert "One run each" not in printed([row("sft")])

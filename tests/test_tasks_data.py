@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import launch, refuse, succeed
 
+from atlantis_ds import stages
+from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import SPLITS, Examples, Split
 from atlantis_ds.data.ingest import look_at_data
@@ -22,6 +24,7 @@ from atlantis_ds.data.prepare import examples_fingerprint, prepare
 from atlantis_ds.data.reading import split_turns
 from atlantis_ds.data.rows import BadRow
 from atlantis_ds.errors import InputError
+from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 
 LABELLED = [{"text": f"text {i}", "label": "yes" if i % 2 else "no"} for i in range(6)]
@@ -759,3 +762,22 @@ def test_several_record_batches_hold_what_one_holds(tmp_path, monkeypatch, more)
             assert all(length == size for length in sizes[:-1]), "only the last batch is short"
             np.testing.assert_array_equal(found.codes, expected.codes)
             np.testing.assert_array_equal(found.folds(3), expected.folds(3))
+
+
+@pytest.mark.parametrize(
+    "labels,scope,said",
+    [
+        ("abcdef", "per_label", "no label has two training examples: all weights will be 1"),
+        ("aabbcd", "per_label", "2 of 4 labels have one training example; under per_label it weighs 1"),
+        ("aabbcd", "global", None),
+        ("aabb", "per_label", None),
+    ],
+)
+def test_weights_that_are_equal_by_construction_are_said_before_any_training(tmp_path, labels, scope, said, capsys):
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    tree = recipe({"train": write(tmp_path / "train.jsonl", rows)}).model_dump(exclude_unset=True)
+    settings = Recipe.model_validate({**tree, "weights": {"scope": scope}})
+    folder = RunFolder(tmp_path / "run")
+    stages._say_equal_by_construction(Run(settings, folder, Ranks.alone()), prepare(settings, folder))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert said in printed if said else "per_label" not in printed

@@ -1,11 +1,11 @@
-"""The weights to take with a cross-fitted reference, by task; what they were found on is in docs/results.md."""
+"""The weights that a round of a cross-fitted reference gives to the next, by task (experiments/journal.md)."""
 
 from __future__ import annotations
 
 from atlantis_ds.config.schema import Task, Weights
 
 LABELS = Weights(formula="reference", scope="per_label", power=2, clip=[0, 1.6])
-RECOMMENDED: dict[Task, Weights] = {
+OF_A_ROUND: dict[Task, Weights] = {
     "relation": LABELS,
     "classification": LABELS,
     # Of responses nothing is measured beyond one study: the mean per token, held to a bounded range.
