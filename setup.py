@@ -49,7 +49,22 @@ setup(
     extras_require={
         "qlora": ["bitsandbytes"],
         "gguf": ["gguf"],
-        "test": ["gguf", "hypothesis", "mpi4py", "mypy", "openmpi", "pytest", "ruff", "types-PyYAML"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
+        "trackio": ["trackio"],
+        "test": [
+            "gguf",
+            "hypothesis",
+            "mlflow-skinny",
+            "mpi4py",
+            "mypy",
+            "openmpi",
+            "pytest",
+            "ruff",
+            "tensorboard",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["atlantis-ds=atlantis_ds.cli:main"]},
 )

@@ -19,6 +19,7 @@ from atlantis_ds.cluster.ranks import Ranks, end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder, no_run
+from atlantis_ds.trackers import close_trackers, refuse_missing_trackers
 
 if TYPE_CHECKING:
     from atlantis_ds.config.schema import Recipe
@@ -362,7 +363,10 @@ def main() -> None:
     # The `deepspeed` launcher puts this in front of every program's own arguments.
     sys.argv[1:] = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     try:
-        app()
+        try:
+            app()
+        finally:
+            close_trackers()
     except InputError as error:
         _end(f"error: {error}", 2)
     except RunError as error:
@@ -401,6 +405,7 @@ def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     from atlantis_ds.config.loading import load_recipe
 
     settings = load_recipe(find("recipes", recipe, "RECIPE"), overrides)
+    refuse_missing_trackers(settings)
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 
 

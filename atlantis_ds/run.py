@@ -9,6 +9,7 @@ from atlantis_ds.config.schema import Recipe
 from atlantis_ds.events import append_log
 from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.trackers import tell_trackers
 
 if TYPE_CHECKING:
     from atlantis_ds.cluster.ranks import Ranks
@@ -28,8 +29,10 @@ class Run:
             console.print(text)
 
     def log(self, **event: Any) -> None:
-        """One event into ``log.jsonl``, from the rank that calls it."""
+        """One event into ``log.jsonl``, from the rank that calls it; from rank 0 to the recipe's trackers, too."""
         append_log(self.folder.log, **event)
+        if self.recipe.report_to and self.ranks.is_main:
+            tell_trackers(self.folder, self.recipe, event)
 
     def of_round(self, number: int) -> Run:
         """The same run in an earlier round of its reference."""

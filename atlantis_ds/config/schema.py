@@ -442,6 +442,8 @@ class Recipe(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2, 3, 4]
     """`compare` trains every arm once with each: order of the data, adapters, dropout."""
     evaluate: Evaluate = Evaluate()
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Where figures go beside log.jsonl; each is an extra of the package. A tracker that fails ends no training."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """A rank that waits longer than this for the others ends the run."""
 

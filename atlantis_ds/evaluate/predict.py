@@ -30,6 +30,7 @@ from atlantis_ds.run import Run
 Advance = Callable[[int], None]
 VERSION = 2
 """Goes up where the same model and examples give other predictions or figures than before."""
+LOGGED = ("macro_f1", "official", "accuracy", "perplexity", "exact_match", "token_f1", "n")
 BLOCK = 8192
 """Examples whose tokens are in memory at one time."""
 
@@ -168,7 +169,11 @@ def _write(run: Run, examples: Examples, table: pa.Table, results: Path, about: 
         likelihoods = columns["log_likelihood"], columns["tokens"]
         figures, of_each = response_metrics(ids, gold, predicted, *likelihoods, run.recipe.evaluate.answer)
         columns |= of_each
-    return write_evaluation(results, figures, columns, about, examples.labels is not None)
+    written = write_evaluation(results, figures, columns, about, examples.labels is not None)
+    confusion = results / "confusion.png"
+    picture = {"picture": str(confusion)} if confusion.exists() else {}
+    run.log(event="evaluation", arm=results.name, **{k: figures.get(k) for k in LOGGED if k in figures}, **picture)
+    return written
 
 
 def rank_labels(

@@ -67,4 +67,18 @@ def merge(run: Run) -> dict[str, Any]:
     )
     plot_weights(folder.weights_plot, weight, diagnosis)
     write_json(folder.weights_info, info)
+    _log(run, info)
     return info
+
+
+def _log(run: Run, info: dict[str, Any]) -> None:
+    keys = ("ess_fraction", "pareto_k_final", "max", "top_percent_share")
+    noise, gold = info["noise"] or {}, info["gold"] or {}
+    run.log(
+        event="weights",
+        arm=f"weights-round-{run.folder.round}" if run.folder.round else "weights",
+        **{key: info[key] for key in keys},
+        noise=noise.get("rate"),
+        auroc=gold.get("auroc_correct"),
+        picture=str(run.folder.weights_plot),
+    )
