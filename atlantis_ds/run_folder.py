@@ -70,6 +70,9 @@ class RunFolder:
     def checkpoints(self, arm: str) -> Path:
         return self.root / "checkpoints" / arm
 
+    def profile(self, arm: str) -> Path:
+        return self.root / "profile" / arm
+
     def model(self, arm: str) -> Path:
         return self.root / "model" / arm
 

@@ -210,6 +210,8 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
     """An arm that cannot be trained or evaluated says so before the first one is, not after a night."""
     from atlantis_ds.train.jobs import arm_job
 
+    if run.recipe.train.early_stopping_patience and not len(examples.dev):
+        raise InputError("train.early_stopping_patience: there are no dev examples; set data.dev or data.dev_size")
     if run.recipe.evaluate.checkpoint == "best" and not len(examples.dev):
         raise InputError(
             "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"

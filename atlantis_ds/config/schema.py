@@ -345,6 +345,11 @@ class Train(Section):
     """Checkpoint every so many steps; without it, once an epoch."""
     save_total_limit: Positive = 1
     """Checkpoints to keep an arm."""
+    early_stopping_patience: Positive | None = None
+    """End a training whose dev loss has not fallen for so many evaluations in a row. `last` is then the model of that
+    step, `best` the one of the lowest dev loss."""
+    profile_steps: Positive | None = None
+    """Profile so many steps, from the fourth on, into profile/: a trace, and the operators that took longest."""
     max_skipped_steps: Positive = 5
     """A step without a finite loss or gradient is skipped and counted; this many in a row end the run."""
 

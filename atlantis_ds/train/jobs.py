@@ -79,7 +79,9 @@ class Job:
     def fingerprint(self, run: Run, examples: Examples) -> str:
         """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
         free = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_skipped_steps"}
-        free |= {"per_device_train_batch_size"}
+        free |= {"per_device_train_batch_size", "profile_steps"}
+        if self.settings.early_stopping_patience is None:
+            free |= {"early_stopping_patience"}
         return fingerprint(
             [
                 VERSION,

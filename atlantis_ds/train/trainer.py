@@ -31,6 +31,7 @@ from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_chec
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
+from atlantis_ds.train.profile import profiled
 from atlantis_ds.train.step import (
     Schedule,
     StepResult,
@@ -87,6 +88,7 @@ class State:
     best_loss: float | None = None
     best_step: int | None = None
     dev_loss: float | None = None
+    evaluations_since_best: int = 0
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -121,10 +123,14 @@ class Trainer:
         an_epoch = steps_per_epoch(self.job.phases[0], settings.train_batch_size)
         every_eval, every_save = settings.eval_steps or an_epoch, settings.save_steps or an_epoch
         title = f"train {self.job.name}"
-        with Steps(title, self.total, "steps", self.run.ranks.is_main, settings.logging_steps) as steps:
+        with (
+            Steps(title, self.total, "steps", self.run.ranks.is_main, settings.logging_steps) as steps,
+            profiled(settings.profile_steps, self.run.folder.profile(self.job.name), self.run.ranks) as next_step,
+        ):
             steps.resume(state.step)
-            while state.step < self.total:
+            while state.step < self.total and not self.stopped_early:
                 result = self.step()
+                next_step()
                 if self.dev_loss_asked and (state.step % every_eval == 0 or state.step == self.total):
                     self.evaluate()
                 best = f", dev {state.best_loss:.4f}" if state.best_loss else ""
@@ -172,9 +178,16 @@ class Trainer:
         if self.run.ranks.is_main:
             self.run.log(event="dev", arm=name, step=state.step, loss=_finite(loss))
         state.dev_loss = _finite(loss)
+        state.evaluations_since_best += 1
         if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
-            state.best_loss, state.best_step = loss, state.step
+            state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
             save_model(self.engine, self.tokenizer, self.run.folder.model(name) / "best", self.run.ranks)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the dev loss has not fallen for as long as the recipe waits."""
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.state.evaluations_since_best >= patience
 
     def save(self, stop: bool) -> None:
         """A checkpoint of this step.
@@ -194,6 +207,10 @@ class Trainer:
     def finish(self) -> None:
         """Save the model and what is known of its training, ``training.json`` last; remove the checkpoints."""
         run, job, state = self.run, self.job, self.state
+        if self.stopped_early:
+            run.say(
+                f"train {job.name}: ended after step {state.step} of {self.total}: lowest dev loss at {state.best_step}"
+            )
         save_model(self.engine, self.tokenizer, run.folder.model(job.name) / "last", run.ranks)
         self.engine.destroy()
         if run.ranks.is_main:
