@@ -223,7 +223,7 @@ def test_second_round_trains_on_the_weights_of_the_first(tiny_recipe: WriteRecip
     for fold, job in enumerate(reference_jobs(this, examples)):
         seen = np.flatnonzero(examples.train.folds(2) != fold)
         expected = np.array([weight[examples.train.ids[row].as_py()] for row in seen.tolist()])
-        assert expected.std() > 0.1 and job.rows.tolist() == seen.tolist()
+        assert expected.std() > 0.1 and job.parts[0].rows.tolist() == seen.tolist()
         np.testing.assert_array_equal(job.weights, expected / expected.mean())
         done = json.loads((run.model(job.name) / "training.json").read_text())
         assert done["fingerprint"] == job.fingerprint(this, examples), "trained on other weights"

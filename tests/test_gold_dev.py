@@ -19,7 +19,7 @@ from atlantis_ds.train.jobs import arm_job, reference_jobs
 from atlantis_ds.train.step import Schedule, step_rows
 
 UNIFORM = {"weights": {"formula": "uniform"}}
-ARMS = {how: {**UNIFORM, "dev": how} for how in ("mixed", "last", "alone")}
+ARMS = {"mixed": {**UNIFORM, "dev": "mixed"}, "last": {**UNIFORM, "dev": "last"}, "alone": {"dev": "alone"}}
 
 
 def test_a_schedule_ends_one_phase_before_it_begins_the_next() -> None:

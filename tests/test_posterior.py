@@ -20,7 +20,7 @@ from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights import arms, posterior
 from atlantis_ds.weights.formulas import log_weights
-from atlantis_ds.weights.posterior import Noise, count_noise, fit_noise, log_posterior
+from atlantis_ds.weights.posterior import Noise, fit_noise, fit_noise_with_pairs, log_posterior
 from atlantis_ds.weights.shards import load_scores
 
 UNIFORM = np.full((5, 5), 0.05) + 0.75 * np.eye(5)
@@ -80,26 +80,37 @@ def test_known_pairs_find_noise_that_the_reference_has_learned() -> None:
     scores, _, true = simulated(900, np.eye(5))
     given = np.where((true == 1) & (np.arange(900) % 3 > 0), 0, true)  # two thirds of label 1 are written as label 0
     scores[given != true, 0] = scores[given != true, 1] + 4
+    none = np.zeros_like(scores)
     assert not fit(scores, given).found
     pairs = np.diag([20, 7, 20, 20, 20])
     pairs[1, 0] = 13
-    seen = count_noise(scores, given, pairs, seed=1)
+    seen = fit_noise_with_pairs(scores, none, given, 1, pairs)
     assert seen.found and seen.pairs == 100 and seen.meaning is not None
     assert seen.interval[0] < np.mean(given != true) < seen.interval[1]
-    weights = log_posterior(scores, np.zeros_like(scores), given, seen)
+    weights = log_posterior(scores, none, given, seen)
     wrong = given != true
     assert weights[wrong].mean() < weights[~wrong & (given != 0)].mean() - 0.2
 
 
-def test_pairs_give_the_matrix_to_a_reference_that_has_not_learned_the_errors() -> None:
-    scores, given, true = simulated(2000, PAIRS)
-    pairs = np.zeros((5, 5), dtype=np.int64)
-    np.add.at(pairs, (true[:1500], given[:1500]), 1)
-    counted, fitted = count_noise(scores, given, pairs, seed=1), fit(scores, given)
-    assert counted.meaning is None and counted.found
-    assert np.abs(counted.matrix - PAIRS).max() < 0.06 and 0.8 < counted.temperature < 1.25
-    one, other = (log_posterior(scores, np.zeros_like(scores), given, noise) for noise in (counted, fitted))
-    assert np.corrcoef(one, other)[0, 1] > 0.98
+@pytest.mark.parametrize("matrix", [UNIFORM, PAIRS], ids=["uniform", "by class"])
+def test_pairs_do_no_harm_where_the_scores_show_the_noise(matrix: np.ndarray) -> None:
+    for seed in range(5):
+        scores, given, true = simulated(900, matrix, seed=seed)
+        pairs = np.zeros((5, 5), dtype=np.int64)
+        np.add.at(pairs, (true[:50], given[:50]), 1)
+        none = np.zeros_like(scores)
+        blind, seen = fit(scores, given), fit_noise_with_pairs(scores, none, given, 1, pairs)
+        assert seen.meaning is None and seen.pairs == 50
+        blind_weights, weights = (np.exp(log_posterior(scores, none, given, noise)) for noise in (blind, seen))
+        wrong = given != true
+        on_wrong = [each[wrong].sum() / each.sum() for each in (blind_weights, weights)]
+        assert on_wrong[1] < on_wrong[0] + 0.003
+
+
+def test_clean_pairs_of_clean_labels_leave_weights_of_1() -> None:
+    scores, given, _ = simulated(900, np.eye(5))
+    noise = fit_noise_with_pairs(scores, np.zeros_like(scores), given, 1, 20 * np.eye(5, dtype=np.int64))
+    assert not noise.found and not log_posterior(scores, np.zeros_like(scores), given, noise).any()
 
 
 def test_orders_and_constants_do_not_count() -> None:

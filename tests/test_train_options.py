@@ -31,12 +31,11 @@ def test_a_training_ends_when_the_dev_loss_rises_and_is_profiled(tiny_recipe: Wr
     recipe = tiny_recipe(tmp_path, changes)
     out = succeed("local", 1, "run", recipe)
     run = tmp_path / "run"
-    print(out)
     losses = [(event["step"], event["loss"]) for event in events(run, "dev", "sft")]
     best = min(losses, key=lambda each: each[1])[0]
     summary = json.loads((run / "model" / "sft" / "training.json").read_text())
     assert summary["step"] == losses[-1][0] == best + 3 * 2 < 200
-    assert f"ended after step {best + 6} of 200: the dev loss was lowest at step {best}" in out
+    assert f"ended after step {best + 6} of 200: lowest dev loss at {best}" in out
     trace = json.loads((run / "profile" / "sft" / "rank-0.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"ProfilerStep#3", "ProfilerStep#4", "aten::mm"} <= names and "ProfilerStep#2" not in names

@@ -503,6 +503,11 @@ class Recipe(Section):
             weights = options.weights or self.weights
             if options.drop_lowest and weights.formula == "uniform":
                 raise ValueError(f"`arms.{arm}.drop_lowest`: uniform weights have no lowest ones; give it `weights`")
+            if options.dev == "alone" and (options.gold or options.drop_lowest or options.drop_ids or options.weights):
+                raise ValueError(
+                    f"`arms.{arm}.dev: alone` trains on no training example; leave out `weights`, `gold`, "
+                    "`drop_lowest` and `drop_ids`"
+                )
             if options.gold and weights.formula != "uniform":
                 raise ValueError(
                     f"`arms.{arm}.gold`: these weights are of the labels that the run trains on, not of the gold ones; "

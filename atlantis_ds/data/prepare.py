@@ -129,6 +129,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
         "unlabelled": train.unlabelled,
         "bad_rows": {split: dict(read.bad.kinds) for split, read in given.items() if read.bad.count},
         "noise": {"kind": recipe.data.noise.kind, "rate": recipe.data.noise.rate, "rows_changed": changed},
+        "dev_from_train": dev is None,
         "notes": _notes(labels),
         "versions": {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()},
     }

@@ -74,6 +74,7 @@ def compare_arms(
             if (arm.weights or recipe.weights).formula == "uniform"
             and (arm.loss or recipe.train.loss, arm.gold) == (loss, gold)
             and not arm.drop_ids
+            and arm.dev is None
         ][:1]
 
     sft = plain("cross_entropy")

@@ -122,8 +122,9 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
         _refuse_unknown_gold(examples.train)
     parts = [Part("train", "gold" if options.gold else "target", np.arange(len(weights)))]
     if options.dev:
-        parts.append(_gold_dev(run, examples.dev, f"arms.{arm}.dev"))
-        weights = np.append(weights, np.ones(len(parts[1].rows)))
+        parts.append(_gold_dev(examples, f"arms.{arm}.dev"))
+        # Where examples are left out the others weigh more: a gold label counts as one that is kept.
+        weights = np.append(weights, np.full(len(parts[1].rows), weights[weights > 0].mean()))
     if options.dev == "alone":
         parts, weights = parts[1:], weights[len(parts[0].rows) :]
     settings = recipe.train.model_copy(update={"loss": options.loss or recipe.train.loss})
@@ -161,7 +162,7 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
     changes = {
         key: value for key in ("num_train_epochs", "learning_rate") if (value := getattr(reference, key)) is not None
     }
-    gold = [] if reference.on == "train" else [_gold_dev(run, examples.dev, f"models.reference.on: {reference.on}")]
+    gold = [] if reference.on == "train" else [_gold_dev(examples, f"models.reference.on: {reference.on}")]
     if reference.on == "dev":
         return [_reference_job(run, 0, gold, np.ones(len(gold[0].rows)), changes)]
     train = examples.train
@@ -193,7 +194,7 @@ def _reference_job(run: Run, fold: int, parts: Sequence[Part], weights: np.ndarr
     )
 
 
-def _gold_dev(run: Run, dev: Split, key: str) -> Part:
+def _gold_dev(examples: Examples, key: str) -> Part:
     """The dev split to train on: its gold labels where they are known, else what a file of its own says.
 
     Args:
@@ -202,6 +203,7 @@ def _gold_dev(run: Run, dev: Split, key: str) -> Part:
     Raises:
         InputError: there are no dev examples, or some whose gold label is not known.
     """
+    dev = examples.dev
     if not len(dev):
         raise InputError(f"{key}: there are no dev examples; set data.dev or data.dev_size")
     unknown = dev.golds.null_count
@@ -211,7 +213,7 @@ def _gold_dev(run: Run, dev: Split, key: str) -> Part:
             f"{key}: dev example {dev.ids[row].as_py()} has no gold label, and {len(dev) - unknown} others have one; "
             "leave it out of data.dev"
         )
-    if unknown and run.recipe.data.dev is None and run.recipe.data.hub_id is None:
+    if unknown and examples.info.get("dev_from_train"):
         raise InputError(
             f"{key}: data.dev_size cuts dev from train, where no gold label is known; name gold examples: data.dev"
         )

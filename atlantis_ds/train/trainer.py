@@ -147,7 +147,9 @@ class Trainer:
         # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
         torch.manual_seed(hash((job.seed, state.step, ranks.rank)) & 0x7FFFFFFF)
         rate = self.engine.get_lr()[0]
-        loss, stop = loss_of_step(settings, state.step, self.total), stop_asked(self.run.folder, ranks.is_main)
+        first = self.schedule.steps[0]
+        loss = loss_of_step(settings, state.step, first) if state.step < first else "cross_entropy"  # gold labels, then
+        stop = stop_asked(self.run.folder, ranks.is_main)
         batches = self._micro_batches(places)
         result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
         seconds = time.monotonic() - start

@@ -24,8 +24,8 @@ from atlantis_ds.weights.formulas import Scores, combine, evidence, label_set_ev
 from atlantis_ds.weights.posterior import (
     ENOUGH_PAIRS,
     Noise,
-    count_noise,
     fit_noise,
+    fit_noise_with_pairs,
     log_posterior,
     sample_rows,
 )
@@ -159,7 +159,7 @@ def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:
     given, seed = examples.train.codes[chosen], run.recipe.seed
     pairs = known_pairs(examples.dev, len(examples.labels or ()))
     if pairs.sum() >= ENOUGH_PAIRS:
-        return count_noise(reference, given, pairs, seed)
+        return fit_noise_with_pairs(reference, large - small, given, seed, pairs)
     return fit_noise(reference, large - small, given, seed)
 
 

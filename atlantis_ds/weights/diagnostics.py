@@ -148,8 +148,8 @@ def _noise_rows(noise: dict[str, Any]) -> Iterator[tuple[str, str]]:
     gain = noise["evidence"] - noise["evidence_clean"]
     if noise["pairs"]:
         learned = "; the reference has learned the errors" if noise["meaning"] else ""
-        yield "noise model", f"from {noise['pairs']:,} dev examples with a given and a gold label{learned}"
-    else:
+        yield "counted in the noise", f"{noise['pairs']:,} dev examples with a given and a gold label{learned}"
+    if not noise["meaning"]:
         yield (
             "noise model",
             f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats an example "

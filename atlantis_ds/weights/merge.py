@@ -12,7 +12,7 @@ from atlantis_ds.data.prepare import refuse_other_data
 from atlantis_ds.files import finished, read_json, write_json, write_table
 from atlantis_ds.reference import judged_by_others
 from atlantis_ds.run import Run
-from atlantis_ds.weights.arms import read_log_weights, scores_fingerprint, weights_fingerprint
+from atlantis_ds.weights.arms import WEIGHTS_VERSION, read_log_weights, scores_fingerprint, weights_fingerprint
 from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.facts import weight_facts
 from atlantis_ds.weights.formulas import stabilise
@@ -33,8 +33,8 @@ def merge(run: Run) -> dict[str, Any]:
     mark = weights_fingerprint(recipe, examples, recipe.weights, scores)
     if finished(folder.weights_info, mark) and finished(folder.weights, mark) and folder.weights_plot.exists():
         found: dict[str, Any] = read_json(folder.weights_info)
-        # Gold labels may come later: the weights stay, and what they are held against does not.
-        if found["gold_labels"] == train.gold_digest:
+        # Gold labels or groups may come later: the weights stay, and what is said of them does not.
+        if found["examples"] == examples.fingerprint:
             return found
     found_weights = read_log_weights(run, examples, recipe.weights)
     log_weight, noise = found_weights.values, found_weights.noise
@@ -53,7 +53,8 @@ def merge(run: Run) -> dict[str, Any]:
     info = {
         "fingerprint": mark,
         "scores": scores,
-        "gold_labels": train.gold_digest,
+        "examples": examples.fingerprint,
+        "version": WEIGHTS_VERSION,
         "options": recipe.weights.model_dump(),
         "seed": recipe.seed,
         "atlantis_ds": __version__,

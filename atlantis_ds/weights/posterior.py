@@ -6,9 +6,9 @@ Dirichlet prior worth ``PRIOR`` examples a row of noise that is the same for all
 the marginal likelihood Σ_i log Σ_y P_i(y) M[y, ỹ_i]. No gold label is used. The posterior is q_i(y) ∝ P_i(y) M[y, ỹ_i],
 and the weight of an example q_i(ỹ_i).
 
-Where both labels of ``ENOUGH_PAIRS`` examples are known, M is counted instead. They also show whether the reference has
-learned the errors: then it predicts the given labels better without M than with it, and what it says is translated,
-P_i(y) = Σ_ỹ P_i(ỹ) C[ỹ, y] with C the true labels of those given.
+Where both labels of ``ENOUGH_PAIRS`` other examples are known, these count in M, too. They also show whether the
+reference has learned errors, which its scores then hide: what it says is a given label, M is counted from the pairs,
+and P_i(y) = Σ_ỹ P_i(ỹ) C[ỹ, y] with C, from the pairs, the true labels of those given.
 
 Sources: Patrini et al. 2017, Making deep neural networks robust to label noise; Northcutt et al. 2021, Confident
 learning; the choice of T, λ and the translation by evidence is ours. Pure numpy, float64.
@@ -17,7 +17,7 @@ learning; the choice of T, λ and the translation by evidence is ours. Pure nump
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,8 @@ class Noise:
     rate: float
     """Mean probability that a given label is wrong."""
     interval: tuple[float, float]
-    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples (or pairs), T and λ kept."""
+    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples, T and λ kept; Wilson's over the pairs
+    where the rate is theirs."""
     evidence: float
     """Marginal likelihood of the given labels, natural log, mean over the examples fitted on."""
     evidence_clean: float
@@ -59,14 +60,14 @@ class Noise:
     examples: int
     """That it was fitted on."""
     pairs: int = 0
-    """Of a true and a given label, where M was counted from them."""
+    """Of a true and a given label, that count in M."""
     meaning: np.ndarray | None = None
     """float64 [K, K], where the reference has learned the errors: row, the label it says; column, the true one."""
 
     @property
     def found(self) -> bool:
         """Whether there is noise that can be told from none."""
-        return self.interval[0] >= CLEAN and (self.evidence > self.evidence_clean or self.pairs > 0)
+        return self.interval[0] >= CLEAN and (self.evidence > self.evidence_clean or self.meaning is not None)
 
     def as_json(self, labels: list[str]) -> dict[str, Any]:
         """All of it, the matrix with its labels."""
@@ -74,7 +75,9 @@ class Noise:
         return {**vars(self), **arrays, "labels": labels, "found": self.found}
 
 
-def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int) -> Noise:
+def fit_noise(
+    reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int, pairs: np.ndarray | None = None
+) -> Noise:
     """Fit M, T and λ.
 
     Args:
@@ -82,14 +85,16 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
         ratio: float64 [n, K], a - s of every label.
         given: int [n], the labels given.
         seed: of the bootstrap.
+        pairs: int [K, K], known examples beside these: how often a true label (row) is given as another (column).
     """
     labels = reference.shape[1]
+    pairs = np.zeros((labels, labels)) if pairs is None else pairs
     own = [_chances(reference, given, t) for t in TEMPERATURES]
-    best = int(np.argmax([_fit(chances, labels)[1] for chances in own]))
+    best = int(np.argmax([_fit(chances, pairs)[1] for chances in own]))
     near = TEMPERATURES[max(0, best - 1) : best + 2]
     shares = SHARES if np.ptp(ratio - ratio[:, :1]) > 1e-9 else SHARES[:1]
     tried = [
-        (_fit(_chances(reference + share * ratio, given, t), labels), float(t), share)
+        (_fit(_chances(reference + share * ratio, given, t), pairs), float(t), share)
         for t, share in itertools.product(near, shares)
     ]
     (matrix, evidence), temperature, share = max(tried, key=lambda fit: fit[0][1])
@@ -99,37 +104,54 @@ def fit_noise(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed:
     draw = np.random.default_rng(seed)
     for _ in range(DRAWS):
         drawn = chances.take(draw.integers(len(given), size=len(given)))
-        rates.append(1 - float(drawn.of_given(_fit(drawn, labels, matrix)[0]).mean()))
+        rates.append(1 - float(drawn.of_given(_fit(drawn, pairs, matrix)[0]).mean()))
     low, high = np.quantile(rates, [0.025, 0.975])
     rate = 1 - float(chances.of_given(matrix).mean())
     return Noise(matrix, temperature, share, rate, (float(low), float(high)), evidence, clean, len(given))
 
 
-def count_noise(reference: np.ndarray, given: np.ndarray, pairs: np.ndarray, seed: int) -> Noise:
-    """M from known pairs, T by the evidence, and whether the reference has learned the errors; λ is 0.
+def fit_noise_with_pairs(
+    reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int, pairs: np.ndarray
+) -> Noise:
+    """``fit_noise``, with pairs of a true and a given label beside the examples.
+
+    They count in M as known examples. Where the share of wrong labels among them is above what the scores show, and not
+    by chance (Wilson's interval above that of the rate), the reference has learned errors: see the page.
 
     Args:
-        reference, given, seed: as in ``fit_noise``.
         pairs: int [K, K], how often a true label (row) is known to be given as another (column).
     """
-    of_given = np.bincount(given, minlength=len(pairs)) / len(given)
-    wrong = 1 - np.trace(pairs) / pairs.sum()
-    matrix = _rows_to_1(pairs + PRIOR * ((1 - wrong) * np.eye(len(pairs)) + wrong * of_given))
+    blind = fit_noise(reference, ratio, given, seed)
+    size, wrong = int(pairs.sum()), int(pairs.sum() - np.trace(pairs))
+    interval = wilson(wrong, size)
+    if interval[0] <= blind.interval[1]:
+        return replace(fit_noise(reference, ratio, given, seed, pairs), pairs=size)
     own = [_chances(reference, given, t) for t in TEMPERATURES]
-    seen = [chances.evidence(matrix) for chances in own]
     clean = [chances.evidence_clean for chances in own]
-    learned = max(clean) > max(seen)
-    temperature = float(TEMPERATURES[np.argmax(clean if learned else seen)])
+    share, of_given = wrong / size, np.bincount(given, minlength=len(pairs)) / len(given)
+    return replace(
+        blind,
+        matrix=_rows_to_1(pairs + PRIOR * _plain(share, of_given)),
+        temperature=float(TEMPERATURES[np.argmax(clean)]),
+        share=0.0,
+        rate=share,
+        interval=interval,
+        pairs=size,
+        meaning=_rows_to_1(pairs.T + PRIOR * np.eye(len(pairs))),
+    )
 
-    def rate(counts: np.ndarray) -> float:
-        return float(of_given @ (1 - np.diag(_rows_to_1(counts.T + np.eye(len(counts))))))
 
-    draw = np.random.default_rng(seed)
-    drawn = draw.multinomial(pairs.sum(), pairs.ravel() / pairs.sum(), size=DRAWS).reshape(DRAWS, *pairs.shape)
-    low, high = np.quantile([rate(counts) for counts in drawn], [0.025, 0.975])
-    meaning = _rows_to_1(pairs.T + PRIOR * np.eye(len(pairs))) if learned else None
-    interval, size = (float(low), float(high)), int(pairs.sum())
-    return Noise(matrix, temperature, 0.0, rate(pairs), interval, max(seen), max(clean), len(given), size, meaning)
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, of).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _plain(rate: float, of_given: np.ndarray) -> np.ndarray:
+    """Noise [K, K] that is the same for all labels, with the labels given in these shares."""
+    return np.asarray((1 - rate) * np.eye(len(of_given)) + rate * of_given)
 
 
 def _rows_to_1(counts: np.ndarray) -> np.ndarray:
@@ -175,10 +197,6 @@ class _Chances:
         """Mean log-likelihood of the given labels where none is wrong."""
         return float(np.log(np.take_along_axis(self.values, self.column[:, None], 1)).mean())
 
-    def evidence(self, matrix: np.ndarray) -> float:
-        """The same under a noise matrix."""
-        return float(np.log((self.values * matrix[self.labels, self.given[:, None]]).sum(axis=1)).mean())
-
     def of_given(self, matrix: np.ndarray) -> np.ndarray:
         """q_i(ỹ_i), float64 [n]."""
         joint = self.values * matrix[self.labels, self.given[:, None]]
@@ -205,16 +223,12 @@ def _chances(scores: np.ndarray, given: np.ndarray, temperature: float, meaning:
     return _Chances(labels, values / values.sum(axis=1, keepdims=True), given, column)
 
 
-def _fit(chances: _Chances, labels: int, matrix: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+def _fit(chances: _Chances, pairs: np.ndarray, matrix: np.ndarray | None = None) -> tuple[np.ndarray, float]:
     """The noise matrix [K, K] by EM, from ``matrix`` or from 10% noise, and the mean evidence."""
+    labels = len(pairs)
     of_given = np.bincount(chances.given, minlength=labels) / len(chances.given)
     cells = (chances.labels * labels + chances.given[:, None]).ravel()
-
-    def plain(rate: float) -> np.ndarray:
-        """Noise that is the same for all labels."""
-        return np.asarray((1 - rate) * np.eye(labels) + rate * of_given)
-
-    matrix = plain(0.1) if matrix is None else matrix
+    matrix = _plain(0.1, of_given) if matrix is None else matrix
     evidence = -np.inf
     for _ in range(ROUNDS):
         joint = chances.values * matrix.ravel()[cells].reshape(chances.values.shape)
@@ -223,7 +237,7 @@ def _fit(chances: _Chances, labels: int, matrix: np.ndarray | None = None) -> tu
         joint /= of_example[:, None]
         rate = 1 - float(np.take_along_axis(joint, chances.column[:, None], 1).mean())
         counts = np.bincount(cells, joint.ravel(), labels * labels).reshape(labels, labels)
-        matrix = _rows_to_1(counts + PRIOR * plain(rate))
+        matrix = _rows_to_1(counts + pairs + PRIOR * _plain(rate, of_given))
         if abs(evidence - before) < ENOUGH:
             break
     return matrix, evidence
