@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Model, Recipe, Reference
 from atlantis_ds.data.examples import Split
-from atlantis_ds.data.rows import GROUPS
 from atlantis_ds.data.splits import group_folds
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
@@ -40,20 +38,24 @@ def example_folds(reference: Reference, train: Split) -> np.ndarray:
 
 
 def _first_groups(train: Split) -> np.ndarray:
-    """int [n]: a number for the first group of each example, -1 where it has none."""
-    first = pc.list_element(pc.split_pattern(train.groups.combine_chunks(), GROUPS), 0)
-    return np.asarray(pc.fill_null(first.dictionary_encode().indices, -1).to_numpy())
+    """int [n] into the names of the groups: the first of each example, -1 where it has none."""
+    rows, groups, _ = train.memberships
+    return groups[np.unique(rows, return_index=True)[1]]
 
 
 def judged_by_others(reference: Reference, train: Split) -> np.ndarray | None:
-    """bool [n]: whether no other example of its group trained the reference that scores it; None for folds by text."""
+    """Whether the reference that scores an example has seen no other of a group, bool [m] for ``train.memberships``.
+
+    None for folds by text. A group whose examples lie in several folds was seen by all references.
+    """
     if reference.folds_by == "text":
         return None
-    folds, groups = example_folds(reference, train), _first_groups(train) + 1
-    first, last = np.full(groups.max() + 1, reference.folds), np.full(groups.max() + 1, -1)
-    np.minimum.at(first, groups, folds)
+    rows, groups, names = train.memberships
+    folds = example_folds(reference, train)[rows]
+    first, last = np.full(len(names) + 1, reference.folds), np.full(len(names) + 1, -1)
+    np.minimum.at(first, groups, folds)  # -1, no group, is the last
     np.maximum.at(last, groups, folds)
-    return (groups > 0) & (first == last)[groups]
+    return (groups >= 0) & (first == last)[groups]
 
 
 def round_before(recipe: Recipe, folder: RunFolder) -> RunFolder | None:

@@ -197,7 +197,7 @@ def test_weights_that_do_not_see_wrong_labels_are_named():
     (blind,) = diagnose(weights, log_weight, labels, gold)["warnings"]
     (level,) = diagnose(weights, log_weight, labels, None)["warnings"]
     assert "AUROC 0.4" in blind and "hardly differ" in level and "formula: uniform" in level
-    assert all("models.reference.on: dev" in warning for warning in (blind, level))
+    assert all("on: dev" in warning for warning in (blind, level))
     assert diagnose(weights, log_weight, gold, gold)["warnings"] == []  # no wrong labels to be seen
 
 
@@ -424,7 +424,9 @@ def test_weights_held_at_a_bound_are_named():
     assert diagnosis["tied"] > 0.5
     (warning,) = [text for text in diagnosis["warnings"] if "are equal, held by" in text]
     gold = diagnosis["gold"]
-    assert f"{gold['auroc_correct_before']:.2f}" in warning and gold["auroc_correct_before"] > gold["auroc_correct"]
+    assert (
+        f"{gold['auroc_correct_unbounded']:.2f}" in warning and gold["auroc_correct_unbounded"] > gold["auroc_correct"]
+    )
     weights = formulas.stabilise(log_weight, labels, Weights())
     assert not any("are equal" in text for text in diagnostics.diagnose(weights, log_weight, facts)["warnings"])
 
@@ -442,11 +444,34 @@ def test_one_label_that_takes_the_abstentions_makes_the_scope_global():
     )
     (warning,) = [text for text in diagnosis["warnings"] if "per_label hides" in text]
     assert "'DESC' in 6" in warning and "Set weights.scope: global" in warning
-    assert diagnosis["gold"]["auroc_correct_before"] > diagnosis["gold"]["auroc_correct"] + 0.05
+    assert diagnosis["gold"]["auroc_correct_global"] > diagnosis["gold"]["auroc_correct"] + 0.05
     classes = {row["label"]: row["wrong"] for row in diagnosis["classes"]}
     assert classes["DESC"] == pytest.approx(1 - correct[labels == 0].mean())
     after = diagnostics.diagnose(formulas.stabilise(log_weight, labels, Weights()), log_weight, WeightFacts(**facts))
-    assert not any("scope: per_label hides" in text for text in after["warnings"])
+    assert not any("scope: per_label" in text for text in after["warnings"])  # the advice is not taken back
+
+
+def test_a_bound_is_not_taken_for_the_scope():
+    """Labels that are wrong equally often, held by a narrow bound: another scope would change nothing."""
+    rng = np.random.default_rng(0)
+    labels, correct = rng.integers(0, 2, 3000), (rng.random(3000) < 0.8).astype(int)
+    log_weight = rng.normal(size=3000) + 2 * correct
+    options = Weights(scope="per_label", clip=[0.9, 1.1])
+    weights = formulas.stabilise(log_weight, labels, options)
+    facts = WeightFacts(labels=labels, label_names=["a", "b"], correct=correct, options=options)
+    said_of = " ".join(diagnostics.diagnose(weights, log_weight, facts)["warnings"])
+    assert "held by weights.clip" in said_of and "scope" not in said_of
+
+
+@pytest.mark.parametrize("options", [{"temper": 0.05}, {"calibrate": "label_mean"}, {"scope": "per_label"}])
+def test_nothing_is_advised_that_is_set(options):
+    _, log_weight, labels = collapsed_examples()
+    names, codes = np.unique(labels, return_inverse=True)
+    chosen = Weights(**options)
+    facts = WeightFacts(labels=codes, label_names=names.tolist(), options=chosen)
+    weights = formulas.stabilise(log_weight, codes, chosen)
+    said_of = " ".join(diagnostics.diagnose(weights, log_weight, facts)["warnings"])
+    assert said_of and not any(f"Set weights.{key}" in said_of or f"or weights.{key}" in said_of for key in options)
 
 
 def said(labels):
@@ -556,9 +581,9 @@ def test_groups_that_were_not_judged_by_others_show_no_contradiction():
         group_rows=np.array([0, 1, 2, 3, 4, 5, 6, 7, 7]),
         group_names=["seen", "apart"],
         suggested=said([1, 1, 1, 1, 1, 1, 0, 0]),
-        judged=np.repeat([False, True], 4),
+        judged=np.array([*[False] * 4, *[True] * 4, False]),
     )
     rows = {row["label"]: row for row in diagnostics.diagnose(np.ones(8), np.zeros(8), facts)["groups"]}
     assert rows["apart"]["contradicted"] == 0.5 and rows["apart"]["data_share"] == 0.5
     assert rows["apart"]["precision"] == pytest.approx([0.5, 0.15, 0.85], abs=0.01)
-    assert rows["seen"]["contradicted"] == 0.0 and rows["seen"]["data_share"] == 5 / 8  # the one row that it shares
+    assert rows["seen"]["contradicted"] is None and rows["seen"]["data_share"] == 5 / 8

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WriteRecipe, events, succeed
@@ -188,6 +190,13 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
     judged = judged_by_others(recipe.models.reference, examples.train)
     assert judged is not None and judged.tolist() == [group != "" for group in groups]
     assert judged_by_others(Reference(folds=4), examples.train) is None
+    # A rule that is also the second of other rows was seen by their references.
+    both = pa.array([f"{group}; rule 7" if group == "rule 0" else group or None for group in groups])
+    train = replace(examples.train, table=examples.train.table.set_column(4, "group", both))
+    rows, numbers, names = train.memberships
+    shared = judged_by_others(recipe.models.reference, train)
+    assert shared is not None and not shared[numbers == names.index("rule 7")].any()
+    assert shared[numbers == names.index("rule 3")].all() and len(rows) == 88
     without = data | {"columns": {}}
     recipe = load_recipe(
         tiny_recipe(tmp_path / "b", {"data": without, "models.reference": by_group, "prompt.template": "{text}"})

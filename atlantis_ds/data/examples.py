@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Task
+from atlantis_ds.data.rows import GROUPS
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_atomic
 from atlantis_ds.run_folder import RunFolder
@@ -71,6 +72,17 @@ class Split:
     @property
     def groups(self) -> pa.ChunkedArray:
         return self.table["group"]
+
+    @functools.cached_property
+    def memberships(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Examples, int [m], in their order, and the groups of each, int [m] into the names, the first named first; -1
+        where an example has none."""
+        split = pc.split_pattern(pc.fill_null(self.groups, ""), GROUPS).combine_chunks()
+        rows, each = pc.list_parent_indices(split).to_numpy(), pc.list_flatten(split)
+        names = pc.unique(each)
+        names = names.filter(pc.not_equal(names, ""))
+        groups = pc.fill_null(pc.index_in(each, value_set=names), -1).to_numpy()
+        return rows, groups, names.to_pylist()
 
     @functools.cached_property
     def codes(self) -> np.ndarray:

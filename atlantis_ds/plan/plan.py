@@ -39,6 +39,7 @@ class Lengths:
 
     source: str
     train: int
+    dev: int
     test: int
     labels: int
     prompt_mean: float
@@ -163,7 +164,7 @@ def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
             with tempfile.TemporaryDirectory() as place:
                 examples, source = prepare(recipe, RunFolder(Path(place))), "the data files"
     except InputError as error:
-        return Lengths(f"ASSUMED, no data ({error})", 8000, 2000, 19, 100.0, 200, 8.0, 12)
+        return Lengths(f"ASSUMED, no data ({error})", 8000, 0, 2000, 19, 100.0, 200, 8.0, 12)
     try:
         tokenizer = load_tokenizer(model)
 
@@ -186,7 +187,7 @@ def _lengths(examples: Examples, source: str, count: Callable[[list[str]], list[
     targets = (
         [of_label[code] for code in train.codes] if of_label else [n + 1 for n in count(train.targets.to_pylist())]
     )
-    sizes = len(train), len(examples.test), len(of_label)
+    sizes = len(train), len(examples.dev), len(examples.test), len(of_label)
     mean_prompt, mean_target = sum(prompts) / len(prompts), sum(targets) / len(targets)
     return Lengths(source, *sizes, mean_prompt, max(prompts), mean_target, max(of_label or targets))
 
@@ -229,7 +230,9 @@ def work_hours(
     stages = []
     if reference.kind == "finetuned":
         share = reference.folds - 1 if reference.folds > 1 else 1
-        seen = reference.rounds * lengths.train * share * (reference.num_train_epochs or epochs)
+        others = {"train": 0, "dev": lengths.dev, "both": reference.folds * lengths.dev}[reference.on]
+        examples = others + (0 if reference.on == "dev" else share * lengths.train)
+        seen = reference.rounds * examples * (reference.num_train_epochs or epochs)
         rounds = f", {reference.rounds} rounds" if reference.rounds > 1 else ""
         name = f"train reference ({reference.folds} folds{rounds}), {factor['train']}ND"
         stages.append((name, passes * one[2] * seen))

@@ -43,8 +43,9 @@ def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
         "encoder_decoder": bool(load_config(job.model).is_encoder_decoder),
         "data": {
             "fingerprint": examples.train_fingerprint,
-            "train": len(job),
+            "train": sum(len(part.rows) for part in job.parts if part.split == "train"),
             "dev": len(examples.dev),
+            "dev_trained_on": sum(len(part.rows) for part in job.parts if part.split == "dev"),
             "labels": len(examples.labels or ()),
         },
         "weights": _weights_facts(run, examples, job),
@@ -109,7 +110,10 @@ def card_text(
     form = "LoRA adapter" if adapter else "LoRA adapter merged into its base model" if merged else "all weights"
     where = f"{checkpoint}, optimizer step {facts['step'] if checkpoint == 'last' else facts['best_step']}"
     dev_loss = facts.get("dev_loss") if checkpoint == "last" else facts["best_loss"]
-    sizes = f"{data['train']} train, {data['dev']} dev" + (f"; {data['labels']} labels" if data["labels"] else "")
+    on_dev = data.get("dev_trained_on")
+    sizes = f"{data['train']} train, {data['dev']} dev" + (", trained on with their gold labels" if on_dev else "")
+    sizes += f"; {data['labels']} labels" if data["labels"] else ""
+    no_loss = "none, the dev examples are trained on" if on_dev else "no dev split"
     rows = [
         ("form", form),
         ("trained from", f"`{source}`" + (f", revision `{base['revision']}`" if base.get("revision") else "")),
@@ -120,7 +124,7 @@ def card_text(
         ("mode", f"{settings['mode']}, {settings['dtype']}, `{settings['deepspeed']}`, {facts['world_size']} ranks"),
         ("hardware", facts.get("hardware", "not recorded")),
         ("batch", f"{settings['train_batch_size']} examples, loss divided by each {settings['reduction']}"),
-        ("dev loss", "no dev split" if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(target) in nats)"),
+        ("dev loss", no_loss if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(target) in nats)"),
     ]
     lines = [
         "---",
@@ -135,7 +139,7 @@ def card_text(
         "",
         "## Weights",
         "",
-        *_weights_lines(facts["weights"]),
+        *_weights_lines(facts["weights"], alone=bool(on_dev) and not data["train"]),
         "",
         "## Scores on the test split",
         "",
@@ -161,7 +165,9 @@ def card_text(
     return "\n".join(lines)
 
 
-def _weights_lines(weights: Mapping[str, Any] | None) -> list[str]:
+def _weights_lines(weights: Mapping[str, Any] | None, alone: bool) -> list[str]:
+    if alone:
+        return ["None: trained on the gold labels of the dev examples alone, on every one alike."]
     if weights is None:
         return ["None: a reference model is trained on every example alike."]
     options = weights["options"]

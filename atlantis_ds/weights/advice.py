@@ -42,6 +42,11 @@ def _or_mean(facts: WeightFacts) -> str:
     return "" if facts.options.length == "mean" else ", or weights.length: mean"
 
 
+def _temper(facts: WeightFacts) -> str:
+    verb = "Set" if facts.options.temper is None else "Raise"
+    return f"{verb} weights.temper (0.5 asks for half of n){_or_mean(facts)}."
+
+
 def _ess(diagnosis: dict[str, Any]) -> str:
     return (
         f"the effective sample size is {diagnosis['ess']:,.1f} of {diagnosis['n']:,} examples "
@@ -50,7 +55,7 @@ def _ess(diagnosis: dict[str, Any]) -> str:
 
 
 def _spread(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
-    advice = f"Set weights.temper (0.5 asks for half of n){_or_mean(facts)}."
+    advice = _temper(facts)
     if diagnosis["ess_fraction"] < ESS_REFUSE:
         yield (
             f"{_ess(diagnosis)}, and the heaviest 1% hold {diagnosis['top_percent_share']:.0%} of the weight: `train` "
@@ -64,7 +69,7 @@ def _tail(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
     k, threshold = diagnosis["pareto_k_final"], diagnosis["pareto_k_threshold"]
     if diagnosis["max"] < TAIL_WARN:
         return
-    advice = f"Set weights.temper{_or_mean(facts)}."
+    advice = _temper(facts)
     if k == math.inf:
         yield f"Pareto k-hat is beyond measure: nearly all weights are zero beside the largest few. {advice}"
     elif k >= 1:
@@ -77,19 +82,32 @@ def _tail(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
 
 
 def _class_shares(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
+    """Weights of wrong labels should be small, and so should their share: only what goes beyond that is named."""
     low, high = CLASS_RATIO
-    outside = [row for row in diagnosis["classes"] or () if not low <= row["ratio"] <= high]
-    if outside:
-        outside.sort(key=lambda row: -abs(row["weight_share"] - row["data_share"]))
-        named = "; ".join(
-            f"{row['label']!r} has {row['data_share']:.1%} of the data and {row['weight_share']:.1%} of the weight"
-            for row in outside[:3]
-        )
-        more = f"; and {len(outside) - 3} more" if len(outside) > 3 else ""
-        yield (
-            f"the weights change the class shares by more than {high:g} times: {named}{more}. Set weights.scope: "
-            f"per_label to keep every class's share, or weights.calibrate: label_mean{_or_mean(facts)}."
-        )
+    gold, noise = diagnosis["gold"], diagnosis["noise"]
+    outside, deserved = [], False
+    for row in diagnosis["classes"] or ():
+        right = 1 - row["wrong"] if gold and row["wrong"] is not None else None
+        wanted = right / (1 - gold["share_wrong"]) if right and gold["share_wrong"] < 1 else 1.0
+        if not low <= row["ratio"] <= high and not low <= row["ratio"] / wanted <= high:
+            outside.append(row)
+            deserved |= (wanted - 1) * (row["ratio"] - 1) > 0
+    if not outside or (noise and noise["found"]):
+        return
+    outside.sort(key=lambda row: -abs(row["weight_share"] - row["data_share"]))
+    named = "; ".join(
+        f"{row['label']!r} has {row['data_share']:.1%} of the data and {row['weight_share']:.1%} of the weight"
+        for row in outside[:3]
+    )
+    more = f"; and {len(outside) - 3} more" if len(outside) > 3 else ""
+    keep = facts.options.scope == "global" and not deserved
+    advice = ["weights.scope: per_label to keep every class's share"] if keep else []
+    advice += ["weights.calibrate: label_mean"] if facts.options.calibrate == "none" else []
+    advice += ["weights.length: mean"] if facts.options.length != "mean" else []
+    yield (
+        f"the weights change the class shares by more than {high:g} times: {named}{more}."
+        + (f" Set {', or '.join(advice)}." if advice else "")
+    )
 
 
 def _length(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
@@ -141,20 +159,21 @@ def _order(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
             f"the weights hardly tell right {what}s from wrong ones: AUROC {min(found)[0]:.2f}{where}, where 0.50 is "
             f"chance. {_better_reference(what, facts)}"
         )
-    before, after = gold["auroc_correct_before"], gold["auroc_correct"]
-    if before is None or before - after < AUROC_LOST:
+    after = gold["auroc_correct"]
+    if after is None:
         return
-    if facts.options.scope == "per_label":
+    if (without := gold["auroc_correct_global"]) is not None and without - after >= AUROC_LOST:
         worst = max(diagnosis["classes"], key=lambda row: row["wrong"] or 0)
         yield (
-            f"weights.scope: per_label hides errors: AUROC {after:.2f}, and {before:.2f} without it. Some labels are "
+            f"weights.scope: per_label hides errors: AUROC {after:.2f}, and {without:.2f} without it. Some labels are "
             f"wrong more often than others ({worst['label']!r} in {worst['wrong']:.0%}), and each keeps its share of "
             "the weight. Set weights.scope: global."
         )
-    elif diagnosis["tied"] >= TIED:
+    elif diagnosis["tied"] >= TIED and gold["auroc_correct_unbounded"] - after >= AUROC_LOST:
         yield (
             f"{diagnosis['tied']:.0%} of the weights are equal, held by weights.clip or truncate, which hides their "
-            f"order: AUROC {after:.2f}, and {before:.2f} before. Widen the bound, or lower weights.power."
+            f"order: AUROC {after:.2f}, and {gold['auroc_correct_unbounded']:.2f} without. Widen the bound, or lower "
+            "weights.power."
         )
 
 
@@ -186,11 +205,13 @@ def _groups_differ(diagnosis: dict[str, Any]) -> str:
     p = diagnosis["groups_differ_p"]
     if p is None or p >= GROUPS_DIFFER:
         return ""
-    rows = [row for row in diagnosis["groups"] if row.get("contradicted") is not None and row["data_share"] >= 0.005]
-    worst = sorted(rows, key=lambda row: -row["contradicted"])[:3]
+    rows = [row for row in diagnosis["groups"] if row.get("contradicted")]
+    # Of a group with few examples a share says little: those with most contradicted examples are named.
+    worst = sorted(rows, key=lambda row: -row["contradicted"] * row["examples"])[:3]
     named = ", ".join(f"{row['label']!r} in {row['contradicted']:.0%}" for row in worst)
+    chance = f"p = {p:.1g}" if p > 1e-12 else "p below 1e-12"
     return (
-        f"The groups differ in how often the reference contradicts them (by chance that has p = {p:.1g}), most often "
+        f"The groups differ in how often the reference contradicts them (chance would do so with {chance}), such as "
         f"{named}: that speaks for errors. "
     )
 
@@ -212,14 +233,16 @@ def _better_reference(what: str, facts: WeightFacts) -> str:
 def _unseen_errors(what: str, facts: WeightFacts) -> str:
     """What helps where the reference learns errors because rules, patterns or a model make them again and again."""
     reference = facts.reference
-    if reference.on == "dev":
+    if reference.on != "train":
         return f"More gold {what}s for it (data.dev) help most."
-    gold = f"train it on gold {what}s (models.reference.on: dev)"
+    gold = f"train it on gold {what}s (models.reference: {{on: dev, folds: 1}}, with data.dev)"
     if reference.folds_by == "group":
         return f"Where many groups share an error, {gold}."
+    by_group = "folds_by: group" if reference.folds > 1 else "{folds: 4, folds_by: group}"
+    by_group = f"models.reference{'.' if reference.folds > 1 else ': '}{by_group}"
     if facts.groups is not None:
-        return f"A reference learns the errors of rules: set models.reference.folds_by: group, or {gold}."
+        return f"A reference learns the errors of rules: set {by_group}, or {gold}."
     return (
         f"Where rules or patterns made the {what}s, a reference trained on them learns their errors: name what made "
-        f"each in a column `group` and set models.reference.folds_by: group, or {gold}."
+        f"each in a column `group` and set {by_group}, or {gold}."
     )

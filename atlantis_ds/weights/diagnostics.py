@@ -55,11 +55,12 @@ def diagnose(
         ``groups_differ_p``: chance that groups differ as much in ``contradicted`` (chi-squared test).
 
         ``gold``: None, or over the examples with a known gold target ``known`` (their number), ``auroc_correct`` (of
-        the weight for "the target is right"), ``auroc_correct_before`` (of ``log_weight``),
-        ``auroc_correct_within_class`` and ``auroc_correct_within_group`` (mean over the classes, or known groups, that
-        have right and wrong examples, weighted by their number), each with an ``_interval`` (95%, over examples),
-        ``share_wrong``, ``weight_share_wrong`` and ``lowest_tenth_wrong`` (share of wrong targets in the tenth with the
-        lowest weights; equal weights at its border count by their mean).
+        the weight for "the target is right"), ``auroc_correct_global`` (with ``scope: global``; None where that is
+        set), ``auroc_correct_unbounded`` (without ``clip`` and ``truncate``), ``auroc_correct_within_class`` and
+        ``auroc_correct_within_group`` (mean over the classes, or known groups, that have right and wrong examples,
+        weighted by their number), each with an ``_interval`` (95%, over examples), ``share_wrong``,
+        ``weight_share_wrong`` and ``lowest_tenth_wrong`` (share of wrong targets in the tenth with the lowest weights;
+        equal weights at its border count by their mean).
 
         ``warnings``: plain sentences.
     """
@@ -129,7 +130,7 @@ def number_rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _noise_rows(noise)
     if gold := diagnosis["gold"]:
         yield f"known gold {what}s", f"{gold['known']:,}, {gold['share_wrong']:.1%} of the {what}s wrong"
-        parts = [("overall", "correct"), ("before stabilising", "correct_before")]
+        parts = [("overall", "correct"), ("with scope: global", "correct_global")]
         parts += [(f"within {part}", f"correct_within_{part}") for part in ("class", "group")]
         for where, key in parts:
             if (auroc := gold[f"auroc_{key}"]) is not None:

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Reference, Weights
-from atlantis_ds.data.rows import GROUPS
 from atlantis_ds.weights.agreement import Suggestions
+from atlantis_ds.weights.formulas import stabilise
+from atlantis_ds.weights.posterior import wilson
 
 if TYPE_CHECKING:
     from atlantis_ds.data.examples import Split
 
 LENGTH_BINS = 10
-SMALL_GROUP = 5
 MOST_GROUPS = 1000  # with rows of their own: a column of sources may have another text in nearly every example
 
 
@@ -41,7 +40,7 @@ class WeightFacts:
     suggested: Suggestions | None = None
     """What the reference would say; None where the label set was not scored."""
     judged: np.ndarray | None = None
-    """bool [n]: whether the reference has seen nothing else of the example's group; None where folds go by text."""
+    """bool [m]: whether the example's reference has seen nothing of that group; None where folds go by text."""
     options: Weights = field(default_factory=Weights)
     """Of the weights: no warning advises what is set already,"""
     reference: Reference = field(default_factory=Reference)
@@ -66,7 +65,7 @@ class WeightFacts:
 
 def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
     """What ``diagnose`` wants to know of the n training examples, with what else is ``known`` of ``WeightFacts``."""
-    rows, groups, names = groups_of(train)
+    rows, groups, names = train.memberships
     return WeightFacts(
         labels=None if train.labels is None else train.codes,
         label_names=train.labels or (),
@@ -77,16 +76,6 @@ def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
         options=options,
         **known,
     )
-
-
-def groups_of(train: Split) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Examples, int [m], and their groups, int [m] into the names; -1 where an example has none."""
-    split = pc.split_pattern(pc.fill_null(train.groups, ""), GROUPS).combine_chunks()
-    rows, each = pc.list_parent_indices(split).to_numpy(), pc.list_flatten(split)
-    names = pc.unique(each)
-    names = names.filter(pc.not_equal(names, ""))
-    groups = pc.fill_null(pc.index_in(each, value_set=names), -1).to_numpy()
-    return rows, groups, names.to_pylist()
 
 
 def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
@@ -104,10 +93,9 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
         found["target_lengths"] = _shares(weights, *_length_bins(tokens))
         found["length_correlation"] = _rank_correlation(weights, tokens)
     if facts.groups is not None and (facts.groups >= 0).any():
-        if facts.judged is not None and facts.contradicted is not None:
-            means["contradicted"] = np.where(facts.judged, facts.contradicted, np.nan)
         # -1, no group, comes last among the names.
-        shares = _shares(weights, facts.groups, [*facts.group_names, "(no group)"], facts.group_rows, **means)
+        names = [*facts.group_names, "(no group)"]
+        shares = _shares(weights, facts.groups, names, facts.group_rows, facts.judged, **means)
         found["groups"] = largest(_most_frequent_first(shares), MOST_GROUPS)
         if facts.judged is not None:
             for share in found["groups"]:
@@ -119,28 +107,32 @@ def _precision(contradicted: float | None, judged: int) -> list[float] | None:
     """Estimate of a group's share of right labels, by references that have not seen it, with Wilson's 95% interval."""
     if contradicted is None:
         return None
-    from scipy.stats import binomtest
-
-    interval = binomtest(round((1 - contradicted) * judged), judged).proportion_ci(method="wilson")
-    return [1 - contradicted, float(interval.low), float(interval.high)]
+    return [1 - contradicted, *wilson(round((1 - contradicted) * judged), judged)]
 
 
 def groups_differ_p(facts: WeightFacts) -> float | None:
-    """Chance that groups of one label differ as much in how often the reference contradicts them: Pearson's chi-squared
-    test within each label, since some labels are harder than others. None where no label has two groups of
-    ``SMALL_GROUP`` examples, or none that it contradicts in part."""
+    """Chance that groups of one label differ as much in how often the reference contradicts them.
+
+    Pearson's chi-squared test within each label, since some labels are harder than others; an example counts for the
+    first group that it names. Groups with less than one contradiction to be expected are one. None where no label has
+    two groups.
+    """
     if facts.contradicted is None or facts.labels is None or facts.groups is None:
         return None
     from scipy.stats import chi2, chi2_contingency
 
     rows = np.arange(len(facts.contradicted)) if facts.group_rows is None else facts.group_rows
-    known = facts.groups >= 0
-    rows, groups, statistic, freedom = rows[known], facts.groups[known], 0.0, 0
-    for label in np.unique(facts.labels):
+    first = np.unique(rows, return_index=True)[1]
+    counted = first[(facts.groups[first] >= 0) & (True if facts.judged is None else facts.judged[first])]
+    rows, groups, statistic, freedom = rows[counted], facts.groups[counted], 0.0, 0
+    for label in np.unique(facts.labels[rows]):
         inside = facts.labels[rows] == label
         size = np.bincount(groups[inside])
         against = np.bincount(groups[inside], facts.contradicted[rows[inside]])
-        table = np.stack([against, size - against])[:, size >= SMALL_GROUP]
+        small = size * against.sum() / size.sum() < 1
+        table = np.stack([against, size - against])
+        table = np.column_stack([table[:, ~small], table[:, small].sum(axis=1)])
+        table = table[:, table.sum(axis=0) > 0]
         if table.shape[1] > 1 and table.sum(axis=1).all():
             found = chi2_contingency(table, correction=False)
             statistic, freedom = statistic + found.statistic, freedom + found.dof
@@ -152,6 +144,7 @@ def _shares(
     codes: np.ndarray,
     names: Sequence[str] | None = None,
     rows: np.ndarray | None = None,
+    judged: np.ndarray | None = None,
     **means: np.ndarray | None,
 ) -> list[dict[str, Any]]:
     """Share of the examples and of the weight of each code, in the order of the codes.
@@ -161,6 +154,7 @@ def _shares(
         codes: int [m].
         names: of the codes.
         rows: int [m], the example of each code; None for m = n.
+        judged: bool [m], which of them count in ``contradicted``; None for all.
         means: float64 [n], NaN where it is not known: each becomes its mean over what is known.
     """
     rows = np.arange(len(weights)) if rows is None else rows
@@ -182,6 +176,8 @@ def _shares(
         if values is None:
             continue
         known = ~np.isnan(values[rows])
+        if key == "contradicted" and judged is not None:
+            known &= judged
         total = np.bincount(code[known], values[rows][known], len(numbers))
         for share, sum_of, count in zip(shares, total, np.bincount(code[known], minlength=len(numbers)).tolist()):
             share[key] = float(sum_of / count) if count else None
@@ -243,7 +239,13 @@ def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts
     wrong_below = (~right)[below].sum() + (size - below.sum()) * (~right)[tied].mean()
     everywhere = np.zeros(known.sum(), dtype=np.int64)
     found = {"correct": _auroc(weights[known], right, everywhere)}
-    found["correct_before"] = _auroc(log_weight[known], right, everywhere)
+    for key, changes in (("global", {"scope": "global"}), ("unbounded", {"clip": None, "truncate": "none"})):
+        options = facts.options.model_copy(update=changes)
+        if options == facts.options or facts.labels is None:
+            found[f"correct_{key}"] = (None, None) if key == "global" else found["correct"]
+        else:
+            other = stabilise(log_weight, facts.labels, options)
+            found[f"correct_{key}"] = _auroc(other[known], right, everywhere)
     found["correct_within_class"] = found["correct_within_group"] = (None, None)
     if facts.labels is not None:
         found["correct_within_class"] = _auroc(weights[known], right, facts.labels[known])

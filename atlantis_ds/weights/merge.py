@@ -47,9 +47,11 @@ def merge(run: Run) -> dict[str, Any]:
         suggested=found_weights.suggested,
         judged=judged_by_others(recipe.models.reference, train),
         reference=recipe.models.reference,
-        one_base=found_weights.one_base,
+        one_base=found_weights.one_base and not run.folder.round,
     )
     diagnosis = diagnose(weight, log_weight, facts, told)
+    if run.folder.round:  # its weights are for the next round alone, with options that nobody sets
+        diagnosis["warnings"] = []
     info = {
         "fingerprint": mark,
         "scores": scores,

@@ -19,9 +19,8 @@ from atlantis_ds.files import read_json, write_atomic, write_json, write_text
 from atlantis_ds.run import Run
 from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
-from atlantis_ds.weights.arms import lowest_first, read_weights
+from atlantis_ds.weights.arms import WEIGHTS_VERSION, lowest_first, read_weights
 from atlantis_ds.weights.diagnostics import number_rows, share_text
-from atlantis_ds.weights.facts import groups_of
 from atlantis_ds.weights.picture import plot_weights
 from atlantis_ds.weights.shards import read_shards
 
@@ -45,6 +44,8 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     examples = load_examples(folder)
     diagnosis = read_json(folder.weights_info)
     table, info = read_weights(folder)
+    if diagnosis.get("version") != WEIGHTS_VERSION:
+        raise InputError(f"{folder.weights_info}: written by another version; run `merge` again")
     if info["fingerprint"] != diagnosis["fingerprint"]:
         raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
     if not table["id"].cast(pa.string()).equals(examples.train.ids):
@@ -67,7 +68,7 @@ def _lowest_of_groups(
     examples: Examples, diagnosis: dict[str, Any], order: np.ndarray, listed: Listing
 ) -> dict[str, dict[str, Any]]:
     """The example of the lowest weight of each of the largest groups, by the group's name."""
-    rows, groups, names = groups_of(examples.train)
+    rows, groups, names = examples.train.memberships
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     first = np.full(len(names) + 1, len(order))
