@@ -110,6 +110,25 @@ def test_the_gap_is_measured_from_sft_alone(gold: list[str], tmp_path: Path) -> 
     assert found["peers"] == ["gce"] and [row["gap_closed"] for row in found["arms"]] == [None, None]
 
 
+def test_an_arm_with_gold_dev_examples_is_taken_for_no_other(gold: list[str], tmp_path: Path) -> None:
+    model = {"model_name_or_path": "some/model"}
+    uniform = {"weights": {"formula": "uniform"}}
+    arms = {
+        "sft_mixed": {**uniform, "dev": "mixed"},
+        "gold_mixed": {**uniform, "gold": True, "dev": "mixed"},
+        "only_dev": {"dev": "alone"},
+        "sft": uniform,
+        "gold": {**uniform, "gold": True},
+    }
+    tree = {"name": "r", "data": {"format": "grammar"}, "models": {"large": model, "small": model}, "arms": arms}
+    shares = {"sft": 0.5, "sft_mixed": 0.6, "only_dev": 0.55, "gold_mixed": 0.99, "gold": 0.9}
+    runs = [run for arm, share in shares.items() for run in trained(gold, arm, share)]
+    found = compare_arms(Recipe.model_validate(tree), RunFolder(tmp_path), gold, runs)
+    assert found["peers"] == ["sft", "sft_mixed"]
+    closed = {row["arm"]: row["gap_closed"] for row in found["arms"]}
+    assert closed["gold"]["mean"] == pytest.approx(1) and closed["gold_mixed"]["mean"] > 1
+
+
 def test_an_interval_of_one_seed_is_marked(gold: list[str]) -> None:
     several = comparison(gold, [*trained(gold, "sft", 0.5), *trained(gold, "arm", 0.8)], ["sft"], None)
     one = comparison(gold, [*trained(gold, "sft", 0.5), *trained(gold, "arm", 0.8, 1)], ["sft"], None)

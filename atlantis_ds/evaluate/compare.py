@@ -57,8 +57,8 @@ def compare_arms(
 ) -> dict[str, Any]:
     """Compare what is trained so far; write ``compare/`` in the run folder.
 
-    Differences are taken to plain fine-tuning and to plain GCE, where the recipe has such arms; the arm with gold
-    labels says how much there is to gain.
+    Differences are taken to plain fine-tuning, to plain GCE, and to plain fine-tuning with the dev examples among the
+    others, where the recipe has such arms; the arm with gold labels says how much there is to gain.
 
     Args:
         gold, trained, metric, apart: see ``comparison``.
@@ -67,19 +67,20 @@ def compare_arms(
         see ``comparison``.
     """
 
-    def plain(loss: str, gold: bool = False) -> list[str]:
+    def plain(loss: str, gold: bool = False, dev: str | None = None) -> list[str]:
         return [
             name
             for name, arm in recipe.arms.items()
             if (arm.weights or recipe.weights).formula == "uniform"
             and (arm.loss or recipe.train.loss, arm.gold) == (loss, gold)
             and not arm.drop_ids
-            and arm.dev is None
+            and arm.dev == dev
         ][:1]
 
     sft = plain("cross_entropy")
     upper = plain("cross_entropy", gold=True) if sft else []
-    found = comparison(gold, trained, [*sft, *plain("gce")], next(iter(upper), None), metric, apart)
+    peers = [*sft, *plain("gce"), *plain("cross_entropy", dev="mixed")]
+    found = comparison(gold, trained, peers, next(iter(upper), None), metric, apart)
     _write(folder.root / "compare", found, trained)
     return found
 
