@@ -569,6 +569,7 @@ NO_NOISE |= {
     "examples": 2000,
     "pairs": 0,
     "meaning": None,
+    "informed": True,
 }
 
 

@@ -61,6 +61,15 @@ def test_the_temperature_is_found(temperature: float) -> None:
     assert 0.8 < fit(scores, given).temperature / temperature < 1.25
 
 
+def test_a_reference_that_knows_nothing_tells_no_noise() -> None:
+    """It contradicts most labels, which would pass for noise of 80%."""
+    scores, given, _ = simulated(900, UNIFORM)
+    noise = fit(np.random.default_rng(1).permutation(scores), given)
+    assert not noise.informed and not noise.found
+    assert not log_posterior(scores, np.zeros_like(scores), given, noise).any()
+    assert fit(scores, given).informed
+
+
 def test_without_noise_every_weight_is_1() -> None:
     scores, given, _ = simulated(900, np.eye(5))
     noise = fit(scores, given)

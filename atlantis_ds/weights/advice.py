@@ -181,7 +181,12 @@ def _no_noise(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
     """Weights that hardly differ: right labels, or errors that the reference has learned."""
     noise, what = diagnosis["noise"], noun(diagnosis)
     differ = _groups_differ(diagnosis)
-    if noise and not noise["found"]:
+    if noise and not noise["informed"]:
+        yield (
+            "the reference explains the labels hardly better than their shares do: what it contradicts is no sign of "
+            f"noise, so all weights are 1. {_better_reference(what, facts)}"
+        )
+    elif noise and not noise["found"]:
         yield (
             f"no noise is found in the {what}s, so all weights are 1 and training on them is plain SFT. Either the "
             f"{what}s are right, or the reference has learned their errors. {differ}{_unseen_errors(what, facts)}"

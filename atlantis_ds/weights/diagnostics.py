@@ -144,7 +144,8 @@ def number_rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _noise_rows(noise: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What ``formula: posterior`` found: see ``posterior.Noise``."""
     low, high = noise["interval"]
-    told = "" if noise["found"] else "; not told from none, so all weights are 1"
+    why = "not told from none" if noise["informed"] else "but the reference hardly knows the labels"
+    told = "" if noise["found"] else f"; {why}, so all weights are 1"
     yield "noise in the labels", f"{noise['rate']:.1%} [{low:.1%}, {high:.1%}]{told}"
     gain = noise["evidence"] - noise["evidence_clean"]
     if noise["pairs"]:

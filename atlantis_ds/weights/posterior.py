@@ -33,6 +33,7 @@ PRIOR = 5.0
 ROUNDS, ENOUGH = 300, 1e-6
 """EM ends after so many rounds, or when the evidence of an example changes by less."""
 ENOUGH_PAIRS = 50
+INFORMED = 0.1
 DRAWS = 100
 """Bootstrap draws for the interval of the noise rate."""
 CLEAN = 0.01
@@ -57,6 +58,8 @@ class Noise:
     """Marginal likelihood of the given labels, natural log, mean over the examples fitted on."""
     evidence_clean: float
     """The same without noise (M = 1), at its own best T."""
+    evidence_shares: float
+    """The same of a model that knows the shares of the given labels and nothing else."""
     examples: int
     """That it was fitted on."""
     pairs: int = 0
@@ -66,13 +69,23 @@ class Noise:
 
     @property
     def found(self) -> bool:
-        """Whether there is noise that can be told from none."""
+        """Whether there is noise that can be told from none, by a reference that knows the labels at all."""
+        if not self.informed:
+            return False
         return self.interval[0] >= CLEAN and (self.evidence > self.evidence_clean or self.meaning is not None)
+
+    @property
+    def informed(self) -> bool:
+        """Whether the reference explains the given labels better than their shares do, by ``INFORMED`` of what is left.
+
+        A reference that knows nothing contradicts most labels, and that would pass for noise."""
+        best = max(self.evidence, self.evidence_clean)
+        return best - self.evidence_shares > -INFORMED * self.evidence_shares
 
     def as_json(self, labels: list[str]) -> dict[str, Any]:
         """All of it, the matrix with its labels."""
         arrays = {"matrix": self.matrix.tolist(), "meaning": None if self.meaning is None else self.meaning.tolist()}
-        return {**vars(self), **arrays, "labels": labels, "found": self.found}
+        return {**vars(self), **arrays, "labels": labels, "found": self.found, "informed": self.informed}
 
 
 def fit_noise(
@@ -107,7 +120,8 @@ def fit_noise(
         rates.append(1 - float(drawn.of_given(_fit(drawn, pairs, matrix)[0]).mean()))
     low, high = np.quantile(rates, [0.025, 0.975])
     rate = 1 - float(chances.of_given(matrix).mean())
-    return Noise(matrix, temperature, share, rate, (float(low), float(high)), evidence, clean, len(given))
+    interval = (float(low), float(high))
+    return Noise(matrix, temperature, share, rate, interval, evidence, clean, _of_shares(given), len(given))
 
 
 def fit_noise_with_pairs(
@@ -139,6 +153,11 @@ def fit_noise_with_pairs(
         pairs=size,
         meaning=_rows_to_1(pairs.T + PRIOR * np.eye(len(pairs))),
     )
+
+
+def _of_shares(given: np.ndarray) -> float:
+    shares = np.bincount(given) / len(given)
+    return float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
 
 
 def wilson(count: int, of: int) -> tuple[float, float]:
