@@ -236,7 +236,7 @@ def test_page_of_responses(tmp_path: Path) -> None:
     diagnosis = diagnose(weights, np.log(weights), facts) | {"options": Weights().model_dump()}
     plot_weights(tmp_path / "weights.png", weights, diagnosis)
     order, listing = np.argsort(weights), page.Listing(examples, weights, None)
-    lists = (list(listing.entries(rows)) for rows in (order[:50], order[::-1][:50]))
+    lists = [list(listing.entries(rows)) for rows in (order[:50], order[::-1][:50])]
     first = {"web": lists[0][0]}
     text = page._page("x", diagnosis, *lists, tmp_path / "weights.png", first)
     found = Page(text)

@@ -208,6 +208,7 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
         )
 
 
+@pytest.mark.slow
 def test_second_round_trains_on_the_weights_of_the_first(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     from atlantis_ds.train.jobs import reference_jobs
 

@@ -262,6 +262,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_untied_t5_keeps_its_head_when_sharded_at_load(tmp_path):
     random_model("t5-untied").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

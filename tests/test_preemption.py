@@ -121,6 +121,7 @@ def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: 
     succeed("local", 1, "merge", recipe)
 
 
+@pytest.mark.slow
 def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, "train.save_steps": 20})
     run = tmp_path / "run"

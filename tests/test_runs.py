@@ -25,6 +25,7 @@ def tables(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in [*(run / "scores").glob("*.parquet"), run / "weights.parquet"]}
 
 
+@pytest.mark.slow
 def test_killed_scoring_is_finished_by_other_numbers_of_ranks(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     """On 2 ranks, killed halfway, finished on 1 and on 3: the same bytes as 2 undisturbed ranks.
 
@@ -219,6 +220,7 @@ def test_missing_data_on_two_ranks_leaves_nothing(tiny_recipe: WriteRecipe, tmp_
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["recipe.yaml"]
 
 
+@pytest.mark.slow
 def test_arms_that_cannot_be_trained(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, run = tiny_recipe(tmp_path, {"weights": {"formula": "product", "power": 50.0}}), tmp_path / "run"
     refuse(launch("local", 1, "train", recipe), "examples.json", "run the stage that writes it first")

@@ -167,7 +167,7 @@ def written(run: Path) -> list[Path]:
     "launcher, changes",
     [
         pytest.param("torchrun", FULL, id="full"),
-        pytest.param("deepspeed", LORA, id="lora"),
+        pytest.param("deepspeed", LORA, id="lora", marks=pytest.mark.slow),
         pytest.param("torchrun", QLORA, id="qlora", marks=pytest.mark.slow),
     ],
 )
