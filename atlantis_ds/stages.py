@@ -212,11 +212,11 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
 
     if run.recipe.train.early_stopping_patience and not len(examples.dev):
         raise InputError("train.early_stopping_patience: there are no dev examples; set data.dev or data.dev_size")
-    if run.recipe.evaluate.checkpoint == "best" and not len(examples.dev):
-        raise InputError(
-            "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
-        )
     if run.recipe.evaluate.checkpoint == "best":
+        if not len(examples.dev):
+            raise InputError(
+                "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
+            )
         for arm in (arm for arm, options in run.recipe.arms.items() if options.dev):
             raise InputError(f"evaluate.checkpoint: best: arm {arm} trains on the dev examples it would be chosen by")
     if examples.labels and run.recipe.evaluate.method == "generate":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -69,8 +70,9 @@ def close_trackers() -> None:
     """Let all trackers send what is left, for ``WAIT`` seconds at most."""
     for sender in _senders.values():
         sender.send(None)
+    end = time.monotonic() + WAIT
     for sender in _senders.values():
-        sender.thread.join(WAIT)
+        sender.thread.join(max(0.0, end - time.monotonic()))
     _senders.clear()
 
 

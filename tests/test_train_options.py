@@ -15,6 +15,7 @@ from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.train.jobs import arm_job
 
 UNIFORM = {"arms": {"sft": {"weights": {"formula": "uniform"}}}}
 
@@ -52,3 +53,17 @@ def test_early_stopping_needs_dev_examples(tiny_recipe: WriteRecipe, tmp_path: P
     run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
     with pytest.raises(InputError, match=r"train\.early_stopping_patience: there are no dev examples"):
         stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
+
+
+@pytest.mark.parametrize("patience", [None, 3])
+def test_how_often_is_evaluated_counts_where_it_can_end_a_training(
+    tiny_recipe: WriteRecipe, tmp_path: Path, patience: int | None
+) -> None:
+    marks = []
+    for steps in (2, 3):
+        train = {"train.early_stopping_patience": patience, "train.eval_steps": steps}
+        recipe = load_recipe(tiny_recipe(tmp_path, {**UNIFORM, **train}))
+        run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
+        examples = prepare(recipe, run.folder)
+        marks.append(arm_job(run, examples, "sft", force=False).fingerprint(run, examples))
+    assert (marks[0] == marks[1]) == (patience is None)

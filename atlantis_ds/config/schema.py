@@ -379,8 +379,9 @@ class Arm(Section):
     gold: bool = False
     """Train on the gold labels: what noise-free data would give."""
     dev: Literal["mixed", "last", "alone"] | None = None
-    """Train on the gold labels of the dev split, too: `mixed` among the training examples, each with weight 1; `last`:
-    alone after them, with a learning rate schedule of its own; `alone`: on nothing else. Such arms have no dev loss."""
+    """Train on the gold labels of the dev split, too: `mixed` among the training examples, each with the mean weight of
+    those that the arm keeps; `last`: alone after them, with a learning rate schedule of its own; `alone`: on nothing
+    else. Such arms have no dev loss."""
     loss: Loss | None = None
     """Loss of this arm; without it `train.loss`."""
 

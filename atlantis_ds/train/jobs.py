@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.data.examples import Examples, Split
@@ -71,17 +70,25 @@ class Job:
         """Numbers of examples that are trained on together, one phase after another."""
         return tuple(len(part.rows) for part in self.parts) if self.one_by_one else (len(self),)
 
+    def find(self, place: int) -> tuple[int, int]:
+        """One of the n examples: the number of its part, and its row of the split."""
+        for number, part in enumerate(self.parts):
+            if place < len(part.rows):
+                return number, int(part.rows[place])
+            place -= len(part.rows)
+        raise IndexError(place)
+
     def ids(self, examples: Examples, places: np.ndarray) -> list[str]:
         """Ids of some of the n examples."""
-        all_ids = pa.chunked_array([part.of(examples).ids.take(part.rows) for part in self.parts])
-        return list(all_ids.take(places).to_pylist())
+        found = map(self.find, places.tolist())
+        return [self.parts[part].of(examples).ids[row].as_py() for part, row in found]
 
     def fingerprint(self, run: Run, examples: Examples) -> str:
         """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
-        free = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_skipped_steps"}
-        free |= {"per_device_train_batch_size", "profile_steps"}
-        if self.settings.early_stopping_patience is None:
-            free |= {"early_stopping_patience"}
+        free = {"logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "profile_steps"}
+        free |= {"per_device_train_batch_size"}
+        if self.settings.early_stopping_patience is None:  # else evaluations decide where a training ends
+            free |= {"early_stopping_patience", "eval_steps"}
         return fingerprint(
             [
                 VERSION,

@@ -250,11 +250,8 @@ class Trainer:
 
     def pair(self, place: int) -> Encoded:
         """The tokens of one of the job's examples."""
-        for tokens, part in zip(self.tokens, self.job.parts):
-            if place < len(part.rows):
-                return tokens[int(part.rows[place])]
-            place -= len(part.rows)
-        raise IndexError(place)
+        part, row = self.job.find(place)
+        return self.tokens[part][row]
 
     def _find_ways(self) -> Ways:
         """Which fast ways this model takes; found out on a few of the job's own examples."""

@@ -49,6 +49,12 @@ class WeightFacts:
     """Whether large and small base are one model."""
 
     @property
+    def grouped(self) -> np.ndarray:
+        """int [m]: the example of each of ``groups``."""
+        assert self.groups is not None
+        return np.arange(len(self.groups)) if self.group_rows is None else self.group_rows
+
+    @property
     def contradicted(self) -> np.ndarray | None:
         """float64 [n]: 1 where the reference finds another label likelier, 0 where it does not."""
         if self.suggested is None or self.labels is None:
@@ -95,7 +101,7 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
     if facts.groups is not None and (facts.groups >= 0).any():
         # -1, no group, comes last among the names.
         names = [*facts.group_names, "(no group)"]
-        shares = _shares(weights, facts.groups, names, facts.group_rows, facts.judged, **means)
+        shares = _shares(weights, facts.groups, names, facts.grouped, facts.judged, **means)
         found["groups"] = largest(_most_frequent_first(shares), MOST_GROUPS)
         if facts.judged is not None:
             for share in found["groups"]:
@@ -121,7 +127,7 @@ def groups_differ_p(facts: WeightFacts) -> float | None:
         return None
     from scipy.stats import chi2, chi2_contingency
 
-    rows = np.arange(len(facts.contradicted)) if facts.group_rows is None else facts.group_rows
+    rows = facts.grouped
     first = np.unique(rows, return_index=True)[1]
     counted = first[(facts.groups[first] >= 0) & (True if facts.judged is None else facts.judged[first])]
     rows, groups, statistic, freedom = rows[counted], facts.groups[counted], 0.0, 0
@@ -250,9 +256,8 @@ def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts
     if facts.labels is not None:
         found["correct_within_class"] = _auroc(weights[known], right, facts.labels[known])
     if facts.groups is not None:
-        rows = np.arange(len(weights)) if facts.group_rows is None else facts.group_rows
-        kept = known[rows]
-        rows = rows[kept]
+        kept = known[facts.grouped]
+        rows = facts.grouped[kept]
         found["correct_within_group"] = _auroc(weights[rows], correct[rows] == 1, facts.groups[kept])
     total = weights[known].sum()
     return {
