@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -483,9 +484,8 @@ def test_a_reference_that_has_learned_nothing_is_named_without_gold():
     labels = rng.choice(9, 600, p=[0.2, *[0.1] * 8])
     weights = formulas.stabilise(0.3 * rng.normal(size=600), labels, Weights())
     facts = {"labels": labels, "label_names": [f"l{number}" for number in range(9)]}
-    guessed = diagnostics.diagnose(
-        weights, np.log(weights), WeightFacts(**facts, suggested=said(rng.integers(0, 7, 600)))
-    )
+    known = WeightFacts(**facts, suggested=said(rng.integers(0, 7, 600)))
+    guessed = diagnostics.diagnose(weights, np.log(weights), known)
     assert guessed["agreement"]["never_said"] == ["l7", "l8"]
     assert guessed["agreement"]["share"] == pytest.approx(1 / 9, abs=0.05)
     assert guessed["agreement"]["majority_share"] == pytest.approx(0.2, abs=0.05)
@@ -494,6 +494,14 @@ def test_a_reference_that_has_learned_nothing_is_named_without_gold():
     )
     assert len(agrees) == 1 and "'l0' always" in agrees[0] and "rounds: 2" in agrees[0]
     assert len(never) == 1 and "2 of 9 labels" in never[0] and "'l7', 'l8'" in never[0]
+    # Gold labels that show a good order all the same have the last word.
+    correct = (rng.random(600) < 0.7).astype(int)
+    ordered = formulas.stabilise(rng.normal(size=600) + 3.0 * correct, labels, Weights())
+    good = diagnostics.diagnose(ordered, np.log(ordered), replace(known, correct=correct))
+    assert good["gold"]["auroc_correct_within_class_interval"][0] > 0.9
+    assert not any("agrees with" in text or "likeliest in no" in text for text in good["warnings"])
+    bad = diagnostics.diagnose(weights, np.log(weights), replace(known, correct=correct))
+    assert any("agrees with" in text for text in bad["warnings"])
     learned = np.where(rng.random(600) < 0.8, labels, rng.integers(0, 9, 600))
     fine = diagnostics.diagnose(weights, np.log(weights), WeightFacts(**facts, suggested=said(learned)))
     assert not any("agrees with" in text or "likeliest" in text for text in fine["warnings"])

@@ -122,8 +122,9 @@ def _length(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
 
 
 def _agreement(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
-    """Whether the reference has learned the labels at all: no gold label is needed to see that."""
-    if (found := diagnosis["agreement"]) is None:
+    """Whether the reference has learned the labels at all, which needs no gold label; where these show that the weights
+    order the labels well all the same, they have the last word."""
+    if (found := diagnosis["agreement"]) is None or _seen_to_be_good(diagnosis):
         return
     share, majority = found["share"], found["majority_share"]
     if majority < 1 and (share - majority) / (1 - majority) < AGREEMENT_WARN:
@@ -140,6 +141,13 @@ def _agreement(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
             f"{found['never_said_share']:.1%} of the examples have them: it cannot tell whether these are right. "
             "It needs more examples of them, or more training (models.reference.num_train_epochs)."
         )
+
+
+def _seen_to_be_good(diagnosis: dict[str, Any]) -> bool:
+    """Whether gold labels show, not by chance, that the weights tell right from wrong, overall and within class."""
+    gold = diagnosis["gold"] or {}
+    intervals = [gold.get(f"auroc_{key}_interval") for key in ("correct", "correct_within_class")]
+    return all(interval is not None and interval[0] > AUROC_WARN for interval in intervals)
 
 
 def _order(diagnosis: dict[str, Any], facts: WeightFacts) -> Iterator[str]:
