@@ -148,6 +148,7 @@ def test_refused_submission_leaves_no_job(slurm: dict[str, str], tiny_recipe: Wr
     assert run(slurm, "squeue", "--noheader", "--states=PENDING,RUNNING") == ""
 
 
+@pytest.mark.slow
 def test_cancelled_element_of_the_array_is_done_later(
     slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
