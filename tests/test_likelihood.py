@@ -1,9 +1,11 @@
 """Label log-likelihoods against plain full logits, one example at a time; batches; encoding; the fp32 head."""
 
+import copy
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -24,11 +26,12 @@ from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.data.relation import SEMEVAL_LABELS, TEMPLATE, read_semeval
 from atlantis_ds.data.rows import BadRows
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.batch import collate, collate_to_train, token_budget_batches
+from atlantis_ds.lm.batch import ROW_MULTIPLE, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
 from atlantis_ds.lm.tokens import _Task, write_part
+from atlantis_ds.train.engine import FEW, short_attention_in_fp32
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 FAMILIES = ["qwen2-tied", "qwen2-untied", "t5-tied", "t5-untied"]
@@ -424,7 +427,9 @@ def test_micro_batch_in_one_row_has_the_same_values_and_gradients(template):
     prompts = [pair.prompt for pair in pairs]
     shared = prompts[0][: next(at for at, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1)]
     assert (len(shared) > 8) == template.startswith("{options}")
-    assert packed.inputs["input_ids"].shape == (1, sum(map(len, pairs)) - len(shared) * (len(pairs) - 1))
+    tokens = sum(map(len, pairs)) - len(shared) * (len(pairs) - 1)
+    assert tokens % ROW_MULTIPLE, "the row must be filled up here"
+    assert packed.inputs["input_ids"].shape == (1, math.ceil(tokens / ROW_MULTIPLE) * ROW_MULTIPLE)
     found = []
     for batch in (padded, packed):
         model.zero_grad()
@@ -439,6 +444,41 @@ def test_micro_batch_in_one_row_has_the_same_values_and_gradients(template):
     changed = label_log_likelihoods(model, collate_to_train(other, model.config, 0))
     torch.testing.assert_close(changed[1:], values[1:], rtol=0, atol=1e-4)
     assert abs(changed[0] - values[0]).max() > 1e-2
+
+
+def test_short_rows_attend_in_fp32_and_long_ones_as_before():
+    """In bf16: nearer to the fp32 model with its gradient, or bit for bit the same."""
+    shape = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, num_hidden_layers=2, initializer_range=0.25, **shape)).eval()
+    model.bfloat16()
+    exact = copy.deepcopy(model).float()
+
+    def gradient(lm, batch):
+        lm.zero_grad()
+        label_log_likelihoods(lm, batch).sum().backward()
+        return torch.cat([p.grad.flatten().float() for p in lm.model.layers.parameters()])
+
+    kinds = {"sdpa": model, "short": copy.deepcopy(model)}
+    short_attention_in_fp32(kinds["short"])
+    assert kinds["short"].config._attn_implementation != model.config._attn_implementation == "sdpa"
+    draw = random.Random(0)
+    for tokens in (FEW // 8, FEW):  # of each of three examples, packed into one row
+        pairs = [Encoded([draw.randrange(300) for _ in range(tokens + row)], [9, 8], 1) for row in range(3)]
+        batch = collate_to_train(pairs, model.config, 0, packed="always")
+        found = {name: gradient(lm, batch) for name, lm in kinds.items()}
+        if tokens == FEW:
+            assert torch.equal(found["short"], found["sdpa"])
+            continue
+        off = {name: (found[name] - gradient(exact, batch)).norm() for name in found}
+        assert 0 < off["short"] < off["sdpa"]
+    # Padded rows have no mask of ours: what a position sees is left to transformers.
+    padded = collate([*pairs[:1], Encoded([5, 6], [9], 1)], model.config, 0)
+    short = collate([Encoded([5, 6], [9], 1), Encoded([5, 6, 7, 8, 9], [9], 1)], model.config, 0)
+    for batch in (padded, short):
+        with torch.no_grad():
+            values = [label_log_likelihoods(lm, batch) for lm in (kinds["short"], exact)]
+        torch.testing.assert_close(*values, rtol=0, atol=0.5)
 
 
 def test_micro_batch_of_equal_lengths_stays_padded():

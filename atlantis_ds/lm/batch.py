@@ -17,6 +17,9 @@ a smaller batch is read as fast, and padding is not."""
 PACKED_SHARE, PACKED_TOKENS = 0.9, 4096
 """A micro-batch is packed into one row where that is at most this share of its padded tokens, and this many tokens."""
 
+ROW_MULTIPLE = 32
+"""A packed row is filled up to a multiple of so many tokens: kernels are made for few shapes, and for whole tiles."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -173,6 +176,7 @@ def collate_to_train(
     padded = len(examples) * max(map(len, examples))
     prefix = common_prefix([pair.prompt for pair in examples])
     width = prefix + sum(len(pair) - prefix for pair in examples)
+    width += -width % ROW_MULTIPLE
     # In one row every position is compared with every other, which is not worth it for a few tokens.
     if packed == "less" and width > min(PACKED_SHARE * padded, PACKED_TOKENS):
         return collate(examples, config, pad_token_id, weights)
@@ -183,7 +187,9 @@ def collate_to_train(
         ids += own
         position_ids += range(prefix, prefix + len(own))
         owner += [row] * len(own)
-    of = torch.tensor(owner)
+    filling = width - len(ids)
+    ids, position_ids = ids + [pad_token_id] * filling, position_ids + [0] * filling
+    of = torch.tensor(owner + [-2] * filling)  # sees the prefix and itself, and nothing sees it
     sees = ((of[:, None] == of) | (of == -1)).tril()
     inputs = {
         "input_ids": torch.tensor([ids]),
