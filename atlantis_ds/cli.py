@@ -267,6 +267,10 @@ def export(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Take the newest checkpoint of a training that has not ended.")
     ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload OUT to this repository of the Hugging Face hub, too."),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Write a trained model as one folder for plain transformers.
@@ -274,14 +278,22 @@ def export(
     Reads model/ARM (the checkpoint that `evaluate` takes). Merges an adapter into its base model, in host memory;
     copies a full model. Writes OUT: safetensors, tokenizer, configs, model card.
     With --unfinished it reads checkpoints/ARM instead, and writes no card.
+    With --push-to it makes the repository where it is not there (private), and uploads OUT as one commit, as the user
+    of `hf auth login` or HF_TOKEN. The card holds the recipe, with its paths.
 
     Example: atlantis-ds export recipes/conll04_qwen2_7b_lora.yaml --arm atlantis merged/
     """
-    from atlantis_ds.train.export import export, export_unfinished
+    from atlantis_ds.train.export import export, export_unfinished, make_repository, push
 
     settings, folder = _load(recipe, overrides)
+    if push_to and unfinished:
+        raise InputError("--push-to: not with --unfinished: a model that is still in training has no card")
+    address = make_repository(push_to) if push_to else None  # before hours of merging
     (export_unfinished if unfinished else export)(settings, folder, arm, out)
     print(f"model: {out}")
+    if push_to:
+        push(out, push_to)
+        print(f"pushed: {address}")
 
 
 @app.command()

@@ -210,8 +210,15 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
     """An arm that cannot be trained or evaluated says so before the first one is, not after a night."""
     from atlantis_ds.train.jobs import arm_job
 
-    if run.recipe.train.early_stopping_patience and not len(examples.dev):
-        raise InputError("train.early_stopping_patience: there are no dev examples; set data.dev or data.dev_size")
+    train = run.recipe.train
+    for key, asked in (
+        ("early_stopping_patience", train.early_stopping_patience is not None),
+        ("metric_for_best_model", train.metric_for_best_model != "loss"),
+    ):
+        if asked and not len(examples.dev):
+            raise InputError(f"train.{key}: there are no dev examples; set data.dev or data.dev_size")
+    if train.metric_for_best_model != "loss" and examples.labels is None:
+        raise InputError("train.metric_for_best_model: responses have no label to be right about; take `loss`")
     if run.recipe.evaluate.checkpoint == "best":
         if not len(examples.dev):
             raise InputError(
@@ -299,8 +306,8 @@ def _metric(run: Run) -> str:
 
 def _compare(run: Run, examples: Examples, trained: list[Trained]) -> dict[str, Any]:
     from atlantis_ds.evaluate.compare import compare_arms
-    from atlantis_ds.evaluate.metrics import label_apart
     from atlantis_ds.evaluate.predict import gold_of_test
+    from atlantis_ds.metrics import label_apart
 
     apart = label_apart(examples.labels, run.recipe.data.negative_label) if examples.labels else None
     return compare_arms(run.recipe, run.folder, gold_of_test(examples), trained, _metric(run), apart)

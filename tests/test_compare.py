@@ -23,7 +23,7 @@ from atlantis_ds.evaluate.compare import (
     comparison_table,
     resampled_macro_f1,
 )
-from atlantis_ds.evaluate.metrics import macro_f1
+from atlantis_ds.metrics import macro_f1
 from atlantis_ds.run_folder import RunFolder
 
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]

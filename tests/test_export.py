@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hub_server import TOKEN, hub_on_loopback
 from safetensors import safe_open
 
 from atlantis_ds.data.examples import load_examples
@@ -56,9 +57,9 @@ json.dump(answers, open(sys.argv[4], "w"))
 """
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "atlantis_ds", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240)
+    return subprocess.run(line, cwd=ROOT, env=ENV | environment, capture_output=True, text=True, timeout=240)
 
 
 WORDS = {"apple": "fruit", "pear": "fruit", "oak": "tree", "elm": "tree", "cow": "animal", "dog": "animal"}
@@ -176,6 +177,29 @@ def test_export_predicts_what_evaluation_did(trained: tuple[Path, RunFolder, str
     unknown = command("export", recipe, tmp_path / "other", "--arm", "nobody")
     assert unknown.returncode == 2 and "train --arm nobody" in unknown.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_export_is_pushed_to_a_hub(lora: tuple[Path, RunFolder, str], tmp_path: Path) -> None:
+    recipe, out = lora[0], tmp_path / "merged"
+    with hub_on_loopback() as hub:
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        for name, token, said in (("me/tiny", "hf_wrong", "Invalid username"), ("other/tiny", TOKEN, "rights to")):
+            refused = command("export", recipe, out, "--push-to", name, **online | {"HF_TOKEN": token})
+            assert refused.returncode == 2 and refused.stderr.startswith(f"error: --push-to {name}: the hub says: ")
+            assert said in refused.stderr and len(refused.stderr.splitlines()) == 1, refused.stderr
+            assert not out.exists() and not hub.repositories
+        done = command("export", recipe, out, "--push-to", "me/tiny", **online)
+        assert done.returncode == 0, done.stderr
+        assert f"pushed: {hub.address}/me/tiny" in done.stdout
+        assert hub.repositories["me/tiny"] == {file.name: file.read_bytes() for file in out.iterdir()}
+        assert hub.private["me/tiny"] and len(hub.commits) == 1 and len(hub.large) == 1
+        # A fault on the way loses nothing: the folder is there, and the line says how to send it.
+        hub.refuse_uploads, hub.large = True, {}
+        failed = command("export", recipe, tmp_path / "again", "--arm", "ratio", "--push-to", "me/tiny", **online)
+        assert failed.returncode == 1 and f"hf upload me/tiny {tmp_path / 'again'}" in failed.stderr, failed.stderr
+        assert (tmp_path / "again" / "model.safetensors").is_file() and len(hub.commits) == 1
+    offline = command("export", recipe, tmp_path / "off", "--push-to", "me/tiny")
+    assert offline.returncode == 2 and "offline" in offline.stderr.lower() and not (tmp_path / "off").exists()
 
 
 def test_no_saved_tensor_is_empty(trained: tuple[Path, RunFolder, str]) -> None:

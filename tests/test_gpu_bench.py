@@ -73,7 +73,6 @@ def test_all_measurements_on_tiny_shapes(tmp_path: Path) -> None:
             for job in ("Qwen2-1.5B: full", "Qwen2-7B: lora", "Qwen2-7B: qlora")
             for whose in ("", ", Trainer")
         ),
-        "Qwen2-1.5B: full, fused AdamW",
     ):
         assert "note" not in rows[name], rows[name]
         assert rows[name]["tokens_per_s"] > 0 and rows[name]["share"] > 0, rows[name]

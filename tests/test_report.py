@@ -13,7 +13,7 @@ from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate import report
 from atlantis_ds.evaluate.answers import response_metrics
-from atlantis_ds.evaluate.metrics import UNMAPPED, metrics, read_answers
+from atlantis_ds.metrics import UNMAPPED, metrics, read_answers
 
 KEY = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8" / "test_answer_key.txt"
 INFO = {"fingerprint": "0123456789abcdef", "arm": "sft", "method": "generate"}

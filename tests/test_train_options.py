@@ -1,22 +1,31 @@
-"""Early stopping and the profiler."""
+"""Early stopping, the best model by a task's metric, and the profiler."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import WriteRecipe, events, succeed
 
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.config.schema import Model
+from atlantis_ds.data.examples import load_examples
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
+from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.likelihood import score_pairs
+from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
+from atlantis_ds.metrics import macro_f1
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.jobs import arm_job
 
+KINDS = {"apple": "fruit", "pear": "fruit", "oak": "tree", "elm": "tree", "cow": "animal", "dog": "animal"}
 UNIFORM = {"arms": {"sft": {"weights": {"formula": "uniform"}}}}
 
 
@@ -36,13 +45,57 @@ def test_a_training_ends_when_the_dev_loss_rises_and_is_profiled(tiny_recipe: Wr
     best = min(losses, key=lambda each: each[1])[0]
     summary = json.loads((run / "model" / "sft" / "training.json").read_text())
     assert summary["step"] == losses[-1][0] == best + 3 * 2 < 200
-    assert f"ended after step {best + 6} of 200: lowest dev loss at {best}" in out
+    assert f"ended after step {best + 6} of 200: best dev loss at {best}" in out
     trace = json.loads((run / "profile" / "sft" / "rank-0.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {"ProfilerStep#3", "ProfilerStep#4", "aten::mm"} <= names and "ProfilerStep#2" not in names
     assert "aten::mm" in (run / "profile" / "sft" / "rank-0.txt").read_text()
     # Finished, it is not trained again.
     assert "already finished" in succeed("local", 1, "train", recipe, "--arm", "sft")
+
+
+def train_on_two_ranks(recipe: Path) -> None:
+    prepare(load_recipe(recipe), RunFolder(recipe.parent / "run"))
+    succeed("local", 2, "train", recipe, "--arm", "sft")
+
+
+def test_the_best_model_is_that_of_the_highest_dev_score(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Under ZeRO-3 with ranks of unequal share; the scores are those of the saved model, and training goes on alike."""
+    draw = random.Random(0)
+    for split, size in (("train", 40), ("dev", 21)):
+        words = [draw.choice(list(KINDS)) for _ in range(size)]
+        rows = [{"text": f"a {word} of {split} {at}", "label": KINDS[word]} for at, word in enumerate(words)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changes = {
+        **UNIFORM,
+        "data": {"task": "classification"} | {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "dev")},
+        "train.learning_rate": 1e-2,
+        "train.num_train_epochs": 14,
+        "train.eval_steps": 7,
+        "train.metric_for_best_model": "macro_f1",
+    }
+    train_on_two_ranks(tiny_recipe(tmp_path, changes))
+    run, model = tmp_path / "run", tmp_path / "run" / "model" / "sft"
+    scores = {event["step"]: event["macro_f1"] for event in events(run, "dev", "sft")}
+    summary = json.loads((model / "training.json").read_text())
+    first_best = max(scores, key=lambda step: scores[step])
+    assert (summary["best_step"], summary["best_score"]) == (first_best, scores[first_best])
+    assert len(scores) == 10 and len(set(scores.values())) > 2 and first_best < 70, scores
+    assert f"| chosen by | dev macro_f1, {scores[first_best]:.4f} |" in (model / "best" / "README.md").read_text()
+
+    examples = load_examples(RunFolder(run))
+    labels, dev = examples.labels, examples.dev
+    for name, step in (("best", first_best), ("last", 70)):
+        source = Model(model_name_or_path=str(model / name))
+        lm = load_scorer(source, "float32", torch.device("cpu"))
+        encoder = Encoder(load_tokenizer(source), load_config(source), labels)
+        pairs = [[*encoder.pairs([prompt] * len(labels), labels)] for prompt in dev.prompts.to_pylist()]
+        predicted = [labels[int(score_pairs(lm, each, 0, 1).sum(dim=1).argmax())] for each in pairs]
+        assert macro_f1(dev.targets.to_pylist(), predicted) == pytest.approx(scores[step])
+
+    train_on_two_ranks(tiny_recipe(tmp_path / "loss", {**changes, "train.metric_for_best_model": "loss"}))
+    trained = [[event["loss"] for event in events(place, "train", "sft")] for place in (run, tmp_path / "loss" / "run")]
+    assert trained[0] == trained[1]
 
 
 def test_early_stopping_needs_dev_examples(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -52,6 +105,17 @@ def test_early_stopping_needs_dev_examples(tiny_recipe: WriteRecipe, tmp_path: P
     recipe = load_recipe(tiny_recipe(tmp_path, {**UNIFORM, "data": data, "train.early_stopping_patience": 3}))
     run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
     with pytest.raises(InputError, match=r"train\.early_stopping_patience: there are no dev examples"):
+        stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
+
+
+def test_a_score_to_choose_by_needs_labels(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {at}", "response": f"it is {at}"} for at in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"task": "response", "train": str(tmp_path / "train.jsonl"), "dev_size": 4}
+    changes = {**UNIFORM, "data": data, "train.metric_for_best_model": "accuracy"}
+    recipe = load_recipe(tiny_recipe(tmp_path, changes))
+    run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
+    with pytest.raises(InputError, match=r"train\.metric_for_best_model: responses have no label"):
         stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
 
 

@@ -345,9 +345,12 @@ class Train(Section):
     """Checkpoint every so many steps; without it, once an epoch."""
     save_total_limit: Positive = 1
     """Checkpoints to keep an arm."""
+    metric_for_best_model: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    """What makes a model `best`: the lowest dev loss, or, for tasks with a label set, the highest score on the dev
+    examples. Every evaluation then ranks all labels for every dev example."""
     early_stopping_patience: Positive | None = None
-    """End a training whose dev loss has not fallen for so many evaluations in a row. `last` is then the model of that
-    step, `best` the one of the lowest dev loss."""
+    """End a training that has had no better model (see `metric_for_best_model`) for so many evaluations in a row.
+    `last` is then the model of that step."""
     profile_steps: Positive | None = None
     """Profile so many steps, from the fourth on, into profile/: a trace, and the operators that took longest."""
     max_skipped_steps: Positive = 5

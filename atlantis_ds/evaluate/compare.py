@@ -12,8 +12,8 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from atlantis_ds.config.schema import Recipe
-from atlantis_ds.evaluate.metrics import relation_of
 from atlantis_ds.files import write_atomic, write_json
+from atlantis_ds.metrics import relation_of
 from atlantis_ds.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from atlantis_ds.data.examples import Examples, load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.answers import response_metrics
 from atlantis_ds.evaluate.generate import generate_greedy
-from atlantis_ds.evaluate.metrics import UNMAPPED, metrics
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import fingerprint, finished, read_json
 from atlantis_ds.lm.check import check_generation, check_scoring, sample_rows
@@ -24,6 +23,7 @@ from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
+from atlantis_ds.metrics import UNMAPPED, metrics
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from atlantis_ds.errors import InputError
-from atlantis_ds.evaluate.metrics import UNMAPPED, can_hold_answers, write_answers
 from atlantis_ds.files import write_atomic, write_json, write_table
+from atlantis_ds.metrics import UNMAPPED, can_hold_answers, write_answers
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -126,6 +126,10 @@ def card_text(
         ("batch", f"{settings['train_batch_size']} examples, loss divided by each {settings['reduction']}"),
         ("dev loss", no_loss if dev_loss is None else f"{dev_loss:.4f} (mean of -log p(target) in nats)"),
     ]
+    if checkpoint == "best":
+        metric = settings.get("metric_for_best_model", "loss")
+        score = "" if metric == "loss" else f", {facts['best_score']:.4f}"
+        rows.append(("chosen by", f"dev {metric}{score}"))
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atlantis_ds.config.schema import Model, Recipe
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.files import read_json, write_folder
 from atlantis_ds.lm.load import load_model, load_tokenizer, model_identity, model_source
 from atlantis_ds.run_folder import RunFolder
@@ -87,6 +87,38 @@ def export_unfinished(recipe: Recipe, folder: RunFolder, arm: str, out: Path) ->
         load_tokenizer(model).save_pretrained(target)
 
     _write(out, write)
+
+
+def make_repository(name: str) -> str:
+    """The address of a model repository of the hub that this user may write to; made, private, where it is not there.
+
+    Raises:
+        InputError: the hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().create_repo(name, private=True, exist_ok=True))
+    except (OSError, ValueError) as error:  # all errors of the hub's client are one of these
+        raise InputError(f"--push-to {name}: {_said(error)}") from None
+
+
+def push(out: Path, name: str) -> None:
+    """Upload an exported folder to a repository of the hub, as one commit.
+
+    Raises:
+        RunError: it did not get there; ``out`` stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().upload_folder(repo_id=name, folder_path=out, commit_message=f"{out.name}, exported by atlantis_ds")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{name}: {_said(error)}; {out} is whole: `hf upload {name} {out}` sends it") from None
+
+
+def _said(error: Exception) -> str:
+    return f"the hub says: {' '.join(str(error).split())[:300]}"
 
 
 def _write(out: Path, write: Callable[[Path], None]) -> None:

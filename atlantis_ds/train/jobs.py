@@ -89,6 +89,8 @@ class Job:
         free |= {"per_device_train_batch_size"}
         if self.settings.early_stopping_patience is None:  # else evaluations decide where a training ends
             free |= {"early_stopping_patience", "eval_steps"}
+        if self.settings.metric_for_best_model == "loss":  # trainings of before there was another keep theirs
+            free |= {"metric_for_best_model"}
         return fingerprint(
             [
                 VERSION,

@@ -18,12 +18,13 @@ from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
 from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
-from atlantis_ds.lm.check import check_packed, sample_rows
-from atlantis_ds.lm.encode import Encoded
-from atlantis_ds.lm.likelihood import label_log_likelihoods
-from atlantis_ds.lm.load import give_memory_back, hash_files, load_tokenizer
+from atlantis_ds.lm.check import check_packed, check_scoring, sample_rows
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices
+from atlantis_ds.lm.load import give_memory_back, hash_files, load_config, load_tokenizer
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
+from atlantis_ds.metrics import metrics
 from atlantis_ds.progress import Steps, since_process_start
 from atlantis_ds.run import Run
 from atlantis_ds.train.card import training_facts, write_cards
@@ -86,6 +87,9 @@ class State:
     step: int = 0
     """Optimizer steps done."""
     best_loss: float | None = None
+    """Dev loss of the best model so far."""
+    best_score: float | None = None
+    """Its dev score, where ``train.metric_for_best_model`` is one."""
     best_step: int | None = None
     dev_loss: float | None = None
     evaluations_since_best: int = 0
@@ -107,6 +111,11 @@ class Trainer:
         self.dev_loss_asked = bool(len(self.dev)) and all(part.split != "dev" for part in job.parts)
         self.tokenizer = load_tokenizer(job.model)
         settings = job.settings
+        self.label_ids: list[list[int]] = []
+        """Of the label set, where dev examples are ranked."""
+        if settings.metric_for_best_model != "loss":
+            encoder = Encoder(self.tokenizer, load_config(job.model), examples.labels, examples.chat)
+            self.label_ids = encoder.label_set or []
         self.schedule = Schedule(job.phases, settings.num_train_epochs, settings.train_batch_size, job.seed)
         self.total = sum(self.schedule.steps)
         self._say_what_is_trained()
@@ -173,17 +182,50 @@ class Trainer:
         return result
 
     def evaluate(self) -> None:
-        """The dev loss; the model with the lowest so far is saved as ``best``."""
-        state, name = self.state, self.job.name
+        """The dev loss, and the dev score where the recipe asks for one; the best model so far is saved as ``best``."""
+        state, name, metric = self.state, self.job.name, self.settings.metric_for_best_model
         budget = self.run.recipe.score.tokens_per_batch
         loss = mean_loss(self.engine, self.dev, self.tokenizer.eos_token_id, budget, self.ways, self.run.ranks)
+        score = None if metric == "loss" else self.dev_score(metric, budget)
         if self.run.ranks.is_main:
-            self.run.log(event="dev", arm=name, step=state.step, loss=_finite(loss))
+            found = {} if score is None else {metric: score}
+            self.run.log(event="dev", arm=name, step=state.step, loss=_finite(loss), **found)
         state.dev_loss = _finite(loss)
         state.evaluations_since_best += 1
-        if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
-            state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
+        if not math.isfinite(loss):
+            return
+        if score is None:
+            better = state.best_loss is None or loss < state.best_loss
+        else:
+            better = state.best_score is None or score > state.best_score
+        if better:
+            state.best_loss, state.best_score, state.best_step = loss, score, state.step
+            state.evaluations_since_best = 0
             save_model(self.engine, self.tokenizer, self.run.folder.model(name) / "best", self.run.ranks)
+
+    def dev_score(self, metric: str, tokens_per_batch: int) -> float:
+        """Accuracy or macro-F1 on the dev split, of the labels with the greatest log-likelihood; ranks share the rows.
+
+        The labels to be right about are those whose dev loss is measured.
+        """
+        ranks, dev, labels = self.run.ranks, self.examples.dev, self.examples.labels
+        assert labels is not None
+        mine = range(ranks.rank, len(dev), ranks.world_size) or range(1)  # no rank may miss a forward under ZeRO-3
+        self.engine.eval()
+        sums = score_choices(
+            self.engine,
+            [self.dev[row].prompt for row in mine],
+            self.label_ids,
+            self.tokenizer.eos_token_id,
+            tokens_per_batch,
+            agree=lambda forwards: max(ranks.gather(forwards)),
+            ways=self.ways,
+        )
+        self.engine.train()
+        chosen = dict(pair for part in ranks.gather(list(zip(mine, _best_labels(sums)))) for pair in part)
+        predicted = [labels[chosen[row]] for row in range(len(dev))]
+        negative = self.run.recipe.data.negative_label
+        return float(metrics(labels, dev.ids.to_pylist(), dev.targets.to_pylist(), predicted, negative)[metric])
 
     @property
     def stopped_early(self) -> bool:
@@ -211,7 +253,8 @@ class Trainer:
         run, job, state = self.run, self.job, self.state
         if self.stopped_early:
             run.say(
-                f"train {job.name}: ended after step {state.step} of {self.total}: lowest dev loss at {state.best_step}"
+                f"train {job.name}: ended after step {state.step} of {self.total}: best dev "
+                f"{job.settings.metric_for_best_model} at {state.best_step}"
             )
         save_model(self.engine, self.tokenizer, run.folder.model(job.name) / "last", run.ranks)
         self.engine.destroy()
@@ -258,6 +301,9 @@ class Trainer:
         self.engine.eval()
         samples = [self.pair(int(at)) for at in sample_rows(self.lengths)]
         ways = check_packed(self.engine, samples, self.tokenizer.eos_token_id)
+        if self.label_ids:
+            scoring = check_scoring(self.engine, samples, self.label_ids, self.tokenizer.eos_token_id, prefix=False)
+            ways = ways.and_found("tree", scoring)
         self.engine.train()
         if ways.slow:
             self.run.say(f"train {self.job.name}: {ways}")
@@ -312,6 +358,12 @@ def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: i
         local -= log_likelihood if mine < len(batches) else 0.0
     engine.train()
     return ranks.sum(local)[0] / len(pairs)
+
+
+def _best_labels(sums: torch.Tensor) -> list[int]:
+    """Of float64 [n, K, 2] from ``score_choices`` the label with the greatest sum for each of n prompts."""
+    best: list[int] = sums.sum(dim=2).argmax(dim=1).tolist()
+    return best
 
 
 def _finite(value: float) -> float | None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -97,10 +95,9 @@ def train_ours(mode: str, model: Model, config: Any, micro: int, ranks: Ranks, e
     """The project's engine and optimizer step, under ZeRO-2, optionally with an extra of ``EXTRAS``."""
     micro = fitting(mode, config, micro, ranks.device)
     pairs = some_examples(config, micro)
-    with EXTRAS[(mode, extra)]() if extra == "fused AdamW" else contextlib.nullcontext():
-        engine = start_engine(settings(mode, micro), model, [100], 0, ranks)
+    engine = start_engine(settings(mode, micro), model, [100], 0, ranks)
     try:
-        if extra and extra != "fused AdamW":
+        if extra:
             EXTRAS[(mode, extra)](engine.module)
         lengths, size = [len(pair) for pair in pairs], micro * ACCUMULATION
         marks = []
@@ -200,12 +197,6 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@contextlib.contextmanager
-def fused_adamw() -> Iterator[None]:
-    with mock.patch.object(engine_module, "_adamw_class", lambda *_: functools.partial(torch.optim.AdamW, fused=True)):
-        yield
-
-
 def compiled_layers(lm: Any) -> None:
     """torch.compile of one decoder layer for all of them; lengths differ from batch to batch."""
     # On a CPU, where this is a test only, without generating code.
@@ -235,7 +226,6 @@ _OF_A_MODEL = {
     "torch.compile": compiled_layers,
 }
 EXTRAS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("full", "fused AdamW"): fused_adamw,
     **{
         (what, name): apply
         for name, apply in _OF_A_MODEL.items()

@@ -19,8 +19,8 @@ from rich import box
 from rich.console import Console
 
 from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table, plot_comparison
-from atlantis_ds.evaluate.metrics import macro_f1, relation_of
 from atlantis_ds.files import read_json, read_table, write_atomic
+from atlantis_ds.metrics import macro_f1, relation_of
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.jobs import training_summary
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atlantis_ds.evaluate.metrics import relation_of
+from atlantis_ds.metrics import relation_of
 
 RELATIONS = (
     "Cause-Effect",
