@@ -113,7 +113,7 @@ def push(out: Path, name: str) -> None:
 
     try:
         HfApi().upload_folder(repo_id=name, folder_path=out, commit_message=f"{out.name}, exported by atlantis_ds")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of a file that the hub did not take
         raise RunError(f"{name}: {_said(error)}; {out} is whole: `hf upload {name} {out}` sends it") from None
 
 
