@@ -108,7 +108,7 @@ def hub_on_loopback() -> Iterator[Hub]:
             hub.asked.append(f"PUT {self.path}")
             body = self.body()
             if hub.refuse_uploads:
-                return self.answer(507, {"error": "no room"})
+                return self.answer(403, {"error": "no room"})
             oid = self.path.rpartition("/")[2]
             if hashlib.sha256(body).hexdigest() != oid:
                 return self.answer(400, {"error": "other bytes than announced"})
