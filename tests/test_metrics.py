@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from atlantis_ds import metrics as m
 from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
-from atlantis_ds import metrics as m
 
 SEMEVAL = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8"
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Entity-Origin(e2,e1)", "Other"]
