@@ -109,6 +109,7 @@ def test_scoring_keeps_its_shards_and_goes_on(tiny_recipe: WriteRecipe, tmp_path
     succeed("local", 1, "merge", recipe)
 
 
+@pytest.mark.slow
 def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     succeed("local", 1, "prepare", recipe)
@@ -146,6 +147,7 @@ def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe:
     assert not list((run / "claims").iterdir())
 
 
+@pytest.mark.slow
 def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     often = {"train.save_steps": 2, "train.save_total_limit": 3}
     recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, **often})
