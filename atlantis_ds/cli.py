@@ -283,16 +283,18 @@ def export(
 
     Example: atlantis-ds export recipes/conll04_qwen2_7b_lora.yaml --arm atlantis merged/
     """
-    from atlantis_ds.train.export import export, export_unfinished, make_repository, push
+    from atlantis_ds.train.export import export, export_unfinished
 
     settings, folder = _load(recipe, overrides)
     if push_to and unfinished:
         raise InputError("--push-to: not with --unfinished: a model that is still in training has no card")
-    address = make_repository(push_to) if push_to else None  # before hours of merging
-    (export_unfinished if unfinished else export)(settings, folder, arm, out)
+    if unfinished:
+        export_unfinished(settings, folder, arm, out)
+        address = None
+    else:
+        address = export(settings, folder, arm, out, push_to)
     print(f"model: {out}")
-    if push_to:
-        push(out, push_to)
+    if address:
         print(f"pushed: {address}")
 
 

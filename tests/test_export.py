@@ -188,6 +188,10 @@ def test_export_is_pushed_to_a_hub(lora: tuple[Path, RunFolder, str], tmp_path: 
             assert refused.returncode == 2 and refused.stderr.startswith(f"error: --push-to {name}: the hub says: ")
             assert said in refused.stderr and len(refused.stderr.splitlines()) == 1, refused.stderr
             assert not out.exists() and not hub.repositories
+        unknown = command("export", recipe, out, "--arm", "nobody", "--push-to", "me/tiny", **online)
+        existing = command("export", recipe, tmp_path, "--push-to", "me/tiny", **online)
+        for refused in (unknown, existing):
+            assert refused.returncode == 2 and not hub.repositories, "no empty repository for a slip of the pen"
         done = command("export", recipe, out, "--push-to", "me/tiny", **online)
         assert done.returncode == 0, done.stderr
         assert f"pushed: {hub.address}/me/tiny" in done.stdout
@@ -198,6 +202,8 @@ def test_export_is_pushed_to_a_hub(lora: tuple[Path, RunFolder, str], tmp_path: 
         failed = command("export", recipe, tmp_path / "again", "--arm", "ratio", "--push-to", "me/tiny", **online)
         assert failed.returncode == 1 and f"hf upload me/tiny {tmp_path / 'again'}" in failed.stderr, failed.stderr
         assert (tmp_path / "again" / "model.safetensors").is_file() and len(hub.commits) == 1
+    gone = command("export", recipe, tmp_path / "off", "--push-to", "me/tiny", **online)
+    assert gone.returncode == 2 and gone.stderr.startswith("error: --push-to me/tiny: the hub says: "), gone.stderr
     offline = command("export", recipe, tmp_path / "off", "--push-to", "me/tiny")
     assert offline.returncode == 2 and "offline" in offline.stderr.lower() and not (tmp_path / "off").exists()
 

@@ -472,6 +472,14 @@ def test_short_rows_attend_in_fp32_and_long_ones_as_before():
             continue
         off = {name: (found[name] - gradient(exact, batch)).norm() for name in found}
         assert 0 < off["short"] < off["sdpa"]
+    # T5 adds its positions to the scores.
+    t5 = random_model("t5-tied").bfloat16()
+    exact_t5 = copy.deepcopy(t5).float()
+    short_attention_in_fp32(t5)
+    batch = collate([Encoded([5, 6, 7, 8], [9, 8], 1), Encoded([5, 6], [9], 1)], t5.config, 0)
+    values = [label_log_likelihoods(lm, batch) for lm in (t5, exact_t5)]
+    values[0].sum().backward()
+    torch.testing.assert_close(*values, rtol=0, atol=0.5)
     # Padded rows have no mask of ours: what a position sees is left to transformers.
     padded = collate([*pairs[:1], Encoded([5, 6], [9], 1)], model.config, 0)
     short = collate([Encoded([5, 6], [9], 1), Encoded([5, 6, 7, 8, 9], [9], 1)], model.config, 0)

@@ -396,7 +396,7 @@ class Evaluate(Section):
     method: Literal["rank", "generate"] = "rank"
     """Rank all labels by log-likelihood, or generate greedily and map the text to a label."""
     checkpoint: Literal["last", "best"] = "last"
-    """The model at the end of training, or at its lowest dev loss."""
+    """The model at the end of training, or the best by `train.metric_for_best_model`."""
     dtype: DType = "float32"
     tokens_per_batch: Positive = 4096
     """Token budget of one batch."""

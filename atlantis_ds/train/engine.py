@@ -111,11 +111,15 @@ def short_attention_in_fp32(lm: Any) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
+    def in_fp32(given: Any) -> Any:
+        return given.float() if isinstance(given, torch.Tensor) and given.is_floating_point() else given
+
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[Any, None]:
         if key.shape[2] > FEW:
             return sdpa_attention_forward(module, query, key, value, mask, **options)
-        wide = [t.float() if t is not None and t.is_floating_point() else t for t in (query, key, value, mask)]
-        found, _ = sdpa_attention_forward(module, *wide, **options)
+        wide = [in_fp32(given) for given in (query, key, value, mask)]
+        # T5's positions come as an option, as numbers to add.
+        found, _ = sdpa_attention_forward(module, *wide, **{name: in_fp32(given) for name, given in options.items()})
         return found.to(query.dtype), None
 
     if lm.config._attn_implementation == "sdpa":

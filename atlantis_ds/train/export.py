@@ -19,18 +19,27 @@ from atlantis_ds.train.engine import add_lora
 from atlantis_ds.train.jobs import training_summary
 
 
-def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
+def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path, push_to: str | None = None) -> str | None:
     """Write the model of an arm, the one that evaluation takes, to ``out``: safetensors, tokenizer, configs, card.
 
     An adapter is merged on the CPU in ``evaluate.dtype``, as evaluation does it, so that the predictions are the same;
     the whole base model has to fit into host memory. A full model is copied as it is.
 
+    Args:
+        push_to: a repository of the hub (OWNER/NAME) to upload ``out`` to; made, private, where it is not there.
+
+    Returns:
+        the repository's address.
+
     Raises:
-        InputError: the arm is not trained, or ``out`` is already there.
+        InputError: the arm is not trained, ``out`` is already there, or the hub refuses the repository.
+        RunError: the upload failed; ``out`` stays.
     """
     source = folder.model(arm) / recipe.evaluate.checkpoint
     if not (folder.model(arm) / "training.json").exists() or not source.is_dir():
         raise InputError(f"{source}: no trained model; run `train --arm {arm}` first")
+    out = _new_folder(out)
+    address = _make_repository(push_to) if push_to else None  # before the work, and after all that can be refused here
     model = Model(model_name_or_path=str(source))
     merged = (source / "adapter_config.json").is_file()
     scores = folder.evaluation(arm) / "metrics.json"
@@ -51,6 +60,9 @@ def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
         (target / CARD).write_text(card, encoding="utf-8")
 
     _write(out, write)
+    if push_to:
+        _push(out, push_to)
+    return address
 
 
 def export_unfinished(recipe: Recipe, folder: RunFolder, arm: str, out: Path) -> None:
@@ -89,31 +101,21 @@ def export_unfinished(recipe: Recipe, folder: RunFolder, arm: str, out: Path) ->
     _write(out, write)
 
 
-def make_repository(name: str) -> str:
-    """The address of a model repository of the hub that this user may write to; made, private, where it is not there.
-
-    Raises:
-        InputError: the hub refuses it or cannot be reached.
-    """
+def _make_repository(name: str) -> str:
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().create_repo(name, private=True, exist_ok=True))
-    except (OSError, ValueError) as error:  # all errors of the hub's client are one of these
+    except Exception as error:  # what the hub's client and its HTTP library raise has no base of their own
         raise InputError(f"--push-to {name}: {_said(error)}") from None
 
 
-def push(out: Path, name: str) -> None:
-    """Upload an exported folder to a repository of the hub, as one commit.
-
-    Raises:
-        RunError: it did not get there; ``out`` stays.
-    """
+def _push(out: Path, name: str) -> None:
     from huggingface_hub import HfApi
 
     try:
         HfApi().upload_folder(repo_id=name, folder_path=out, commit_message=f"{out.name}, exported by atlantis_ds")
-    except (OSError, ValueError, RuntimeError) as error:  # the last of a file that the hub did not take
+    except Exception as error:  # as above
         raise RunError(f"{name}: {_said(error)}; {out} is whole: `hf upload {name} {out}` sends it") from None
 
 
@@ -121,10 +123,15 @@ def _said(error: Exception) -> str:
     return f"the hub says: {' '.join(str(error).split())[:300]}"
 
 
-def _write(out: Path, write: Callable[[Path], None]) -> None:
+def _new_folder(out: Path) -> Path:
     out = out.expanduser().absolute()
     if out.exists():
         raise InputError(f"{out}: already there; remove it or choose another folder")
+    return out
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    out = _new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_folder(out, write)

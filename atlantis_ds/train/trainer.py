@@ -222,14 +222,15 @@ class Trainer:
             ways=self.ways,
         )
         self.engine.train()
-        chosen = dict(pair for part in ranks.gather(list(zip(mine, _best_labels(sums)))) for pair in part)
+        best = sums.sum(dim=2).argmax(dim=1).tolist()
+        chosen = dict(pair for part in ranks.gather(list(zip(mine, best))) for pair in part)
         predicted = [labels[chosen[row]] for row in range(len(dev))]
         negative = self.run.recipe.data.negative_label
         return float(metrics(labels, dev.ids.to_pylist(), dev.targets.to_pylist(), predicted, negative)[metric])
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the dev loss has not fallen for as long as the recipe waits."""
+        """Whether there has been no better model for as long as the recipe waits."""
         patience = self.settings.early_stopping_patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
@@ -358,12 +359,6 @@ def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: i
         local -= log_likelihood if mine < len(batches) else 0.0
     engine.train()
     return ranks.sum(local)[0] / len(pairs)
-
-
-def _best_labels(sums: torch.Tensor) -> list[int]:
-    """Of float64 [n, K, 2] from ``score_choices`` the label with the greatest sum for each of n prompts."""
-    best: list[int] = sums.sum(dim=2).argmax(dim=1).tolist()
-    return best
 
 
 def _finite(value: float) -> float | None:
