@@ -21,8 +21,7 @@ from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
 from atlantis_ds.plan.plan import forward_flops
 from atlantis_ds.plan.trace import activations, build_model, model_shape
-from atlantis_ds.train import engine as engine_module
-from atlantis_ds.train.engine import start_engine
+from atlantis_ds.train.engine import add_lora, four_bits, start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -168,14 +167,14 @@ def _peer_model(mode: str, model: Model, micro: int, device: torch.device) -> An
 
     train = settings(mode, micro)
     dtype = torch.float32 if mode == "full" else torch.bfloat16
-    quantised = engine_module._four_bits(train, device) or {}
+    quantised = four_bits(train, device, stage=2) or {}
     lm = AutoModelForCausalLM.from_pretrained(str(model.model_name_or_path), dtype=dtype, **quantised)
     lm.config.use_cache = False
     if mode == "qlora":
         from peft import prepare_model_for_kbit_training
 
         lm = prepare_model_for_kbit_training(lm, use_gradient_checkpointing=False)
-    return lm if mode == "full" else engine_module.add_lora(lm, train, None)
+    return lm if mode == "full" else add_lora(lm, train, None)
 
 
 def _padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
