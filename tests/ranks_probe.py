@@ -66,7 +66,8 @@ class Setting:
 
     def step(self, rows: np.ndarray) -> tuple[Tensors, Any]:
         """One optimizer step of the engine; its gradients on the way."""
-        trainer = SimpleNamespace(  # what `_micro_batches` reads of one
+        trainer = SimpleNamespace(  # what `_global_batch` reads of one
+            schedule=SimpleNamespace(rows=lambda step: rows),
             run=SimpleNamespace(ranks=self.ranks),
             job=self.job,
             settings=self.train,
@@ -76,7 +77,7 @@ class Setting:
             engine=self.engine,
             ways=FAST,
         )
-        batches = Trainer._micro_batches(trainer, rows)
+        _, batches = Trainer._global_batch(trainer, 0)
         options = self.train.loss, self.train.gce_q
         result = optimizer_step(self.engine, batches, self.denominator(rows), self.ranks, *options)
         return dict(self.gradients), result

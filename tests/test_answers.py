@@ -16,7 +16,7 @@ from transformers import BartConfig, GPT2Config, Qwen2Config, T5Config
 from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.evaluate.answers import captured, exact_match, gold_answers, response_metrics, token_f1
 from atlantis_ds.evaluate.generate import generate_greedy
-from atlantis_ds.lm.load import fp32_head
+from atlantis_ds.lm.load import wide_head
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_the_generation_config_of_a_checkpoint_changes_nothing(build: Build, rec
 
 def test_a_head_in_fp32_behind_a_body_in_bf16() -> None:
     lm = random_model(qwen2).bfloat16()
-    lm.set_output_embeddings(fp32_head(lm.get_output_embeddings()))
+    lm.set_output_embeddings(wide_head(lm.get_output_embeddings(), torch.device("cpu")))
     prompts = some_prompts(3)
     assert generate(lm, prompts, set(), 1) == generate(lm, prompts, set(), 1)
     assert all(len(tokens) == 10 for tokens in generate(lm, prompts, set(), 60))

@@ -24,7 +24,7 @@ from atlantis_ds.lm import likelihood
 from atlantis_ds.lm.batch import collate_to_train
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
-from atlantis_ds.lm.load import fp32_head
+from atlantis_ds.lm.load import wide_head
 from atlantis_ds.train.engine import add_lora
 from atlantis_ds.train.step import weighted_loss
 
@@ -72,6 +72,7 @@ def fake(guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made if device is None else made.to(device)
 
     monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(likelihood, "ahead", map)  # fake tensors are made on this thread alone
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
     # Generation asks whether all have ended: every fourth time it hears yes.
     monkeypatch.setattr(FakeTensor, "__bool__", lambda self: next(asked) % 4 == 3, raising=False)
@@ -87,7 +88,7 @@ def model(kind: str) -> Any:
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         lm = T5ForConditionalGeneration(T5) if kind == "t5" else AutoModelForCausalLM.from_config(QWEN2, dtype=dtype)
         if kind == "bf16":
-            lm.set_output_embeddings(fp32_head(lm.get_output_embeddings()))
+            lm.set_output_embeddings(wide_head(lm.get_output_embeddings(), CUDA))
         if kind == "lora":
             lm = add_lora(lm, Train(mode="lora"), None)
     for module in lm.modules():

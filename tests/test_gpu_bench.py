@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools" / "bench"))
 from gpu import Bench, needed
 from gpu_train import LeftOut
 
-from atlantis_ds.plan.trace import Shape
+from atlantis_ds.lm.size import Shape
 
 
 def _bench(out: Path) -> Any:

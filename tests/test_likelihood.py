@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from atlantis_ds.data.prompts import render_prompt
 from atlantis_ds.data.relation import SEMEVAL_LABELS, TEMPLATE, read_semeval
 from atlantis_ds.data.rows import BadRows
 from atlantis_ds.errors import InputError
-from atlantis_ds.lm.batch import ROW_MULTIPLE, collate, collate_to_train, token_budget_batches
+from atlantis_ds.lm.batch import ROW_MULTIPLE, ahead, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices, score_pairs
 from atlantis_ds.lm.load import load_model, load_scorer
@@ -494,3 +495,66 @@ def test_micro_batch_of_equal_lengths_stays_padded():
     config = random_model("qwen2-tied").config
     assert collate_to_train(pairs, config, 0).inputs["input_ids"].shape == (4, 5)
     assert "decoder_input_ids" in collate_to_train(pairs, random_model("t5-tied").config, 0).inputs
+
+
+def test_flash_attention_is_told_where_each_example_of_a_row_begins(monkeypatch):
+    """Its kernel needs a GPU; one that attends to each stretch of the row alone stands in for it here."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    told = []
+
+    def stretches(module, query, key, value, mask, cu_seq_lens_q=None, max_length_q=None, scaling=None, **_):
+        assert mask is None and (cu_seq_lens_q.diff().max() == max_length_q)
+        told.append(cu_seq_lens_q.tolist())
+        cuts = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(tensor.split(cuts, dim=2) for tensor in (query, key, value)), strict=True)
+        options = dict(is_causal=True, scale=scaling, enable_gqa=True)
+        return torch.cat([attend(*part, **options) for part in parts], dim=2).transpose(1, 2), None
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", stretches)
+    model = random_model("qwen2-tied")
+    pairs = [Encoded([*range(5, 25), *range(30, 30 + 9 * row)], [9, 8], 1) for row in range(4)]  # they begin alike
+    padded = collate(pairs, model.config, 0)
+
+    def gradient(batch):
+        model.zero_grad()
+        label_log_likelihoods(model, batch).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = gradient(padded)
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    packed = collate_to_train(pairs, model.config, 0)
+    assert packed.inputs["input_ids"].shape == (1, sum(map(len, pairs)))
+    assert (gradient(packed) - expected).norm() < 1e-5 * expected.norm()
+    assert told[0] == [0, 22, 53, 93, 142]
+
+
+def test_flex_attention_gets_a_block_mask():
+    model = random_model("qwen2-tied").eval()
+    pairs = [Encoded([*range(5, 25), *range(30, 30 + 9 * row)], [9, 8], 1) for row in range(4)]
+    expected = label_log_likelihoods(model, collate(pairs, model.config, 0)).detach()
+    packed = collate_to_train(pairs, model.config, 0)
+    model.set_attn_implementation("flex_attention")
+    torch.compiler.reset()  # a second shape in one process makes code that does not compile on CPUs (torch 2.13)
+    with torch.no_grad():  # nor has it a backward pass there
+        torch.testing.assert_close(label_log_likelihoods(model, packed), expected, rtol=0, atol=1e-4)
+
+
+def test_batches_are_made_ahead_in_their_order():
+    made = []
+
+    def make(item):
+        if item == 5:
+            raise ValueError("the sixth")
+        made.append((item, threading.get_ident()))
+        return -item
+
+    coming = ahead(make, range(9))
+    assert [next(coming) for _ in range(4)] == [0, -1, -2, -3]
+    coming.close()
+    assert [item for item, _ in made] in ([0, 1, 2, 3], [0, 1, 2, 3, 4])
+    assert threading.get_ident() not in {thread for _, thread in made}
+    with pytest.raises(ValueError, match="the sixth"):
+        list(ahead(make, range(9)))
+    assert list(ahead(make, [])) == []

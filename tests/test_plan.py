@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from atlantis_ds.config.schema import Model, Score, Train
+from atlantis_ds.lm.size import model_shape
 from atlantis_ds.plan.memory import training_memory
 from atlantis_ds.plan.scoring import scoring_memory, sizes_of_folder
-from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
+from atlantis_ds.plan.trace import activations, build_model, read_config
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, read_table, table_info, write_table
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
-from atlantis_ds.lm.load import load_config, load_model, load_tokenizer
+from atlantis_ds.lm.load import dtype_on, load_config, load_model, load_tokenizer
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights import arms, shards
@@ -249,6 +249,23 @@ def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
     with pytest.raises(InputError, match=r"differs: model small\)"):
         score(swapped, folder, ranks)
     assert sorted(times(folder)) == SHARDS[1:]
+
+
+def test_one_run_has_one_precision(run, models, ranks):
+    """`auto` takes what shards are there have, and else what the device is best at."""
+    recipe, folder = run
+    assert recipe.score.dtype == "auto" and read_json(folder.scores / "scores.json")["inputs"]["dtype"] == "float32"
+    narrow = tiny_recipe(models, score={"shard_size": SHARD, "tokens_per_batch": 256, "dtype": "bfloat16"})
+    with pytest.raises(InputError, match=r"differs: dtype\)"):
+        score(narrow, folder, ranks)
+    shutil.rmtree(folder.scores)
+    score(narrow, folder, ranks)
+    whole = {name: read_table(folder.scores / name)[0] for name in SHARDS}
+    (folder.scores / SHARDS[2]).unlink()
+    score(recipe, folder, ranks)
+    assert {name: read_table(folder.scores / name)[0] for name in SHARDS} == whole
+    merge(recipe, folder)
+    assert [dtype_on(dtype, torch.device("cuda")) for dtype in ("auto", "float32")] == ["bfloat16", "float32"]
 
 
 def test_chat_template_of_the_reference(models, ranks, tmp_path):

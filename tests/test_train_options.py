@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import WriteRecipe, events, succeed
+from conftest import WriteRecipe, events, launch, refuse, succeed
 
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import Ranks
@@ -19,7 +20,8 @@ from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.likelihood import score_pairs
-from atlantis_ds.lm.load import load_config, load_scorer, load_tokenizer
+from atlantis_ds.lm.load import load_config, load_model, load_scorer, load_tokenizer
+from atlantis_ds.lm.size import model_shape
 from atlantis_ds.metrics import macro_f1
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
@@ -131,3 +133,55 @@ def test_how_often_is_evaluated_counts_where_it_can_end_a_training(
         examples = prepare(recipe, run.folder)
         marks.append(arm_job(run, examples, "sft", force=False).fingerprint(run, examples))
     assert (marks[0] == marks[1]) == (patience is None)
+
+
+def test_steps_tell_what_they_do_with_the_machine(tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, {**UNIFORM, "train.logging_steps": 2})
+    prepare(load_recipe(recipe), RunFolder(tmp_path / "run"))
+    out = succeed("local", 2, "train", recipe, "--arm", "sft")
+    shape = model_shape(load_model(Model(model_name_or_path=str(base_model)), "float32"))
+    for event in events(tmp_path / "run", "train", "sft"):
+        assert 0 < event["tflops"] < 1 and 0.1 < event["peak_gib"] < 20 and event["flops_share"] is None  # of a CPU
+        a_token = event["tflops"] * 1e12 / (event["tokens_per_s"] / 2)  # two ranks share the tokens
+        assert 6 * shape.body < a_token < 6 * (shape.body + shape.head)  # label tokens alone go through the head
+    assert re.search(r"8/10 steps.*loss [\d.]+, dev [\d.]+, \d+ tokens/s, [\d.e-]+ TFLOP/s, [\d.]+ GiB", out)
+
+
+def test_eager_attention_trains_to_the_same_model(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    losses = {}
+    for kind in ("auto", "eager"):
+        changes = {**UNIFORM, "train.attn_implementation": kind, "name": kind}
+        recipe = tiny_recipe(tmp_path / kind, changes)
+        prepare(load_recipe(recipe), RunFolder(tmp_path / kind / kind))
+        succeed("local", 1, "train", recipe, "--arm", "sft")
+        losses[kind] = [event["loss"] for event in events(tmp_path / kind / kind, "train", "sft")]
+    assert losses["eager"] == pytest.approx(losses["auto"], rel=1e-4) and losses["eager"] != losses["auto"]
+
+
+@pytest.mark.slow  # the compiler takes a minute
+def test_compiled_layers_train_to_the_same_model(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    losses = {}
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        changes = {**UNIFORM, "train.torch_compile": compiled, "train.deepspeed": "zero2.json", "train.mode": "lora"}
+        recipe = tiny_recipe(folder, changes)
+        prepare(load_recipe(recipe), RunFolder(folder / "run"))
+        succeed("local", 1, "train", recipe, "--arm", "sft")
+        losses[compiled] = [event["loss"] for event in events(folder / "run", "train", "sft")]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"train.torch_compile": True}, "torch.compile does not see the hooks in which ZeRO-3 gathers weights"),
+        ({"train.attn_implementation": "flex_attention"}, "flex_attention has no backward pass on CPUs; take auto"),
+        ({"train.attn_implementation": "flash_attention_2"}, "flash_attention_2 has no backward pass on CPUs"),
+    ],
+)
+def test_kernels_that_cannot_work_are_refused(
+    tiny_recipe: WriteRecipe, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    recipe = tiny_recipe(tmp_path, {**UNIFORM, **change})
+    prepare(load_recipe(recipe), RunFolder(tmp_path / "run"))
+    refuse(launch("local", 1, "train", recipe, "--arm", "sft"), message)

@@ -252,8 +252,9 @@ class Models(Section):
 
 
 class Score(Section):
-    dtype: DType = "float32"
-    """Precision of the model body; the output head and all log-probabilities are fp32 in any case."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the model body; logits and all log-probabilities are fp32 in any case. `auto`: bfloat16 on GPUs,
+    float32 on CPUs; shards that are there already decide."""
     tokens_per_batch: Positive = 4096
     """Token budget of one batch, padding included."""
     label_set: bool = True
@@ -325,6 +326,12 @@ class Train(Section):
     per_device_train_batch_size: Positive = 8
     """Examples a micro-batch on one rank; gradient accumulation follows from the two."""
     gradient_checkpointing: bool = False
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
+    """Attention kernels of training; `auto` is what transformers chooses, mostly `sdpa`. `flash_attention_2` (a package
+    of its own) and `flex_attention` need a GPU. Scoring and evaluation have those of `auto`, which take every mask."""
+    torch_compile: bool = False
+    """Compile each layer with torch.compile: a minute or more at the start, then faster steps on most GPUs (slower ones
+    were measured on CPUs). Not under ZeRO-3."""
     loss: Loss = "cross_entropy"
     """`gce` (generalised cross-entropy) and `dft` learn less from labels that the model finds unlikely."""
     gce_q: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -397,7 +404,8 @@ class Evaluate(Section):
     """Rank all labels by log-likelihood, or generate greedily and map the text to a label."""
     checkpoint: Literal["last", "best"] = "last"
     """The model at the end of training, or the best by `train.metric_for_best_model`."""
-    dtype: DType = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As `score.dtype`."""
     tokens_per_batch: Positive = 4096
     """Token budget of one batch."""
     max_new_tokens: Positive = 32

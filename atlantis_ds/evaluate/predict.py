@@ -20,7 +20,7 @@ from atlantis_ds.files import fingerprint, finished, read_json
 from atlantis_ds.lm.check import check_generation, check_scoring, sample_rows
 from atlantis_ds.lm.encode import Encoder, last_turn
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
-from atlantis_ds.lm.load import give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
+from atlantis_ds.lm.load import dtype_on, give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
 from atlantis_ds.metrics import UNMAPPED, metrics
@@ -61,7 +61,8 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
 
     tokens = encode_split(run, examples, "test", model)
     encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat)
-    lm = load_scorer(model, recipe.evaluate.dtype, ranks.device)
+    dtype = dtype_on(recipe.evaluate.dtype, ranks.device)
+    lm = load_scorer(model, dtype, ranks.device)
     samples = [tokens[row] for row in sample_rows(tokens.lengths)]
     labels = None if examples.labels is None else encoder.label_set
     ways = check_scoring(lm, samples, labels, samples[0].eos, prefix=True)
@@ -82,7 +83,7 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
         order = np.argsort(np.concatenate([rows for rows, _ in parts]), kind="stable")
         table = pa.concat_tables([table for _, table in parts if table is not None]).take(pa.array(order))
         speed = round(steps.rate * ranks.world_size, 2)
-        about = {"fingerprint": mark, "arm": arm, "examples_per_s": speed, **info}
+        about = {"fingerprint": mark, "arm": arm, "examples_per_s": speed, "dtype": dtype, **info}
         figures = _write(run, examples, table, results, about)
     shared: dict[str, Any] = ranks.broadcast(figures)
     return shared

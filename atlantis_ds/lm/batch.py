@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -17,8 +18,14 @@ a smaller batch is read as fast, and padding is not."""
 PACKED_SHARE, PACKED_TOKENS = 0.9, 4096
 """A micro-batch is packed into one row where that is at most this share of its padded tokens, and this many tokens."""
 
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
 ROW_MULTIPLE = 32
 """A packed row is filled up to a multiple of so many tokens: kernels are made for few shapes, and for whole tiles."""
+
+COMMON, FILLING = -1, -2
+"""In a packed row, the owners of what all examples begin with, and of what fills the row up."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Batch:
     """float64 [B]: importance weights; 0 for padding examples."""
     shared: torch.Tensor | None = None
     """int64 [N]: which of ``positions`` predicts each target, where several targets share one; else each its own."""
+    owner: torch.Tensor | None = None
+    """int64 [T], of a packed row: the example of each position, ``COMMON`` or ``FILLING``. ``packed_mask`` makes the
+    mask of it, on the model's device."""
     chunked: bool = True
     """Whether many logits may be made a chunk at a time; not for a model that changes them behind its head."""
 
@@ -51,19 +61,30 @@ class Batch:
         return len(self.weight)
 
     def to(self, device: torch.device) -> Batch:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        return replace(
-            self,
-            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
-            positions=move(self.positions),
-            targets=move(self.targets),
-            example=move(self.example),
-            is_eos=move(self.is_eos),
-            weight=move(self.weight),
-            shared=None if self.shared is None else move(self.shared),
-        )
+    def pinned(self) -> Batch:
+        """In memory from which a GPU copies by itself, while the program goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        own = {field.name: changed(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **own | {"inputs": {name: changed(value) for name, value in self.inputs.items()}})
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
+    """``make`` of each item in turn; the next is made on a thread of its own while one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for item in items:
+            made, coming = coming, thread.submit(make, item)
+            if made is not None:
+                yield made.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, prefix: int = 0) -> list[list[int]]:
@@ -174,13 +195,15 @@ def collate_to_train(
     if config.is_encoder_decoder or packed == "never":
         return collate(examples, config, pad_token_id, weights)
     padded = len(examples) * max(map(len, examples))
-    prefix = common_prefix([pair.prompt for pair in examples])
+    flash = is_flash(config)
+    prefix = 0 if flash else common_prefix([pair.prompt for pair in examples])
     width = prefix + sum(len(pair) - prefix for pair in examples)
-    width += -width % ROW_MULTIPLE
-    # In one row every position is compared with every other, which is not worth it for a few tokens.
-    if packed == "less" and width > min(PACKED_SHARE * padded, PACKED_TOKENS):
+    width += 0 if flash else -width % ROW_MULTIPLE
+    # In one row every position is compared with every other, which is not worth it for a few tokens: but for kernels
+    # that read where each example begins.
+    if packed == "less" and width > min(PACKED_SHARE * padded, width if flash else PACKED_TOKENS):
         return collate(examples, config, pad_token_id, weights)
-    ids, position_ids, owner, starts = list(examples[0].prompt[:prefix]), list(range(prefix)), [-1] * prefix, []
+    ids, position_ids, owner, starts = list(examples[0].prompt[:prefix]), list(range(prefix)), [COMMON] * prefix, []
     for row, pair in enumerate(examples):
         own = [*pair.prompt[prefix:], *pair.label]
         starts.append(len(ids) + len(pair.prompt) - prefix - 1)
@@ -189,14 +212,42 @@ def collate_to_train(
         owner += [row] * len(own)
     filling = width - len(ids)
     ids, position_ids = ids + [pad_token_id] * filling, position_ids + [0] * filling
-    of = torch.tensor(owner + [-2] * filling)  # sees the prefix and itself, and nothing sees it
-    sees = ((of[:, None] == of) | (of == -1)).tril()
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "position_ids": torch.tensor([position_ids]),
-        "attention_mask": attention_mask(sees[None, None], config),
-    }
-    return _batch(inputs, starts, examples, weights)
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([position_ids])}
+    if flash:
+        return _batch(inputs | _where_examples_begin(examples), starts, examples, weights)
+    return replace(_batch(inputs, starts, examples, weights), owner=torch.tensor(owner + [FILLING] * filling))
+
+
+def is_flash(config: Any) -> bool:
+    """Whether a model attends by FlashAttention, which takes no mask, but where each example of a row begins."""
+    return "flash_attention" in str(getattr(config, "_attn_implementation", None))
+
+
+def _where_examples_begin(examples: Sequence[Encoded]) -> dict[str, Any]:
+    """What FlashAttention takes of a packed row: cumulated lengths, int32 [B + 1], and the longest."""
+    ends = torch.tensor([0, *map(len, examples)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(map(len, examples))
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def packed_mask(owner: torch.Tensor, config: Any) -> Any:
+    """Who sees whom in a packed row: what all examples begin with, and one's own example up to oneself.
+
+    Args:
+        owner: ``Batch.owner``, on the model's device.
+
+    Returns:
+        what the model's attention takes: a mask [1, 1, T, T], or for ``flex_attention`` a BlockMask.
+    """
+    if getattr(config, "_attn_implementation", None) == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees_one(_: Any, __: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return ((owner[query] == owner[key]) | (owner[key] == COMMON)) & (query >= key)
+
+        return create_block_mask(sees_one, 1, None, len(owner), len(owner), device=str(owner.device))
+    sees = ((owner[:, None] == owner) | (owner == COMMON)).tril()
+    return attention_mask(sees[None, None], config)
 
 
 @dataclass(frozen=True)
@@ -228,7 +279,7 @@ def attention_mask(sees: torch.Tensor, config: Any) -> torch.Tensor:
     """A bool mask as a model's attention takes it: eager attention adds it, the others read it."""
     if getattr(config, "_attn_implementation", None) != "eager":
         return sees
-    return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, torch.finfo(torch.float32).min)
 
 
 def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int, config: Any) -> Batch:

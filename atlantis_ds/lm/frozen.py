@@ -14,13 +14,13 @@ from atlantis_ds.config.schema import Model, Score
 from atlantis_ds.lm.load import (
     DTYPES,
     adapter_base,
-    fp32_head,
     give_memory_back,
     load_config,
     load_model,
     load_scorer,
     sharded_at_load,
     start_deepspeed,
+    wide_head,
 )
 from atlantis_ds.progress import console
 
@@ -147,7 +147,7 @@ def load_sharded_scorer(model: Model, dtype: str) -> Any:
     """Load a frozen model sharded over all ranks; the scores are those of ``load_scorer``.
 
     Every rank must call it, and run the same number of forwards afterwards. With a bf16 body each rank holds a whole
-    fp32 head.
+    head of its own.
 
     Returns:
         a DeepSpeed engine, for ``score_pairs``.
@@ -170,6 +170,6 @@ def load_sharded_scorer(model: Model, dtype: str) -> Any:
     head = lm.get_output_embeddings()
     if dtype != "float32":
         with deepspeed.zero.GatheredParameters(list(head.parameters())):
-            wide = fp32_head(head)
+            wide = wide_head(head, engine.device)
         lm.set_output_embeddings(wide.to(engine.device))
     return engine

@@ -12,7 +12,16 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from atlantis_ds.lm.batch import Batch, collate, collate_choices, common_prefix, label_tree, token_budget_batches
+from atlantis_ds.lm.batch import (
+    Batch,
+    ahead,
+    collate,
+    collate_choices,
+    common_prefix,
+    label_tree,
+    packed_mask,
+    token_budget_batches,
+)
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.ways import CHUNK, FAST, TREE_TOKENS, Ways
 
@@ -42,12 +51,16 @@ def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     Returns:
         float64 [N], in the order of ``batch.targets``.
     """
-    if batch.chunked and len(batch.positions) * module_of(model).config.get_text_config().vocab_size > CHUNK:
+    config = module_of(model).config
+    inputs = batch.inputs
+    if batch.owner is not None:
+        inputs = {**inputs, "attention_mask": packed_mask(batch.owner, config)}
+    if batch.chunked and len(batch.positions) * config.get_text_config().vocab_size > CHUNK:
         with _tokens_in_chunks(model, batch) as tokens:
-            model(**batch.inputs, use_cache=False)
+            model(**inputs, use_cache=False)
         return tokens[0].double()
     with _label_positions_only(model, batch.positions):
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     if batch.shared is not None:
         return logits.float().log_softmax(dim=-1)[batch.shared, batch.targets].double()
     return -F.cross_entropy(logits.float(), batch.targets, reduction="none").double()
@@ -160,13 +173,15 @@ def score_pairs(
     prefix = None if agree or not ways.prefix else read_prefix(lm, [pair.prompt for pair in pairs])
     own = [replace(pair, prompt=pair.prompt[prefix.tokens :]) for pair in pairs] if prefix else pairs
 
-    def forward(rows: list[int]) -> torch.Tensor:
-        batch = collate([own[row] for row in rows], lm.config, pad_token_id).to(device)
-        batch = replace(batch, chunked=ways.chunked)
+    def make(rows: list[int]) -> Batch:
+        return replace(collate([own[row] for row in rows], lm.config, pad_token_id), chunked=ways.chunked)
+
+    def forward(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
         return label_log_likelihoods(model, prefix.before(batch) if prefix else batch)
 
     lengths = [len(pair) for pair in pairs]
-    return _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
+    return _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, make, forward, progress, agree)
 
 
 @torch.inference_mode()
@@ -203,19 +218,23 @@ def score_choices(
     own = [prompt[prefix.tokens :] for prompt in prompts] if prefix else prompts
     tree = label_tree(labels)
 
-    def forward(rows: list[int]) -> torch.Tensor:
+    def make(rows: list[int]) -> Batch:
         if not lm.config.is_encoder_decoder:
-            batch = collate_choices([own[row] for row in rows], tree, eos, lm.config).to(device)
-            batch = prefix.before(batch) if prefix else batch
+            batch = collate_choices([own[row] for row in rows], tree, eos, lm.config)
         else:
             pairs = [Encoded(list(prompts[row]), list(label), eos) for row in rows for label in labels]
-            batch = _encode_once(lm, collate(pairs, lm.config, eos).to(device), len(labels))
-        batch = replace(batch, chunked=ways.chunked)
-        return label_log_likelihoods(model, batch).view(len(rows), len(labels), 2)
+            batch = collate(pairs, lm.config, eos)
+        return replace(batch, chunked=ways.chunked)
+
+    def forward(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
+        if lm.config.is_encoder_decoder:
+            batch = _encode_once(lm, batch, len(labels))
+        return label_log_likelihoods(model, prefix.before(batch) if prefix else batch).view(-1, len(labels), 2)
 
     behind = sum(map(len, labels)) if lm.config.is_encoder_decoder else len(tree.tokens)
     lengths = [len(prompt) + behind for prompt in prompts]
-    scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, forward, progress, agree)
+    scores = _in_batches(lengths, tokens_per_batch, prefix.tokens if prefix else 0, make, forward, progress, agree)
     return scores.reshape(len(prompts), len(labels), 2)
 
 
@@ -298,7 +317,8 @@ def _in_batches(
     lengths: Sequence[int],
     tokens_per_batch: int,
     prefix: int,
-    forward: Callable[[list[int]], torch.Tensor],
+    make: Callable[[list[int]], Batch],
+    forward: Callable[[Batch], torch.Tensor],
     progress: Progress | None,
     agree: Callable[[int], int] | None,
 ) -> torch.Tensor:
@@ -309,13 +329,13 @@ def _in_batches(
     forwards = agree(len(batches)) if agree else 0  # before the first: ranks in a forward exchange weights alone
     order: list[int] = []
     values: list[torch.Tensor] = []
-    for rows in batches:
-        values.append(forward(rows).cpu())
+    for rows, batch in zip(batches, ahead(make, batches), strict=True):
+        values.append(forward(batch).cpu())
         order += rows
         if progress:
             progress(len(rows), sum(lengths[row] for row in rows))
     for _ in range(len(batches), forwards):
-        forward(batches[-1])
+        forward(batch)
     return torch.cat(values)[torch.tensor(order).argsort()]
 
 

@@ -104,13 +104,14 @@ def load_config(model: Model) -> Any:
     return _from_pretrained(AutoConfig, adapter_base(model) or model)
 
 
-def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None) -> Any:
+def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None, attention: str = "auto") -> Any:
     """Load a causal or encoder-decoder LM from safetensors, on the CPU (or in shards, within ``sharded_at_load``).
 
     A folder with a LoRA adapter loads its base model, whole and in ``dtype``, with the adapter merged in.
 
     Args:
         quantised: for a base in 4 bits, ``quantization_config`` and ``device_map`` of ``from_pretrained``.
+        attention: ``attn_implementation`` of ``from_pretrained``; ``auto`` leaves the choice to transformers.
 
     Raises:
         InputError: it cannot be loaded.
@@ -120,15 +121,19 @@ def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None
     if base := adapter_base(model):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_model(base, dtype), model.model_name_or_path).merge_and_unload()
+        lm = load_model(base, dtype, attention=attention)
+        return PeftModel.from_pretrained(lm, model.model_name_or_path).merge_and_unload()
     config = load_config(model)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True, **(quantised or {})}
+    if attention != "auto":
+        options["attn_implementation"] = attention
     if not getattr(config, "scale_decoder_outputs", True) and "lm_head.weight" in _tensor_names(model):
-        return _load_untied_t5(loader, model, config, dtype, quantised)
-    return _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True, **(quantised or {}))
+        return _load_untied_t5(loader, model, config, options)
+    return _from_pretrained(loader, model, **options)
 
 
-def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str, quantised: dict[str, Any] | None) -> Any:
+def _load_untied_t5(loader: Any, model: Model, config: Any, options: dict[str, Any]) -> Any:
     """A T5 with a head of its own, as Flan-T5 (one that does not scale its outputs, in the terms of its config).
 
     transformers 5 calls every T5 tied, and keeps the head apart only where its values differ from the embedding's.
@@ -138,7 +143,7 @@ def _load_untied_t5(loader: Any, model: Model, config: Any, dtype: str, quantise
     declared = kind._tied_weights_keys
     kind._tied_weights_keys = {key: to for key, to in declared.items() if key != "lm_head.weight"}
     try:
-        lm = _from_pretrained(loader, model, dtype=DTYPES[dtype], use_safetensors=True, **(quantised or {}))
+        lm = _from_pretrained(loader, model, **options)
         lm._tied_weights_keys = kind._tied_weights_keys  # its own, for a later tie_weights()
     finally:
         kind._tied_weights_keys = declared
@@ -162,28 +167,45 @@ def _tensor_names(model: Model) -> set[str]:
     return set()
 
 
+def dtype_on(dtype: str, device: torch.device) -> str:
+    """What ``auto`` means for a frozen model on a device; any other dtype is itself."""
+    return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+
+
 def load_scorer(model: Model, dtype: str, device: torch.device) -> Any:
-    """Load a frozen model for scoring on one device, with an fp32 LM head whatever the dtype of its body.
+    """Load a frozen model for scoring on one device, with fp32 logits whatever the dtype of its body.
 
     bf16 logits have a spacing of 0.125 near 20, too coarse for a log-likelihood.
     """
     lm = load_model(model, dtype).eval().requires_grad_(False)
     head = lm.get_output_embeddings()
     if head.weight.dtype != torch.float32:
-        lm.set_output_embeddings(fp32_head(head))
+        lm.set_output_embeddings(wide_head(head, device))
     return lm.to(device)
 
 
-def fp32_head(head: Any) -> torch.nn.Linear:
-    """A frozen copy of an LM head in fp32."""
-    wide = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=torch.float32)
-    wide.load_state_dict({name: tensor.float() for name, tensor in head.state_dict().items()})
+def wide_head(head: Any, device: torch.device) -> torch.nn.Linear:
+    """A frozen copy of a bf16 LM head whose logits are fp32.
+
+    On GPUs it multiplies bf16 by bf16 on the matrix units and adds up in fp32; elsewhere torch cannot, and the copy is
+    in fp32. Products of two bf16 numbers are exact in fp32: only the order of the sums differs.
+    """
+    kind, dtype = (_Fp32Logits, torch.bfloat16) if device.type == "cuda" else (torch.nn.Linear, torch.float32)
+    wide = kind(head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device, dtype=dtype)
+    wide.load_state_dict({name: tensor.to(dtype) for name, tensor in head.state_dict().items()})
     return wide.requires_grad_(False)
+
+
+class _Fp32Logits(torch.nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.flatten(0, -2)
+        logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+        return logits if self.bias is None else logits + self.bias.float()
 
 
 @contextmanager
 def takes_hidden_states_of_any_type(lm: Any) -> Iterator[None]:
-    """A scorer has its head in fp32 behind a body that may be bf16: within this it serves plain forwards as well."""
+    """A scorer may have its head in fp32 behind a bf16 body: within this it serves plain forwards as well."""
     head = lm.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
     try:

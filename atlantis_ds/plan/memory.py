@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlantis_ds.config.schema import Train
+from atlantis_ds.lm.size import Shape
 from atlantis_ds.plan.scoring import GIB
-from atlantis_ds.plan.trace import Activations, Shape
+from atlantis_ds.plan.trace import Activations
 from atlantis_ds.train.deepspeed_config import accumulates_wide
 
 HOST_OF_A_RANK = 3 * GIB

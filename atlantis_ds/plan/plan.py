@@ -17,15 +17,16 @@ from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_json
 from atlantis_ds.lm.load import load_tokenizer, model_source
+from atlantis_ds.lm.size import PEAKS, Shape, forward_flops, model_shape
 from atlantis_ds.plan.memory import largest_micro_batch, training_memory, usable
 from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, GIB, Sizes, scoring_memory
-from atlantis_ds.plan.trace import Activations, Shape, activations, build_model, model_shape, read_config
+from atlantis_ds.plan.trace import Activations, activations, build_model, read_config
 from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.deepspeed_config import accumulation_steps, refusal
 
-GPUS = {"A100": (80, 312), "H100": (80, 989), "H200": (141, 989), "L4": (24, 121), "4090": (24, 165)}
-"""Memory in GB as sold, and dense bf16 peak in TFLOP/s (the makers' data sheets)."""
+GPUS = {"A100": 80, "H100": 80, "H200": 141, "L4": 24, "4090": 24}
+"""Memory in GB as sold."""
 SIZES = {24: 23.5 * GIB, 40: 39.4 * GIB, 80: 79.1 * GIB, 141: 139.7 * GIB}
 """Bytes that GPUs of these sizes in GB show."""
 UTILISATION = 0.35
@@ -81,7 +82,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     behind = round(lengths.labels * lengths.label_mean) if recipe.score.label_set and lengths.labels else None
     sizes = Sizes.of(config.to_dict(), shapes["full"].parameters)
     scoring = scoring_memory(sizes, recipe.score, lengths.prompt_max, behind)
-    choice = choose(rows, recipe.train, GPUS[gpu][0])
+    choice = choose(rows, recipe.train, GPUS[gpu])
     result = {
         "model": str(model.model_name_or_path),
         "parameters": shapes["full"].parameters,
@@ -192,15 +193,6 @@ def _lengths(examples: Examples, source: str, count: Callable[[list[str]], list[
     return Lengths(source, *sizes, mean_prompt, max(prompts), mean_target, max(of_label or targets))
 
 
-def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> float:
-    """Floating-point operations of one forward pass over one example: 2 a weight and token.
-
-    Attention scores are left out: a few percent at a few hundred tokens. Only label positions reach the head.
-    """
-    body = shape.body * (prompt_tokens + (0 if shape.decoder else label_tokens))
-    return 2 * (body + (shape.decoder + shape.head) * label_tokens)
-
-
 def ranking_flops(shape: Shape, lengths: Lengths) -> float:
     """As ``forward_flops``, for all labels behind one prompt. A causal model reads the prompt once for all of them.
 
@@ -244,7 +236,7 @@ def work_hours(
     stages.append((f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
     if recipe.task != "response" and recipe.evaluate.method == "rank":
         stages.append((f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))
-    speed = gpus * GPUS[gpu][1] * 1e12 * UTILISATION
+    speed = gpus * PEAKS[gpu] * UTILISATION
     return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]
 
 
@@ -258,7 +250,7 @@ def _show(recipe: Recipe, result: dict[str, Any]) -> None:
     micro = train.per_device_train_batch_size
     console.print(
         f"{result['model']}: {result['parameters'] / 1e9:.3f}e9 weights, {train.dtype}; "
-        f"{result['gpus']} x {result['gpu']} ({GPUS[result['gpu']][0]} GB)"
+        f"{result['gpus']} x {result['gpu']} ({GPUS[result['gpu']]} GB)"
     )
     console.print(
         f"lengths: {lengths['source']}; {lengths['train']} train examples, prompt {lengths['prompt_mean']:.0f} tokens "

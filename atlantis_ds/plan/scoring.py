@@ -92,7 +92,7 @@ def scoring_memory(sizes: Sizes, score: Score, prompt_tokens: int, label_tokens:
         prompt_tokens: of the longest example.
         label_tokens: of all labels together, where all are scored behind each prompt; None where they are not.
     """
-    width = 4 if score.dtype == "float32" else 2
+    width = 2 if score.dtype == "bfloat16" else 4  # `auto` may be either: the larger
     tree = min(label_tokens or 0, TREE_TOKENS)
     row = prompt_tokens + tree
     tokens = max(score.tokens_per_batch, row)

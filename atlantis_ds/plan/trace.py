@@ -33,25 +33,6 @@ BATCHES = (48, 96)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, in numbers of weights."""
-
-    parameters: int
-    trainable: int
-    largest: int
-    """The largest trainable tensor."""
-    body: int
-    """Weights that every token of the prompt is multiplied with: all but embeddings, head and decoder."""
-    decoder: int
-    """The same for label tokens of an encoder-decoder; 0 in a causal LM, where they go through the body."""
-    head: int
-    """LM head: label positions only."""
-    linear: int
-    """Weights that 4-bit loading quantises: all linear layers but the head."""
-    largest_linear: int
-
-
-@dataclass(frozen=True)
 class Activations:
     """Peak bytes of a forward and backward pass, beside weights and the gradients that stay."""
 
@@ -109,30 +90,6 @@ def build_model(config: Any, train: Train, layers: int | None = None) -> Any:
             lm = get_peft_model(lm, adapters, autocast_adapter_dtype=False)
     lm.config.use_cache = False
     return lm.train()
-
-
-def model_shape(lm: Any) -> Shape:
-    """Count the weights of a model; nothing of it is computed."""
-    head = lm.get_output_embeddings().weight
-    embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
-    linears = [m.weight for m in lm.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
-    trainable = [p.numel() for p in lm.parameters() if p.requires_grad]
-    body = sum(p.numel() for p in lm.parameters() if id(p) not in embeddings)
-    decoder = 0
-    if lm.config.is_encoder_decoder:
-        stack = (lm.get_base_model() if hasattr(lm, "peft_config") else lm).get_decoder()
-        decoder = sum(p.numel() for p in stack.parameters() if id(p) not in embeddings)
-    frozen_linears = [w.numel() for w in linears if not hasattr(lm, "peft_config") or not w.requires_grad]
-    return Shape(
-        parameters=sum(p.numel() for p in lm.parameters()),
-        trainable=sum(trainable),
-        largest=max(trainable),
-        body=body - decoder,
-        decoder=decoder,
-        head=head.numel(),
-        linear=sum(frozen_linears),
-        largest_linear=max(frozen_linears, default=0),
-    )
 
 
 def activations(config: Any, train: Train, prompt_tokens: int, label_tokens: int) -> Activations:

@@ -94,6 +94,8 @@ def refusal(train: Train, config: dict[str, Any]) -> str | None:
         return "ZeRO-0 does not offload the optimizer; take zero2_offload.json"
     if optimizer == "nvme" and stage != 3:
         return f"ZeRO-{stage} offloads to the CPU only; take zero2_offload.json (or zero3_nvme.json)"
+    if train.torch_compile and stage == 3:
+        return "torch.compile does not see the hooks in which ZeRO-3 gathers weights; take zero2.json, or leave it out"
     if train.mode == "qlora" and param != "none":
         return (
             "4-bit weights cannot be offloaded; take zero2_offload.json (optimizer on the CPU), "

@@ -31,13 +31,16 @@ def start_engine(train: Train, model: Model, steps: Sequence[int], seed: int, ra
     config = deepspeed_config(train, ranks.world_size)
     _check_machine(train, config, ranks.device)
     with sharded_at_load(config):
-        lm = load_model(model, train.dtype, four_bits(train, ranks.device, zero_stage(config)))
+        quantised = four_bits(train, ranks.device, zero_stage(config))
+        lm = load_model(model, train.dtype, quantised, train.attn_implementation)
     torch.manual_seed(seed)
     if train.mode != "full":
         lm = add_lora(lm, train, model.revision)
     lm.config.use_cache = False
     if ranks.device.type == "cpu" and train.dtype == "bfloat16":
         short_attention_in_fp32(lm)
+    if train.torch_compile:
+        compile_layers(lm)
     if train.gradient_checkpointing:
         # LoRA under ZeRO-3 needs the reentrant kind, which in turn needs an input with a gradient.
         reentrant = train.mode != "full" and zero_stage(config) == 3
@@ -76,7 +79,8 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
     """Refuse, before a model is loaded, what this machine cannot do.
 
     Raises:
-        InputError: NVMe offload without libaio, or on CPU ranks; 4-bit weights under ZeRO-3 on CPU ranks.
+        InputError: NVMe offload without libaio, or on CPU ranks; 4-bit weights under ZeRO-3 on CPU ranks; attention
+            kernels that train on GPUs alone.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -98,6 +102,19 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
             f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks take "
             "zero2.json, or train.mode: lora"
         )
+    if train.attn_implementation in ("flash_attention_2", "flex_attention") and device.type == "cpu":
+        raise InputError(
+            f"train.attn_implementation: {train.attn_implementation} has no backward pass on CPUs; take auto"
+        )
+
+
+def compile_layers(lm: Any) -> None:
+    """Let torch compile the layers of a model, each by itself: they are alike, so one is compiled for all of them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in lm.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
 
 
 FEW = 256

@@ -22,8 +22,8 @@ from atlantis_ds.train.jobs import training_summary
 def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path, push_to: str | None = None) -> str | None:
     """Write the model of an arm, the one that evaluation takes, to ``out``: safetensors, tokenizer, configs, card.
 
-    An adapter is merged on the CPU in ``evaluate.dtype``, as evaluation does it, so that the predictions are the same;
-    the whole base model has to fit into host memory. A full model is copied as it is.
+    An adapter is merged on the CPU in the dtype of its evaluation, so that the predictions are the same (float32, where
+    that is ``auto`` and there is none yet); the whole base model has to fit into host memory. A full model is copied.
 
     Args:
         push_to: a repository of the hub (OWNER/NAME) to upload ``out`` to; made, private, where it is not there.
@@ -50,7 +50,8 @@ def export(recipe: Recipe, folder: RunFolder, arm: str, out: Path, push_to: str 
 
     def write(target: Path) -> None:
         if merged:
-            lm = load_model(model, recipe.evaluate.dtype)
+            asked = recipe.evaluate.dtype
+            lm = load_model(model, (metrics or {}).get("dtype", "float32") if asked == "auto" else asked)
             lm.save_pretrained(target)
             load_tokenizer(model).save_pretrained(target)
             # The adapter's folder holds the generation config that the model was trained and evaluated with.

@@ -84,9 +84,9 @@ class Job:
         return [self.parts[part].of(examples).ids[row].as_py() for part, row in found]
 
     def fingerprint(self, run: Run, examples: Examples) -> str:
-        """Of all that decides the trained weights; how often to log or save, and the micro-batch, do not."""
+        """Of all that decides the trained weights; how often to log or save, micro-batch and kernels do not."""
         free = {"logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "profile_steps"}
-        free |= {"per_device_train_batch_size"}
+        free |= {"per_device_train_batch_size", "attn_implementation", "torch_compile"}
         if self.settings.early_stopping_patience is None:  # else evaluations decide where a training ends
             free |= {"early_stopping_patience", "eval_steps"}
         if self.settings.metric_for_best_model == "loss":  # trainings of before there was another keep theirs

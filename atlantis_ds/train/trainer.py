@@ -17,11 +17,12 @@ from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
-from atlantis_ds.lm.batch import Batch, collate, collate_to_train, token_budget_batches
+from atlantis_ds.lm.batch import Batch, ahead, collate, collate_to_train, token_budget_batches
 from atlantis_ds.lm.check import check_packed, check_scoring, sample_rows
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_config, load_tokenizer
+from atlantis_ds.lm.size import forward_flops, model_shape, peak_flops, peak_gib
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
 from atlantis_ds.metrics import metrics
@@ -98,6 +99,24 @@ class State:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one optimizer step."""
+
+    tokens_per_s: float
+    """Prompt and label tokens of all ranks, without padding."""
+    tflops: float
+    """Useful TFLOP/s of a rank: of weights and tokens alone; attention scores, padding and recomputing do not count."""
+    flops_share: float | None
+    """Their share of what the GPU can do in bf16; None where that is not known."""
+    peak_gib: float
+    """The most memory this rank has taken: of the GPU, or of the process on CPUs."""
+
+    def __str__(self) -> str:
+        share = f" ({self.flops_share:.0%})" if self.flops_share else ""
+        return f"{self.tokens_per_s:.0f} tokens/s, {self.tflops:.3g} TFLOP/s{share}, {self.peak_gib:.2f} GiB"
+
+
 class Trainer:
     """One training job on all ranks: engine, tokens and state; see ``train`` for the way of a step."""
 
@@ -120,10 +139,13 @@ class Trainer:
         self.total = sum(self.schedule.steps)
         self._say_what_is_trained()
         self.engine = start_engine(settings, job.model, self.schedule.steps, job.seed, run.ranks)
+        self.shape = model_shape(self.engine.module)
+        self.peak_flops = peak_flops(run.ranks.device)
         self.ways = self._find_ways()
         self.checkpoints = run.folder.checkpoints(job.name)
         found = resume(self.engine, self.checkpoints, mark, run.ranks) or {"fingerprint": mark}
         self.state = State(**{key: found[key] for key in State.__dataclass_fields__ if key in found})
+        self.coming = ahead(self._global_batch, range(self.state.step, self.total))
 
     def train(self) -> None:
         """All steps that are left: step → log → dev loss → checkpoint."""
@@ -143,7 +165,7 @@ class Trainer:
                 if self.dev_loss_asked and (state.step % every_eval == 0 or state.step == self.total):
                     self.evaluate()
                 best = f", dev {state.best_loss:.4f}" if state.best_loss else ""
-                steps.advance(note=f"loss {result.loss:.4f}{best}")
+                steps.advance(note=f"loss {result.loss:.4f}{best}, {self.speed}")
                 if (state.step % every_save == 0 or result.stop) and state.step < self.total:
                     self.save(stop=result.stop)
 
@@ -151,7 +173,7 @@ class Trainer:
         """One optimizer step on one global batch."""
         start = time.monotonic()
         settings, state, job, ranks = self.settings, self.state, self.job, self.run.ranks
-        places = self.schedule.rows(state.step)
+        places, batches = next(self.coming)
         denominator = len(places) if settings.reduction == "example" else int(self.targets[places].sum())
         # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
         torch.manual_seed(hash((job.seed, state.step, ranks.rank)) & 0x7FFFFFFF)
@@ -159,9 +181,9 @@ class Trainer:
         first = self.schedule.steps[0]
         loss = loss_of_step(settings, state.step, first) if state.step < first else "cross_entropy"  # gold labels, then
         stop = stop_asked(self.run.folder, ranks.is_main)
-        batches = self._micro_batches(places)
         result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
         seconds = time.monotonic() - start
+        self.speed = self._speed(places, seconds)
         state.step += 1
         state.seconds += seconds
         state.skipped += result.skipped
@@ -175,7 +197,7 @@ class Trainer:
                 grad_norm=_finite(result.grad_norm),
                 learning_rate=rate,
                 examples_per_s=round(len(places) / seconds, 2),
-                tokens_per_s=round(int(self.lengths[places].sum()) / seconds, 1),
+                **asdict(self.speed),
             )
         if result.skipped:
             self._note_skipped(places)
@@ -257,6 +279,7 @@ class Trainer:
                 f"train {job.name}: ended after step {state.step} of {self.total}: best dev "
                 f"{job.settings.metric_for_best_model} at {state.best_step}"
             )
+        self.coming.close()
         save_model(self.engine, self.tokenizer, run.folder.model(job.name) / "last", run.ranks)
         self.engine.destroy()
         if run.ranks.is_main:
@@ -274,10 +297,11 @@ class Trainer:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         run.ranks.barrier()
 
-    def _micro_batches(self, places: np.ndarray) -> list[Batch]:
-        """This rank's part of a global batch; ``places`` are numbers of the job's examples."""
+    def _global_batch(self, step: int) -> tuple[np.ndarray, list[Batch]]:
+        """The examples of an optimizer step, as numbers of the job's, and this rank's micro-batches of them."""
         job, settings = self.job, self.settings
         micro_batch_size = settings.per_device_train_batch_size
+        places = self.schedule.rows(step)
         batches = [
             collate_to_train(
                 [self.pair(place) for place, _ in micro],
@@ -290,7 +314,17 @@ class Trainer:
                 places, self.lengths, settings.train_batch_size, micro_batch_size, self.run.ranks
             )
         ]
-        return [replace(batch, chunked=self.ways.chunked) for batch in batches]
+        batches = [replace(batch, chunked=self.ways.chunked) for batch in batches]
+        return places, [batch.pinned() for batch in batches] if self.run.ranks.device.type == "cuda" else batches
+
+    def _speed(self, places: np.ndarray, seconds: float) -> Speed:
+        tokens, targets = int(self.lengths[places].sum()), int(self.targets[places].sum())
+        settings, ranks = self.settings, self.run.ranks
+        # Forward 2ND, backward 4ND; with frozen weights the backward pass is 2ND.
+        flops = (3 if settings.mode == "full" else 2) * forward_flops(self.shape, tokens - targets, targets)
+        a_second = flops / seconds / ranks.world_size
+        share = round(a_second / self.peak_flops, 4) if self.peak_flops else None
+        return Speed(round(tokens / seconds, 1), round(a_second / 1e12, 4), share, round(peak_gib(ranks.device), 3))
 
     def pair(self, place: int) -> Encoded:
         """The tokens of one of the job's examples."""
@@ -347,16 +381,19 @@ class Trainer:
 def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: int, ways: Ways, ranks: Ranks) -> float:
     """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
     batches = token_budget_batches(pairs.lengths.tolist(), tokens_per_batch)
+    mine = range(ranks.rank, ranks.rank + len(batches), ranks.world_size)  # behind the last one, a stand-in
+
+    def make(number: int) -> Batch:
+        rows = batches[min(number, len(batches) - 1)]
+        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id)
+        return replace(batch, chunked=ways.chunked)
+
     engine.eval()
     local = 0.0
-    for first in range(0, len(batches), ranks.world_size):
-        mine = first + ranks.rank
-        rows = batches[min(mine, len(batches) - 1)]
-        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id).to(ranks.device)
-        batch = replace(batch, chunked=ways.chunked)
+    for number, batch in zip(mine, ahead(make, mine), strict=True):
         with torch.no_grad():
-            log_likelihood = float(label_log_likelihoods(engine, batch).sum())
-        local -= log_likelihood if mine < len(batches) else 0.0
+            log_likelihood = float(label_log_likelihoods(engine, batch.to(ranks.device)).sum())
+        local -= log_likelihood if number < len(batches) else 0.0
     engine.train()
     return ranks.sum(local)[0] / len(pairs)
 

@@ -94,7 +94,8 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     recipe, folder, ranks = run.recipe, run.folder, run.ranks
     examples = load_examples(folder)
     passes = scoring_passes(recipe, folder)
-    inputs = scoring_inputs(recipe, examples)
+    settings = recipe.score.model_copy(update={"dtype": ranks.broadcast(_dtype(run))})
+    inputs = {**scoring_inputs(recipe, examples), "dtype": settings.dtype}
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
     if models["small"] == models["large"]:
         passes[1] = replace(passes[1], same_as="large")
@@ -116,7 +117,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
         else None
     )
     run.say(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
-    frozen = Frozen(recipe.score, ranks)
+    frozen = Frozen(settings, ranks)
     for scoring in [scoring for scoring in passes if todo and not scoring.same_as]:
         _score_pass(run, shards, todo, scoring, manifest, frozen)
         leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
@@ -142,6 +143,16 @@ class Shards:
 
     def ids(self, shard: int) -> pa.Array:
         return self.examples.train.ids.slice(shard * self.size, self.size).combine_chunks()
+
+
+def _dtype(run: Run) -> str:
+    """Of the model bodies. Where the recipe leaves it open and shards are there, theirs: one run has one precision."""
+    from atlantis_ds.lm.load import dtype_on
+
+    manifest = run.folder.scores / "scores.json"
+    if run.recipe.score.dtype == "auto" and manifest.exists():
+        return str(read_json(manifest)["inputs"]["dtype"])
+    return dtype_on(run.recipe.score.dtype, run.ranks.device)
 
 
 def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:

@@ -37,9 +37,9 @@ from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.frozen import free_bytes, replica_bytes
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import load_scorer
+from atlantis_ds.lm.size import Shape, forward_flops, model_shape
 from atlantis_ds.plan.memory import GIB
-from atlantis_ds.plan.plan import forward_flops
-from atlantis_ds.plan.trace import Shape, build_model, model_shape
+from atlantis_ds.plan.trace import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = 19

@@ -18,9 +18,9 @@ from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Model, Train
 from atlantis_ds.lm.batch import collate_to_train
 from atlantis_ds.lm.encode import Encoded
+from atlantis_ds.lm.size import forward_flops, model_shape
 from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
-from atlantis_ds.plan.plan import forward_flops
-from atlantis_ds.plan.trace import activations, build_model, model_shape
+from atlantis_ds.plan.trace import activations, build_model
 from atlantis_ds.train.engine import add_lora, four_bits, start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 

@@ -16,7 +16,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atlantis_ds.config.schema import Train
-from atlantis_ds.plan.trace import Shape, _fake, build_model, model_shape
+from atlantis_ds.lm.size import Shape, model_shape
+from atlantis_ds.plan.trace import _fake, build_model
 
 PASSED = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
 """How often a ring passes the whole tensor on: an all-reduce is a reduce-scatter and an all-gather."""

@@ -24,9 +24,10 @@ from atlantis_ds.config.schema import Model, Recipe, Train
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.files import write_table
 from atlantis_ds.lm.frozen import replica_bytes
+from atlantis_ds.lm.size import PEAKS, forward_flops, model_shape
 from atlantis_ds.plan.memory import GIB, training_memory, usable
-from atlantis_ds.plan.plan import GPUS, SIZES, UTILISATION, forward_flops
-from atlantis_ds.plan.trace import activations, build_model, model_shape, read_config
+from atlantis_ds.plan.plan import SIZES, UTILISATION
+from atlantis_ds.plan.trace import activations, build_model, read_config
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.shards import shard_schema
 
@@ -83,7 +84,7 @@ def predict_training(configs: Path, micro: int) -> list[dict[str, Any]]:
     model = read_model(config, train)
     taken = activations(config, train, *TOKENS).bytes(micro)
     # Forward 2ND, backward 4ND, recomputation 2ND.
-    compute = 4 * micro * forward_flops(model.shape, *TOKENS) / (GPUS["H100"][1] * 1e12 * UTILISATION)
+    compute = 4 * micro * forward_flops(model.shape, *TOKENS) / (PEAKS["H100"] * UTILISATION)
     rows = []
     for gpus in (8, 64, 512):
         passes, after = traffic(model, zero, gpus, 1, train)
@@ -120,7 +121,7 @@ def predict_scoring(options: argparse.Namespace) -> dict[str, Any]:
         (folder / "config.json").write_text((options.configs / "Qwen2-7B.config.json").read_text())
         replica = replica_bytes(Model(model_name_or_path=str(folder)), "bfloat16")
     start = (EXAMPLES * seconds + sum(weights) / LOADED) / 3600
-    an_example = flops / (GPUS["H100"][1] * 1e12 * UTILISATION)
+    an_example = flops / (PEAKS["H100"] * UTILISATION)
     arrays = []
     for tasks in (8, 64, 512):
         for size in (16384, 2048):
