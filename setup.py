@@ -56,6 +56,7 @@ setup(
         "test": [
             "gguf",
             "hypothesis",
+            "kubeflow-trainer-api",
             "mlflow-skinny",
             "mpi4py",
             "mypy",

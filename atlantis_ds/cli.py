@@ -180,6 +180,13 @@ def train(
     arm: Annotated[str, typer.Option(help="Arm of the recipe, or `reference`.")] = "atlantis",
     overrides: Overrides = [],  # noqa: B006
     ranks: NumberOfRanks = 1,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Of a reference: train the I-th of N parts of its folds, and no more.")
+    ] = "1/1",
+    of_round: Annotated[
+        int | None,
+        typer.Option("--round", metavar="R", min=1, help="Of a reference: this round alone, and the weights it gives."),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Train one arm with DeepSpeed; resume where a checkpoint is.
@@ -190,10 +197,13 @@ def train(
 
     Example: deepspeed --num_gpus 8 --module atlantis_ds train recipes/semeval_qwen2_7b_zero3.yaml --arm sft
     """
+    numbers = _part(part)
+    if arm != "reference" and (numbers[1] > 1 or of_round):
+        raise InputError(f"--part and --round are for --arm reference, not for {arm}")
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force))
+    _on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force, numbers, of_round))
 
 
 @app.command()
@@ -306,28 +316,86 @@ def submit(
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a node, one rank each; 0: none.")] = 1,
     tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node where there are no GPUs.")] = 1,
     cpus_per_task: Annotated[int, typer.Option(min=1, help="CPU cores a rank.")] = 8,
-    time: Annotated[str, typer.Option(help="Time limit of a job; longer work goes on in a requeued one.")] = "04:00:00",
+    time: Annotated[
+        str | None,
+        typer.Option(
+            help="Time limit of a job on GPUs, 04:00:00 if not set; longer work is requeued.", show_default=False
+        ),
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition; without it the cluster's default.")] = None,
+    sbatch: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[STAGE.]KEY[=VALUE]",
+            help="Option of sbatch for all jobs, or those of a stage: account=abc, prepare.partition=cpu, exclusive.",
+        ),
+    ] = [],  # noqa: B006
+    prologue: Annotated[
+        Path | None, typer.Option(help="File of shell lines for the top of every job: modules, conda, a container.")
+    ] = None,
+    array_limit: Annotated[int | None, typer.Option(min=1, help="Elements of an array that run at one time.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job files; write and submit nothing.")] = False,
 ) -> None:
     """Submit all stages to Slurm as a chain of jobs.
 
-    Reads the recipe and the sbatch files of slurm/. Writes them filled in, and the recipe as it is now, to slurm/ in
-    the run folder, where the logs go too; prints the job ids.
+    Reads the recipe (its `slurm` section holds what your site wants of every job) and the sbatch files of slurm/.
+    Writes them filled in, and the recipe as it is now, to slurm/ in the run folder, where the logs go too; prints the
+    job ids. While jobs of the run are queued, it submits nothing and says which.
 
-    Example: atlantis-ds submit recipes/semeval_qwen2_7b_zero3.yaml --nodes 4 --gpus-per-node 8 --partition gpu
+    Example: atlantis-ds submit recipes/semeval_qwen2_7b_zero3.yaml --nodes 4 --gpus-per-node 8 --sbatch account=abc
     """
     from atlantis_ds.cluster import slurm
+    from atlantis_ds.cluster.chain import chain
 
     settings, folder = _load(recipe, overrides)
-    resources = slurm.Resources(nodes, gpus_per_node, gpus_per_node or tasks_per_node, cpus_per_task, time, partition)
-    files = slurm.job_files(settings, folder, resources)
+    jobs = chain(settings, nodes)
+    resources = slurm.Resources(
+        gpus_per_node,
+        gpus_per_node or tasks_per_node,
+        cpus_per_task,
+        time,
+        partition,
+        tuple(sbatch),
+        array_limit,
+        _text_of(prologue, "--prologue") if prologue else "",
+    )
+    files = slurm.job_files(settings, folder, jobs, resources)
     if dry_run:
         for name, text in files.items():
             print(f"==> {folder.root / 'slurm' / name} <==\n{text}")
         return
-    for stage, job in slurm.submit(settings, folder, files).items():
-        print(f"{stage} {job}")
+    for name, job in slurm.submit(folder, jobs, files).items():
+        print(f"{name} {job}")
+
+
+@app.command()
+def kubeflow(
+    recipe: RecipeFile,
+    image: Annotated[str, typer.Option(help="Container image with this package in it.")],
+    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with data and models, which gets the run folder.")],
+    mount: Annotated[str, typer.Option(help="Where it is mounted: the recipe's paths are relative to it.")] = "/work",
+    nodes: Annotated[int, typer.Option(min=1, help="Pods.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a pod, one rank each; 0: none.")] = 1,
+    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a pod where there are no GPUs.")] = 1,
+    grace: Annotated[int, typer.Option(min=1, help="Seconds that a pod may take to save when it is stopped.")] = 180,
+    comparison: Annotated[bool, typer.Option("--compare", help="Run `compare`, not `run`.")] = False,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Print a job for Kubernetes: a TrainJob of the Kubeflow Trainer.
+
+    Reads the recipe; writes nothing. The job runs all stages, on all its nodes; when it is stopped, or loses a node, it
+    is made again and goes on.
+
+    Example: atlantis-ds kubeflow RECIPE --image IMAGE --claim data --nodes 2 --gpus-per-node 8 | kubectl apply -f -
+    """
+    import yaml
+
+    from atlantis_ds.cluster.kubeflow import Pods, kubeflow_job
+
+    settings, _ = _load(recipe, overrides)
+    pods = Pods(image, claim, mount, nodes, gpus_per_node, gpus_per_node or tasks_per_node, grace)
+    job = kubeflow_job(settings, "compare" if comparison else "run", pods)
+    print(yaml.safe_dump_all(job, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -423,6 +491,13 @@ def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 
 
+def _text_of(path: Path, key: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{key} {path}: cannot be read: {error}") from None
+
+
 def _part(text: str) -> tuple[int, int]:
     number, _, of = text.partition("/")
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
@@ -434,7 +509,7 @@ def _start_local(ranks: int) -> None:
     from atlantis_ds.cluster.local import run_ranks
     from atlantis_ds.cluster.ranks import launched
 
-    if ranks > 1 and not launched(os.environ):
+    if (ranks > 1 or "PET_NNODES" in os.environ) and not launched(os.environ):
         sys.exit(run_ranks(sys.argv[1:], ranks))
 
 

@@ -117,25 +117,38 @@ def _keep_recipe(run: Run) -> None:
     write_text(run.folder.recipe, text)
 
 
-def train(run: Run, arm: str, force: bool) -> None:
-    """Train one arm, or all folds of the ``reference``, into ``model/``."""
+def train(run: Run, arm: str, force: bool, part: tuple[int, int] = (1, 1), of_round: int | None = None) -> None:
+    """Train one arm, or all folds of the ``reference``, into ``model/``.
+
+    Args:
+        part: (I, N): of a reference, the I-th of N parts of its folds, counted from 1, for N jobs that share them. With
+            N > 1 the round before must be there.
+        of_round: of a reference, this round alone (with what it gives the next one, unless it is a part).
+    """
+    if of_round and of_round > run.recipe.models.reference.rounds:
+        raise InputError(f"--round {of_round}: models.reference.rounds is {run.recipe.models.reference.rounds}")
+    if of_round and of_round < run.recipe.models.reference.rounds:
+        return _reference_round(run.of_round(of_round), force, part)
     from atlantis_ds.train.jobs import arm_job, reference_jobs
     from atlantis_ds.train.trainer import fit
 
     if run.ranks.is_main:
         refuse_other_data(run.recipe, run.folder)
-    if arm == "reference" and not run.folder.round:
+    if arm == "reference" and not run.folder.round and not of_round and part[1] == 1:
         for earlier in range(1, run.recipe.models.reference.rounds):
             _reference_round(run.of_round(earlier), force)
     examples = load_examples(run.folder)
-    jobs = reference_jobs(run, examples) if arm == "reference" else [arm_job(run, examples, arm, force)]
+    if arm == "reference":
+        jobs = reference_jobs(run, examples)[part[0] - 1 :: part[1]]
+    else:
+        jobs = [arm_job(run, examples, arm, force)]
     for job in jobs:
         with claimed(run.folder, f"train-{job.name}", run.ranks):
             fit(run, examples, job)
 
 
-def _reference_round(run: Run, force: bool) -> None:
-    """A round before the last: its folds, their scores and the weights for the next one.
+def _reference_round(run: Run, force: bool, part: tuple[int, int] = (1, 1)) -> None:
+    """A round before the last: its folds, their scores and the weights for the next one; of a ``part`` its folds alone.
 
     The weights are the same whatever the recipe's own: those may change without new training, and the base
     models have no part in them.
@@ -144,7 +157,9 @@ def _reference_round(run: Run, force: bool) -> None:
 
     from atlantis_ds.lm.load import model_source
 
-    train(run, "reference", force)
+    train(run, "reference", force, part)
+    if part[1] > 1:
+        return
     start = model_source(run.recipe, run.folder, "reference")
     models = run.recipe.models.model_copy(update={"large": start, "small": start})
     weights = OF_A_ROUND[run.recipe.task]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_services import need, start, stop
 
-from atlantis_ds.cluster.ranks import Place, find_place, first_host, free_port, launched
+from atlantis_ds.cluster.ranks import Place, find_place, first_host, free_port, gpu_of, launched
 from atlantis_ds.errors import InputError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
@@ -46,6 +46,13 @@ def test_each_launcher_is_understood() -> None:
     # mpirun inside a Slurm job starts its daemons with srun, whose variables are not the ranks'.
     assert find_place(two_nodes | MPIRUN | MASTER).rank == 1
     assert all(launched(environ) for environ in (TORCHRUN, SRUN, MPIRUN))
+
+
+def test_a_rank_takes_the_only_gpu_it_sees() -> None:
+    assert [gpu_of(local, 8) for local in range(8)] == list(range(8))
+    assert [gpu_of(local, 1) for local in range(4)] == [0, 0, 0, 0]  # --gpus-per-task=1: each task sees its own
+    with pytest.raises(InputError, match=r"local rank 2 on .*, where 2 GPUs are visible: start one rank a GPU"):
+        gpu_of(2, 2)
 
 
 def test_alone_and_in_a_batch_script_there_is_one_rank() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENV, ROOT, WriteRecipe, launch, succeed
-from test_preemption import events, losses
+from conftest import ENV, ROOT, WriteRecipe, events, launch, succeed
+from test_preemption import losses
 from test_services import job, need, run, wait_for
 from test_services import start as start_service
 from test_services import stop as stop_service
@@ -67,16 +68,62 @@ def test_dry_run_shows_the_files_and_writes_nothing(tiny_recipe: WriteRecipe, tm
     assert done.returncode == 0, done.stderr
     files = dict(part.split(" <==\n", 1) for part in done.stdout.split("==> ")[1:])
     files = {Path(name).name: body for name, body in files.items()}
-    assert {"recipe.yaml", "pipeline.sh", "score.sbatch", "train.sbatch"} <= files.keys()
+    assert {"recipe.yaml", "ranks.sh", "score.sbatch", "train-sft.sbatch", "train-atlantis.sbatch"} <= files.keys()
     for line in ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "time=1-12:00:00", "partition=gpu"):
-        assert files["train.sbatch"].count(f"#SBATCH --{line}\n") == 1, line
-    assert f'--output="{tmp_path}/a folder/x1/slurm/%x-%j.log"' in files["train.sbatch"]
+        assert files["train-sft.sbatch"].count(f"#SBATCH --{line}\n") == 1, line
+    assert f'--output="{tmp_path}/a folder/x1/slurm/%x-%j.log"' in files["train-sft.sbatch"]
+    assert f"set -- '{tmp_path}/a folder/x1/slurm/recipe.yaml' --arm sft\n" in files["train-sft.sbatch"]
     assert "--array=1-4" in files["score.sbatch"] and "\nparts=4" in files["score.sbatch"]
+    assert "array" not in files["train-sft.sbatch"].split("\n\n")[0].split("#SBATCH", 1)[1]
     assert "gpus" not in files["merge.sbatch"] and "--nodes=1\n" in files["score.sbatch"]
     assert not (tmp_path / "a folder" / "x1").exists()
     for bad in ("soon", "4h", "1:2:3:4", "60; rm x"):
         done = cli(ENV, "submit", recipe, "--time", bad, "--dry-run")
-        assert done.returncode == 2 and "--time" in done.stderr, done.stderr
+        assert done.returncode == 2 and f"time {bad} of score" in done.stderr, done.stderr
+
+
+def options_of(recipe: Path, *words: object) -> dict[str, dict[str, str]]:
+    """For each job file of ``submit --dry-run`` its #SBATCH options; those without a value are empty."""
+    done = cli(ENV, "submit", recipe, "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    files = dict(part.split(" <==\n", 1) for part in done.stdout.split("==> ")[1:])
+    found = {}
+    for name, body in files.items():
+        lines = re.findall(r"(?m)^#SBATCH --([^=\n]+)=?(.*)$", body)
+        assert len(dict(lines)) == len(lines), f"{name}: an option stands twice"
+        found[Path(name).stem] = dict(lines)
+    return found
+
+
+def test_what_a_site_wants_goes_into_every_job(tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path) -> None:
+    section = {"all": {"account": "lab7", "exclusive": True}, "train": {"qos": "long", "gpus-per-node": None}}
+    reference = {"kind": "finetuned", "model_name_or_path": str(base_model), "folds": 3, "rounds": 2}
+    recipe = tiny_recipe(tmp_path, {"slurm": section, "models.reference": reference})
+    found = options_of(recipe, "--sbatch", "qos=short", "--sbatch", "merge.partition=cpu", "--sbatch", "merge.time=9")
+    jobs = ["prepare", "reference-1", "reference-1-weights", "reference", "score", "merge", "train-sft"]
+    assert {name for name in found if name not in ("recipe", "ranks")} == {*jobs, "train-atlantis", "evaluate"}
+    for name in jobs:
+        assert (found[name]["account"], found[name]["exclusive"], found[name]["qos"]) == ("lab7", "", "short")
+    assert found["merge"]["partition"] == "cpu" and found["merge"]["time"] == "9" and "partition" not in found["score"]
+    assert "gpus-per-node" not in found["train-sft"] and found["score"]["gpus-per-node"] == "1"
+    assert found["reference"]["array"] == found["reference-1"]["array"] == "1-3"
+    assert "array" not in found["reference-1-weights"]
+    assert options_of(recipe, "--array-limit", 2)["reference"]["array"] == "1-3%2"
+    # The command line goes before the recipe, --sbatch before the other flags, a stage before all.
+    words = ("--sbatch", "train.qos=", "--time", 5, "--sbatch", "train.time=6", "--sbatch", "time=7")
+    found = options_of(recipe, *words)
+    assert "qos" not in found["train-sft"]
+    assert (found["train-sft"]["time"], found["score"]["time"], found["prepare"]["time"]) == ("6", "7", "7")
+    for bad, said in (
+        ("dependency=1", "`dependency` is decided by the chain of jobs"),
+        ("--qos=x", "'--qos' is no long option of sbatch"),
+        ("trian.qos=x", "--sbatch trian.qos=x: no such stage; there are all, prepare, "),
+        ("comment=it's", "cannot hold quotes"),
+    ):
+        done = cli(ENV, "submit", recipe, "--dry-run", "--sbatch", bad)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = cli(ENV, "submit", recipe, "--dry-run", "--prologue", tmp_path / "none.sh")
+    assert done.returncode == 2 and "none.sh: cannot be read" in done.stderr
 
 
 def test_status_of_a_run(tmp_path: Path) -> None:
@@ -118,15 +165,25 @@ def test_status_of_a_run(tmp_path: Path) -> None:
 def test_chain_from_examples_to_the_table(
     slurm: dict[str, str], tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path
 ) -> None:
+    """With an account, an environment that jobs do not inherit, and a prologue that sets it up."""
     reference = {"kind": "finetuned", "model_name_or_path": str(base_model), "folds": 2}
     recipe = tiny_recipe(tmp_path / "with a blank", {"models.reference": reference})
     where = tmp_path / "with a blank" / "run"
     sized = ("--nodes", 2, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 10)
-    done = cli(slurm, "submit", recipe, *sized)
+    prologue = tmp_path / "prologue.sh"
+    needed = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "SLURM_CONF")
+    lines = [f"export {name}={shlex.quote(slurm[name])}" for name in needed if name in slurm]
+    prologue.write_text("\n".join([*lines, f"python='env PROLOGUE=read {sys.executable}'"]))
+    site = ("--sbatch", "account=lab7", "--sbatch", "export=NONE", "--prologue", prologue)
+    done = cli(slurm, "submit", recipe, *sized, *site)
     assert done.returncode == 0, done.stderr
     jobs = dict(line.split() for line in done.stdout.splitlines())
     assert list(jobs) == ["prepare", "reference", "score", "merge", "train-sft", "train-atlantis", "evaluate"]
+    assert {job(slurm, number.split("_")[0])["Account"] for number in jobs.values()} == {"lab7"}
     assert "PENDING" in cli(slurm, "status", where).stdout
+    again = cli(slurm, "submit", recipe, *sized, *site)
+    assert again.returncode == 2 and f"evaluate {jobs['evaluate']} (PENDING, Dependency)" in again.stderr, again.stderr
+    assert len(run(slurm, "squeue", "--noheader", "--format=%F").split()) <= len(jobs)
 
     def logs() -> str:
         return "".join(f"\n== {log}\n{log.read_text()[-1500:]}" for log in (where / "slurm").glob("*.log"))
@@ -138,7 +195,10 @@ def test_chain_from_examples_to_the_table(
     said = cli(slurm, "status", where).stdout
     for line in ("8 of 8 shards done", "finished, 10 steps", "effective sample size 50.0%", "macro_f1 0."):
         assert line in said, said
-    assert said.count("COMPLETED") == len(jobs) + 1  # the array has two elements
+    assert said.count("COMPLETED") == len(jobs) + 2  # two arrays have two elements
+    folds = [text(where / "slurm" / f"run-reference-{jobs['reference']}_{element}.log") for element in (1, 2)]
+    for element, log in enumerate(folds):
+        assert re.findall(r"train (reference-\d-of-2): \d+ examples", log) == [f"reference-{element}-of-2"], log
 
 
 def test_refused_submission_leaves_no_job(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -207,7 +267,7 @@ def test_array_trains_every_arm_with_every_seed(
 def test_lora_on_one_gpu(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, log = tiny_recipe(tmp_path, {"train.num_train_epochs": 1}), tmp_path / "lora.log"
     succeed("local", 1, "prepare", recipe)
-    number = sbatch(slurm, log, "--time=10", "train_single_gpu_lora.sbatch", recipe, "sft")
+    number = sbatch(slurm, log, "--time=10", "train_single_gpu_lora.sbatch", recipe, "--arm", "sft")
     assert ended(slurm, number, log) == "COMPLETED", text(log)
     assert "1 ranks x 2 micro-batches x 4), lora, " in text(log)
     assert (tmp_path / "run" / "model" / "sft" / "last" / "adapter_model.safetensors").is_file()
@@ -222,7 +282,7 @@ def test_preempted_training_requeues_and_loses_nothing(
     where, log = tmp_path / "a" / "run", tmp_path / "train.log"
     for path in (recipe, undisturbed):
         succeed("local", 1, "prepare", path)
-    number = sbatch(slurm, log, "--nodes=2", "--time=10", "train.sbatch", recipe, "sft")
+    number = sbatch(slurm, log, "--nodes=2", "--time=10", "train.sbatch", recipe, "--arm", "sft")
     for preempt in (
         ("srun", "--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "true"),
         ("scancel", "--batch", "--signal=USR2", number),
@@ -248,7 +308,7 @@ def test_time_limit_requeues_and_cancelling_does_not(
     recipe, log = tiny_recipe(tmp_path, changes), tmp_path / "train.log"
     succeed("local", 1, "prepare", recipe)
     options = ("--nodes=2", "--time=2", "--signal=B:USR2@30")
-    number = sbatch(slurm, log, *options, "train.sbatch", recipe, "sft")
+    number = sbatch(slurm, log, *options, "train.sbatch", recipe, "--arm", "sft")
     wait_for(lambda: text(log).count("going on from step") == 1, 240, lambda: text(log))
     assert job(slurm, number)["Restarts"] == "1" and "TIME LIMIT" not in text(log)
     before = len(losses(tmp_path / "run"))
@@ -257,3 +317,32 @@ def test_time_limit_requeues_and_cancelling_does_not(
     assert ended(slurm, number, log) == "CANCELLED"
     saved = [path.name for path in (tmp_path / "run" / "checkpoints" / "sft").glob("step-*")]
     assert saved == [f"step-{len(losses(tmp_path / 'run')):08d}"], text(log)
+
+
+@pytest.mark.slow
+def test_a_site_that_requeues_nothing_holds_the_chain(
+    slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """The line in the log goes on: with the training from its checkpoint, and with the job that waits for both arms."""
+    changes = {"train.num_train_epochs": 20000, "train.save_steps": 10**6, "train.eval_steps": 10**6}
+    recipe, where = tiny_recipe(tmp_path, changes), tmp_path / "run"
+    sized = ("--nodes", 1, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 20)
+    done = cli(slurm, "submit", recipe, *sized, "--sbatch", "train.requeue=", "--sbatch", "train.no-requeue")
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in done.stdout.splitlines())
+    sft, other, last = (jobs[name] for name in ("train-sft", "train-atlantis", "evaluate"))
+    log = where / "slurm" / f"run-train-sft-{sft}.log"
+    wait_for(lambda: len(events(where, "train", "sft")) > 3, 240, lambda: text(log) + str(job(slurm, sft)))
+    run(slurm, "scancel", "--batch", "--signal=USR2", sft)
+    assert ended(slurm, sft, log) == "FAILED", text(log)
+    assert "Slurm does not requeue this job." in text(log), text(log)
+    waiting = job(slurm, last)
+    assert (waiting["JobState"], waiting["Reason"]) == ("PENDING", "JobHeldUser")
+    assert waiting["Dependency"].startswith(f"afterok:{other}(") and "," not in waiting["Dependency"], waiting
+    (command,) = [line for line in text(log).splitlines() if line.startswith("  job=$(sbatch")]
+    new = run(slurm, "bash", "-c", f"{command} && echo $job").split()[-1]
+    waiting = job(slurm, last)
+    assert waiting["Reason"] == "Dependency" and f"afterok:{new}(" in waiting["Dependency"], waiting
+    log = where / "slurm" / f"run-train-sft-{new}.log"
+    wait_for(lambda: "going on from step" in text(log), 120, lambda: text(log) + str(job(slurm, new)))
+    run(slurm, "scancel", new, other, last)

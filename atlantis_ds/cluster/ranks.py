@@ -219,6 +219,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def gpu_of(local_rank: int, visible: int) -> int:
+    """Which of the visible GPUs is a rank's: the only one, where the site shows each task its own (--gpus-per-task).
+
+    Raises:
+        InputError: more ranks on this node than GPUs.
+    """
+    if visible > 1 and local_rank >= visible:
+        raise InputError(
+            f"local rank {local_rank} on {socket.gethostname()}, where {visible} GPUs are visible: start one rank a GPU"
+        )
+    return local_rank if visible > 1 else 0
+
+
 def start_ranks(timeout_minutes: float) -> Ranks:
     """Join the process group (NCCL on GPUs, Gloo on CPUs).
 
@@ -226,7 +239,7 @@ def start_ranks(timeout_minutes: float) -> Ranks:
         timeout_minutes: how long a rank waits for the master, and a collective for the slowest rank.
 
     Raises:
-        InputError: the launcher's variables are half set or contradict each other.
+        InputError: the launcher's variables are half set or contradict each other; or more ranks than GPUs.
         RunError: the ranks did not meet in time; host and port of the master are named.
     """
     place = find_place(os.environ)
@@ -242,8 +255,12 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", gpu_of(place.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        # DeepSpeed takes the GPU of this number.
+        os.environ["LOCAL_RANK"] = str(device.index)
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # it insists that the two agree
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
     else:
         device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -256,6 +273,7 @@ def start_ranks(timeout_minutes: float) -> Ranks:
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=timedelta(minutes=timeout_minutes),
+                device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
             failures.append(error)

@@ -1,8 +1,9 @@
-"""Submit a recipe to Slurm as a chain of jobs, and ask how they are. No torch: this runs on a login node."""
+"""Submit a recipe's chain of jobs to Slurm, and ask how they are. No torch: this runs on a login node."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,101 +13,181 @@ from typing import Any
 import yaml
 
 from atlantis_ds.bundled import bundled
-from atlantis_ds.config.schema import Recipe
+from atlantis_ds.cluster.chain import ON_CPUS, Job
+from atlantis_ds.config.schema import Recipe, SbatchValue
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_json, write_text
 from atlantis_ds.run_folder import RunFolder
 
+LONG = "04:00:00"
+"""Time limit of a job with ranks on GPUs, where none is asked for."""
+
 
 @dataclass(frozen=True)
 class Resources:
-    nodes: int
-    """For training; scoring takes as many array elements of one node each, evaluation one node."""
+    """What the command line asks for."""
+
     gpus_per_node: int
     """0: ask for none."""
     tasks_per_node: int
     """Ranks a node: the GPUs, unless there are none."""
     cpus_per_task: int
-    time: str
-    partition: str | None
+    time: str | None = None
+    """Of the jobs on GPUs; ``LONG`` where neither this nor the recipe says it."""
+    partition: str | None = None
+    sbatch: tuple[str, ...] = ()
+    """KEY=VALUE for all jobs, STAGE.KEY=VALUE for those of a stage, KEY for an option without a value."""
+    array_limit: int | None = None
+    """Elements of an array that may run at one time."""
+    prologue: str = ""
+    """Lines of shell for the top of every job."""
 
 
-def job_files(recipe: Recipe, folder: RunFolder, resources: Resources) -> dict[str, str]:
-    """The bundled files of ``slurm/`` filled in for one recipe: name → text. ``prepare`` and ``merge`` take no GPU.
+def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Resources) -> dict[str, str]:
+    """What ``submit`` writes into ``slurm/`` of the run folder, name → text: for each job a bundled file, filled in.
 
     Raises:
-        InputError: the time limit is not in one of Slurm's forms.
+        InputError: an option that is malformed, or that the chain decides itself; it is named.
     """
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", resources.time):
-        raise InputError(f"--time {resources.time}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
-    logs = folder.root.absolute() / "slurm"
+    root = folder.root.absolute() / "slurm"
     settings = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
-    files = {"recipe.yaml": settings, "pipeline.sh": bundled("slurm", "pipeline.sh").read_text(encoding="utf-8")}
-    for stage in ("prepare", "score", "merge", "train", "evaluate"):
-        options: dict[str, Any] = {
-            "job-name": f"{recipe.name}-{stage}",
-            "output": logs / ("%x-%A_%a.log" if stage == "score" else "%x-%j.log"),
-            "partition": resources.partition,
-        }
-        if stage in ("prepare", "merge"):
-            options["cpus-per-task"] = resources.cpus_per_task
+    files = {"recipe.yaml": settings, "ranks.sh": bundled("slurm", "ranks.sh").read_text(encoding="utf-8")}
+    asked = _asked(resources.sbatch)
+    for job in jobs:
+        options = _options(recipe, job, resources, asked)
+        options |= {"job-name": f"{recipe.name}-{job.name}"}
+        options |= {"output": str(root / ("%x-%A_%a.log" if job.elements > 1 else "%x-%j.log"))}
+        if job.elements > 1:
+            limit = f"%{resources.array_limit}" if resources.array_limit else ""
+            options["array"] = f"1-{job.elements}{limit}"
         else:
-            options |= {
-                "nodes": resources.nodes if stage == "train" else 1,
-                "ntasks-per-node": resources.tasks_per_node,
-                "gpus-per-node": resources.gpus_per_node or None,
-                "cpus-per-task": resources.cpus_per_task,
-                "time": resources.time,
-            }
-        if stage == "score":
-            options["array"] = f"1-{resources.nodes}"
-        text = _fill(bundled("slurm", f"{stage}.sbatch").read_text(encoding="utf-8"), options)
-        files[f"{stage}.sbatch"] = re.sub(r"(?m)^parts=\d+", f"parts={resources.nodes}", text)
+            options["array"] = None
+        command = [str(root / "recipe.yaml"), *job.options]
+        lines = [
+            *resources.prologue.splitlines(),
+            f"here={shlex.quote(str(root))}",
+            f"script={shlex.quote(str(root / f'{job.name}.sbatch'))}",
+            f"parts={job.elements}",
+            f"set -- {shlex.join(command)}",
+        ]
+        text = bundled("slurm", f"{job.stage}.sbatch").read_text(encoding="utf-8")
+        files[f"{job.name}.sbatch"] = _fill(text, options, lines)
     return files
 
 
-def _fill(script: str, options: dict[str, Any]) -> str:
-    """Set the ``#SBATCH --name=value`` lines of a script; None removes one."""
-    lines = [line for line in script.splitlines() if line.removeprefix("#SBATCH --").split("=")[0] not in options]
-    new = [f"#SBATCH --{name}={_quote(value)}" for name, value in options.items() if value is not None]
-    first = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    return "\n".join([*lines[:first], *new, *lines[first:]]) + "\n"
+def _options(recipe: Recipe, job: Job, resources: Resources, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """sbatch options of a job. The recipe goes before what a bundled file says, the command line before the recipe."""
+    options: dict[str, Any] = {"cpus-per-task": resources.cpus_per_task}
+    if job.stage not in ON_CPUS:
+        options |= {
+            "nodes": job.nodes,
+            "ntasks-per-node": resources.tasks_per_node,
+            "gpus-per-node": resources.gpus_per_node or None,
+        }
+        if job.stage != "preflight":
+            options["time"] = LONG
+    options |= recipe.slurm.all | getattr(recipe.slurm, job.stage)
+    if resources.partition:
+        options["partition"] = resources.partition
+    if resources.time and job.stage not in (*ON_CPUS, "preflight"):
+        options["time"] = resources.time
+    options |= asked["all"] | asked[job.stage]
+    time = str(options.get("time") or "0")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        raise InputError(f"time {time} of {job.stage}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
+    return options
 
 
-def _quote(value: Any) -> str:
+def _asked(words: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The options of ``--sbatch``, by stage and for all; checked as those of a recipe's ``slurm`` section are."""
+    from pydantic import ValidationError
+
+    from atlantis_ds.config.schema import Slurm
+
+    found: dict[str, dict[str, Any]] = {name: {} for name in Slurm.model_fields}
+    for word in words:
+        key, is_value, value = word.partition("=")
+        stage, dot, name = key.rpartition(".")
+        stage = stage if dot else "all"
+        if stage not in found:
+            raise InputError(f"--sbatch {word}: no such stage; there are {', '.join(found)}")
+        found[stage][name] = (value or None) if is_value else True
+    try:
+        Slurm.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--sbatch: {first['msg'].removeprefix('Value error, ')}") from None
+    return found
+
+
+def _fill(script: str, options: dict[str, SbatchValue], lines: list[str]) -> str:
+    """Set a script's ``#SBATCH --name=value`` lines (None removes one, True is a name alone), and its other lines."""
+    kept = [line for line in script.splitlines() if line.removeprefix("#SBATCH --").split("=")[0] not in options]
+    kept = [line for line in kept if not re.match(r"(here|parts)=|: \"\$\{1|#   sbatch", line)]
+    new = [f"#SBATCH --{key}" + _equals(value) for key, value in options.items() if value is not None]
+    first = next(number for number, line in enumerate(kept) if line.startswith("#SBATCH"))
+    blank = kept.index("")
+    return "\n".join([*kept[:first], *new, *kept[first : blank + 1], *lines, *kept[blank + 1 :]]) + "\n"
+
+
+def _equals(value: SbatchValue) -> str:
+    if value is True:
+        return ""
     text = str(value)
     if re.search(r"[\"'\\\n]", text):
         raise InputError(f"{text!r}: Slurm's #SBATCH lines cannot hold quotes, backslashes or line ends")
-    return f'"{text}"' if re.search(r"[\s#]", text) else text
+    return f'="{text}"' if re.search(r"[\s#]", text) else f"={text}"
 
 
-def submit(recipe: Recipe, folder: RunFolder, files: dict[str, str]) -> dict[str, str]:
+def submit(folder: RunFolder, jobs: list[Job], files: dict[str, str]) -> dict[str, str]:
     """Write the files into the run folder's ``slurm/`` and submit the chain.
 
     Returns:
-        stage → job id; it also stands in ``slurm/jobs.json``.
+        name → job id; it also stands in ``slurm/jobs.json``.
 
     Raises:
-        InputError: no sbatch here, or Slurm refuses a job (its own words are quoted).
+        InputError: no sbatch here, jobs of this run are still queued, or Slurm refuses one (its own words are quoted).
     """
     if shutil.which("sbatch") is None:
         raise InputError("sbatch: no such command; submit on a login node of the cluster")
     root = folder.root.absolute() / "slurm"
+    _refuse_queued(root / "jobs.json")
     for name, text in files.items():
         write_text(root / name, text)
-    done = subprocess.run(
-        ["bash", str(root / "pipeline.sh"), str(root / "recipe.yaml"), *recipe.arms],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    jobs = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    if done.returncode:
-        if jobs:  # the chain is broken: nothing of it may run
-            subprocess.run(["scancel", *jobs.values()], capture_output=True, check=False)
-        raise InputError(f"sbatch refused: {done.stderr.strip()}")
-    write_json(root / "jobs.json", jobs)
-    return jobs
+    ids: dict[str, str] = {}
+    for job in jobs:
+        words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
+        if job.after:
+            words.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}")
+        done = subprocess.run([*words, str(root / f"{job.name}.sbatch")], capture_output=True, text=True, check=False)
+        if done.returncode:
+            if ids:  # the chain is broken: nothing of it may run
+                subprocess.run(["scancel", *ids.values()], capture_output=True, check=False)
+            raise InputError(f"sbatch refused: {done.stderr.strip()}")
+        ids[job.name] = done.stdout.strip().split(";")[0]  # JOB, or JOB;CLUSTER
+    write_json(root / "jobs.json", ids)
+    return ids
+
+
+def _refuse_queued(jobs_file: Path) -> None:
+    """Raise InputError where jobs of an earlier ``submit`` are in the queue: two on one run would refuse each other."""
+    if not jobs_file.exists():
+        return
+    ids = {job: name for name, job in read_json(jobs_file).items()}
+    words = ["squeue", "--me", "--noheader", "--format=%A %F %T %r"]
+    asked = subprocess.run(words, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise InputError(f"squeue does not say whether jobs of this run are still queued: {asked.stderr.strip()}")
+    found = {}
+    for line in asked.stdout.splitlines():
+        job, array, state, reason = line.split(maxsplit=3)
+        if name := ids.get(job) or ids.get(array):
+            found[array] = f"{name} {array} ({state}{'' if reason == 'None' else f', {reason}'})"
+    if found:
+        raise InputError(
+            f"still queued from an earlier submit of this run: {', '.join(found.values())}; wait for them, or "
+            f"`scancel {' '.join(found)}` and submit again: what is finished is not done twice"
+        )
 
 
 def job_states(jobs_file: Path) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -442,6 +442,35 @@ RESPONSE_DEFAULTS: dict[str, dict[str, Any]] = {
 """What a recipe for responses has where it says nothing: sums over hundreds of tokens make no weights."""
 
 
+SbatchValue = str | int | bool | None
+OF_THE_CHAIN = {"array", "dependency", "job-name", "kill-on-invalid-dep", "output", "parsable", "wait", "wrap"}
+
+
+def _sbatch_options(options: dict[str, SbatchValue]) -> dict[str, SbatchValue]:
+    for key in options:
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", key):
+            raise ValueError(f"{key!r} is no long option of sbatch; write it without dashes before it, as `qos`")
+        if key in OF_THE_CHAIN:
+            raise ValueError(f"`{key}` is decided by the chain of jobs")
+    return options
+
+
+Sbatch = Annotated[dict[str, SbatchValue], AfterValidator(_sbatch_options)]
+
+
+class Slurm(Section):
+    all: Sbatch = {}
+    """Options of sbatch for every job that `submit` makes: `{account: abc, mail-user: me@example.org}`. `true` gives an
+    option without a value, nothing (`null`) takes one away."""
+    prepare: Sbatch = {}
+    """For the jobs of one stage, as `{partition: cpu, time: "01:00:00"}`."""
+    preflight: Sbatch = {}
+    train: Sbatch = {}
+    score: Sbatch = {}
+    merge: Sbatch = {}
+    evaluate: Sbatch = {}
+
+
 class Recipe(Section):
     name: str
     """Name of the run; its folder is runs_dir/name."""
@@ -461,6 +490,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Where figures go beside log.jsonl; each is an extra of the package. A tracker that fails ends no training."""
+    slurm: Slurm = Slurm()
+    """What your site wants of jobs, for `submit`."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """A rank that waits longer than this for the others ends the run."""
 

@@ -14,6 +14,7 @@ from atlantis_ds.config.schema import Model, Score
 from atlantis_ds.lm.load import (
     DTYPES,
     adapter_base,
+    dtype_on,
     give_memory_back,
     load_config,
     load_model,
@@ -37,6 +38,7 @@ class Frozen:
 
     def __init__(self, settings: Score, ranks: Ranks) -> None:
         self.settings, self.ranks = settings, ranks
+        self.dtype = dtype_on(settings.dtype, ranks.device)
         self._base: Model | None = None
         self._sharded = False
         self._lm: Any = None
@@ -58,21 +60,21 @@ class Frozen:
             return self.settings.sharding == "zero3", f"score.sharding: {self.settings.sharding}"
         if self.ranks.world_size == 1:
             return False, "one rank"
-        need, free = replica_bytes(base, self.settings.dtype), free_bytes(self.ranks)
+        need, free = replica_bytes(base, self.dtype), free_bytes(self.ranks)
         return need > free, f"it takes {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free for each"
 
     def load(self, model: Model) -> Any:
         """The model that ``choose`` was asked about, for ``score_pairs``; what was returned before is used up."""
         if self._sharded:
             self.free(keep_base=True)
-            self._lm = load_sharded_scorer(model, self.settings.dtype)
+            self._lm = load_sharded_scorer(model, self.dtype)
             return self._lm
         from peft import PeftModel
 
         if isinstance(self._lm, PeftModel):
             self._lm = self._lm.unload()
         if self._lm is None:
-            self._lm = load_scorer(adapter_base(model) or model, self.settings.dtype, self.ranks.device)
+            self._lm = load_scorer(adapter_base(model) or model, self.dtype, self.ranks.device)
         if adapter_base(model):
             path, device = str(model.model_name_or_path), str(self.ranks.device)
             self._lm = PeftModel.from_pretrained(self._lm, path, torch_device=device).eval()

@@ -176,6 +176,8 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
         return [_reference_job(run, 0, gold, np.ones(len(gold[0].rows)), changes)]
     train = examples.train
     before = round_before(recipe, folder)
+    if before and not before.weights.exists():
+        raise InputError(f"{before.weights}: not there; run `train --arm reference --round {before.round}` first")
     weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(train))
     folds = np.full(len(train), -1) if reference.folds == 1 else example_folds(reference, train)
     jobs = []

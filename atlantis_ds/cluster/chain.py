@@ -1,0 +1,58 @@
+"""A recipe as a chain of jobs: what each runs, on how many nodes, and after which others. Any scheduler can take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from atlantis_ds.config.schema import Recipe
+
+Stage = Literal["prepare", "preflight", "train", "score", "merge", "evaluate"]
+ON_CPUS: tuple[Stage, ...] = ("prepare", "merge")
+"""Stages that need no GPU."""
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    stage: Stage
+    """The command of `atlantis-ds` that it runs on the recipe."""
+    options: tuple[str, ...] = ()
+    """Of that command."""
+    after: tuple[str, ...] = ()
+    """Names of the jobs that must have succeeded."""
+    nodes: int = 1
+    elements: int = 1
+    """Of a job array, each on nodes of its own; where there are several, element I of N is told ``--part I/N``."""
+
+
+def chain(recipe: Recipe, nodes: int, preflight: bool = False) -> list[Job]:
+    """All stages of a recipe, each job behind those it waits for.
+
+    Args:
+        nodes: for each training; scoring has as many elements of one node each.
+        preflight: look at the nodes of the long jobs before the first of them.
+    """
+    jobs = [Job("prepare", "prepare")]
+    if preflight:
+        jobs.append(Job("preflight", "preflight", (), ("prepare",), nodes))
+    for name, options, elements in _reference_jobs(recipe):
+        jobs.append(Job(name, "train", ("--arm", "reference", *options), (jobs[-1].name,), nodes, elements))
+    jobs.append(Job("score", "score", (), (jobs[-1].name,), 1, nodes))
+    jobs.append(Job("merge", "merge", (), ("score",)))
+    arms = [Job(f"train-{arm}", "train", ("--arm", arm), ("merge",), nodes) for arm in recipe.arms]
+    every = tuple(word for arm in recipe.arms for word in ("--arm", arm))
+    return [*jobs, *arms, Job("evaluate", "evaluate", every, tuple(job.name for job in arms))]
+
+
+def _reference_jobs(recipe: Recipe) -> list[tuple[str, tuple[str, ...], int]]:
+    """(name, options, elements): the folds of each round as an array, and between rounds what makes the weights."""
+    reference = recipe.models.reference
+    if reference.kind == "checkpoint":
+        return []
+    jobs: list[tuple[str, tuple[str, ...], int]] = []
+    for earlier in range(1, reference.rounds):
+        this = ("--round", str(earlier))
+        jobs += [(f"reference-{earlier}", this, reference.folds), (f"reference-{earlier}-weights", this, 1)]
+    last = ("--round", str(reference.rounds)) if reference.rounds > 1 else ()
+    return [*jobs, ("reference", last, reference.folds)]
