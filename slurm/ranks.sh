@@ -34,7 +34,7 @@ hold_what_waits() {
     again="job=\$(sbatch --parsable ${SLURM_ARRAY_TASK_ID:+--array=$SLURM_ARRAY_TASK_ID }${file:-FILE RECIPE})"
     while read -r id dependency; do
         rest=$(sed -E "s/afterok:${me}(_\*)?\([^)]*\)//; s/\([^)]*\)//g; s/^,+|,+$//g; s/,,+/,/g" <<<"$dependency")
-        scontrol hold "$id"
+        scontrol uhold "$id"
         scontrol update JobId="$id" Dependency="$rest"
         again+=" && scontrol update JobId=$id Dependency=$after${rest:+,$rest} && scontrol release $id"
     done < <(squeue --me --noheader --states=PENDING --format='%A %E' | grep -E "afterok:${me}(_\*)?\(")

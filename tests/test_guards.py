@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from atlantis_ds.lm.load import load_model, load_tokenizer, sharded_at_load
 from atlantis_ds.plan.scoring import sizes_of_folder
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.checkpoint import adam_moments, save_model
+from atlantis_ds.train.deepspeed_config import deepspeed_config
 from atlantis_ds.train.engine import add_lora, four_bits
 
 CONFIG = SimpleNamespace(is_encoder_decoder=False, max_position_embeddings=64, vocab_size=96)
@@ -242,6 +244,25 @@ def test_a_deepspeed_config_without_zero_is_stage_0(tiny_recipe: WriteRecipe, tm
     recipe = tiny_recipe(tmp_path, {"train.deepspeed": str(tmp_path / "plain.json"), "train.num_train_epochs": 1})
     succeed("local", 1, "prepare", recipe)
     assert "5/5 steps" in succeed("local", 1, "train", recipe, "--arm", "sft")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"fp16": {"enabled": True}}, "remove `fp16`; the recipe decides it"),
+        (
+            {"checkpoint": {"writer": {"decoupled": True}}},
+            "`checkpoint.writer.decoupled` writes while training goes on",
+        ),
+    ],
+)
+def test_deepspeed_settings_that_would_do_harm_are_refused(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=re.escape(said)):
+        deepspeed_config(Train(deepspeed=str(tmp_path / "own.json")), world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate
 from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.load import DTYPES, load_config
+from atlantis_ds.lm.ways import CHUNK
 from atlantis_ds.train.step import weighted_loss
 
 LAYERS = (1, 2)
 """Models are traced at these depths: what a pass takes is linear in the depth."""
 BATCHES = (48, 96)
-"""And at these micro-batches: beyond a few examples it is linear in them."""
+"""And at these micro-batches: beyond a few examples it is linear in them, as long as the logits are made at once."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,16 @@ class Activations:
 
     least: float
     """Of one example: with a large vocabulary the gradients of embedding and head, while autograd adds them."""
-    constant: float
-    slope: float
+    whole: tuple[float, float]
+    """Constant, and slope by the micro-batch, where all logits are made at once."""
+    chunked: tuple[float, float]
+    """The same where they are made in chunks."""
+    most_whole: int
+    """The largest micro-batch whose logits are made at once."""
 
     def bytes(self, micro_batch: int) -> float:
-        return max(self.least, self.constant + self.slope * micro_batch)
+        constant, slope = self.whole if micro_batch <= self.most_whole else self.chunked
+        return max(self.least, constant + slope * micro_batch)
 
 
 def read_config(model: Model) -> Any:
@@ -102,19 +108,28 @@ def activations(config: Any, train: Train, prompt_tokens: int, label_tokens: int
     depth = config.num_hidden_layers
     few, more = LAYERS if depth > LAYERS[1] else (depth, depth)
 
-    def at_depth(batch: int) -> float:
-        shallow = _peak(config, train, few, batch, prompt_tokens, label_tokens)
+    def at_depth(batch: int, chunked: bool) -> float:
+        shallow = _peak(config, train, few, batch, prompt_tokens, label_tokens, chunked)
         if few == more:
             return shallow
-        a_layer = (_peak(config, train, more, batch, prompt_tokens, label_tokens) - shallow) / (more - few)
+        a_layer = (_peak(config, train, more, batch, prompt_tokens, label_tokens, chunked) - shallow) / (more - few)
         return shallow + a_layer * (depth - few)
 
-    some, many = (at_depth(batch) for batch in BATCHES)
-    slope = (many - some) / (BATCHES[1] - BATCHES[0])
-    return Activations(at_depth(1), some - slope * BATCHES[0], slope)
+    def line(some: int, many: int, chunked: bool) -> tuple[float, float]:
+        low, high = at_depth(some, chunked), at_depth(many, chunked)
+        slope = (high - low) / (many - some)
+        return low - slope * some, slope
+
+    most_whole = CHUNK // (label_tokens * config.get_text_config().vocab_size)
+    first = max(BATCHES[0], most_whole + 1)
+    return Activations(
+        at_depth(1, chunked=True), line(*BATCHES, chunked=False), line(first, 2 * first, chunked=True), most_whole
+    )
 
 
-def _peak(config: Any, train: Train, layers: int, batch_size: int, prompt_tokens: int, label_tokens: int) -> int:
+def _peak(
+    config: Any, train: Train, layers: int, batch_size: int, prompt_tokens: int, label_tokens: int, chunked: bool
+) -> int:
     lm = build_model(config, train, layers)
     with FakeTensorMode():
         _fake(lm)
@@ -123,6 +138,7 @@ def _peak(config: Any, train: Train, layers: int, batch_size: int, prompt_tokens
             if train.mode != "full":
                 lm.enable_input_require_grads()
         batch = collate([Encoded([1] * prompt_tokens, [1] * (label_tokens - 1), 1)] * batch_size, lm.config, 0)
+        batch = replace(batch, chunked=chunked)
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)

@@ -52,6 +52,11 @@ def deepspeed_config(train: Train, world_size: int) -> dict[str, Any]:
     for forbidden in ("optimizer", "scheduler", "fp16"):
         if forbidden in config:
             raise InputError(f"train.deepspeed: {path}: remove `{forbidden}`; the recipe decides it")
+    if config.get("checkpoint", {}).get("writer", {}).get("decoupled"):
+        raise InputError(
+            f"train.deepspeed: {path}: `checkpoint.writer.decoupled` writes while training goes on, and a checkpoint "
+            "would be called complete before it is; remove it"
+        )
     # Always said: without it DeepSpeed would train bare bf16 weights, which hardly move at small learning rates.
     config.setdefault("bf16", {}).setdefault("enabled", "auto")
     filled = _fill(config, known, path, "")

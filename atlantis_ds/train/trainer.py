@@ -324,7 +324,9 @@ class Trainer:
         flops = (3 if settings.mode == "full" else 2) * forward_flops(self.shape, tokens - targets, targets)
         a_second = flops / seconds / ranks.world_size
         share = round(a_second / self.peak_flops, 4) if self.peak_flops else None
-        return Speed(round(tokens / seconds, 1), round(a_second / 1e12, 4), share, round(peak_gib(ranks.device), 3))
+        return Speed(
+            round(tokens / seconds, 1), float(f"{a_second / 1e12:.4g}"), share, round(peak_gib(ranks.device), 3)
+        )
 
     def pair(self, place: int) -> Encoded:
         """The tokens of one of the job's examples."""
