@@ -6,16 +6,19 @@ a fingerprint of all that it was made from; a stage whose output has the right f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -156,6 +159,36 @@ def table_info(path: Path) -> dict[str, Any]:
         return json.loads(metadata[b"atlantis_ds"])
     except (KeyError, ValueError, pa.ArrowException):
         raise InputError(f"{path}: not written by atlantis_ds (no fingerprint in it)") from None
+
+
+SEEN_WITHIN = 90.0
+"""Seconds in which a file that another node has written must appear: NFS keeps a folder's listing for up to 60."""
+
+
+def look_again(folder: Path) -> None:
+    """Make this node forget its memory of a folder on a network file system, which a change of its own does."""
+    with contextlib.suppress(OSError):  # where nothing may be written, the listing is what it is
+        handle, name = tempfile.mkstemp(prefix=".", dir=folder)
+        os.close(handle)
+        os.unlink(name)
+
+
+def wait_for_files(paths: Iterable[Path]) -> None:
+    """Wait until files that other nodes have written are seen on this one.
+
+    Raises:
+        RunError: one does not appear within ``SEEN_WITHIN`` seconds.
+    """
+    end = time.monotonic() + SEEN_WITHIN
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > end:
+                raise RunError(
+                    f"{path}: another rank has written it, but it is not seen here within {SEEN_WITHIN:.0f} s; do all "
+                    "nodes share this folder?"
+                )
+            look_again(path.parent)
+            time.sleep(0.5)
 
 
 def finished(path: Path, expected: str) -> bool:

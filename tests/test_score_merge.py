@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,8 @@ from atlantis_ds.data.examples import load_examples
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.demo.scratch import build_scratch_model
-from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, read_table, table_info, write_table
+from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.files import read_json, read_table, table_info, wait_for_files, write_table
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import dtype_on, load_config, load_model, load_tokenizer
@@ -223,6 +224,32 @@ def test_killed_between_models_goes_on_with_what_is_missing(scored, ranks, tmp_p
     for name in SHARDS:
         assert read_table(folder.scores / name)[0].equals(read_table(whole.scores / name)[0])
         assert table_info(folder.scores / name) == table_info(whole.scores / name)
+
+
+def test_parts_of_other_nodes_may_be_seen_late(scored, ranks, tmp_path, monkeypatch):
+    """As over NFS, where a node shows a folder as it was up to a minute ago."""
+    recipe, whole = scored
+    folder = RunFolder(tmp_path)
+    prepare(recipe, folder)
+    join, late = score_module._join_parts, []
+
+    def join_late(folder, passes, shards, shard, manifest):
+        if shard == 1:
+            part = folder.scores / "parts" / "shard-00001-of-00005.small.parquet"
+            part.rename(tmp_path / "unseen")
+            late.append(threading.Timer(1.5, (tmp_path / "unseen").rename, [part]))
+            late[0].start()
+        join(folder, passes, shards, shard, manifest)
+
+    monkeypatch.setattr(score_module, "_join_parts", join_late)
+    score(recipe, folder, ranks)
+    assert late and [read_table(folder.scores / name)[0] for name in SHARDS] == [
+        read_table(whole.scores / name)[0] for name in SHARDS
+    ]
+    monkeypatch.setattr("atlantis_ds.files.SEEN_WITHIN", 0.5)
+    with pytest.raises(RunError, match="not seen here within"):
+        wait_for_files([folder.scores / "parts" / "never.parquet"])
+    assert not list((folder.scores / "parts").iterdir()), "looking again leaves nothing"
 
 
 def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_path):

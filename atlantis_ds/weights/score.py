@@ -21,7 +21,7 @@ from atlantis_ds.cluster.preemption import leave_if_asked, stop_asked
 from atlantis_ds.config.schema import Model, Recipe, Score
 from atlantis_ds.data.examples import Examples, load_examples
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import fingerprint, finished, read_json, read_table, write_json, write_table
+from atlantis_ds.files import fingerprint, finished, read_json, read_table, wait_for_files, write_json, write_table
 from atlantis_ds.lm.tokens import encode_split
 from atlantis_ds.progress import Steps
 from atlantis_ds.reference import example_folds, trained_references
@@ -310,6 +310,7 @@ def _score_rows(
 
 def _join_parts(folder: RunFolder, passes: list[Pass], shards: Shards, shard: int, manifest: dict[str, Any]) -> None:
     paths = [_part_path(folder, shard, len(shards), scoring) for scoring in passes]
+    wait_for_files(paths)
     ids = shards.ids(shard)
     columns: dict[str, Any] = {"id": ids}
     for column in COLUMNS:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, read_table
+from atlantis_ds.files import look_again, read_json, read_table
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.formulas import Scores
@@ -71,6 +71,7 @@ def read_shards(run: Run, examples: Examples) -> Iterator[Scores]:
             raise InputError(f"{folder.scores}: made with another `{key}` than this recipe's; score again")
     of = manifest["shards"]
     expected = {shard_path(folder, shard, of).name for shard in range(of)}
+    look_again(folder.scores)
     found = {path.name for path in folder.scores.glob("*.parquet")}
     if foreign := sorted(found - expected):
         raise InputError(f"{folder.scores / foreign[0]}: not a shard of this run ({of} shards); remove it")
