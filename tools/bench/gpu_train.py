@@ -94,16 +94,17 @@ def train_ours(mode: str, model: Model, config: Any, micro: int, ranks: Ranks, e
     """The project's engine and optimizer step, under ZeRO-2, optionally with an extra of ``EXTRAS``."""
     micro = fitting(mode, config, micro, ranks.device)
     pairs = some_examples(config, micro)
-    engine = start_engine(settings(mode, micro), model, [100], 0, ranks)
+    train = settings(mode, micro).model_copy(update=KERNELS.get(extra, {}))
+    engine = start_engine(train, model, [100], 0, ranks)
     try:
-        if extra:
+        if (mode, extra) in EXTRAS and extra not in KERNELS:
             EXTRAS[(mode, extra)](engine.module)
         lengths, size = [len(pair) for pair in pairs], micro * ACCUMULATION
         marks = []
         for first in range(0, len(pairs), size):
             rows = np.arange(first, first + size)
             places = micro_batch_rows(rows, lengths, size, micro, ranks)
-            batches = [collate_to_train([pairs[row] for row, _ in part], config, 1) for part in places]
+            batches = [collate_to_train([pairs[row] for row, _ in part], engine.module.config, 1) for part in places]
             optimizer_step(engine, batches, size, ranks)  # its loss comes back to the host: a step that ends has run
             marks.append(_now(ranks.device))
     finally:
@@ -224,12 +225,12 @@ _OF_A_MODEL = {
     **({"Liger": liger} if _installed("liger_kernel") else {}),
     "torch.compile": compiled_layers,
 }
-EXTRAS: dict[tuple[str, str], Callable[..., Any]] = {
-    **{
-        (what, name): apply
-        for name, apply in _OF_A_MODEL.items()
-        for what in ("score", "full")
-        if (what, name) != ("full", "flash-attn")  # it takes no mask that lays several examples into one row
-    },
+KERNELS: dict[str, dict[str, Any]] = {
+    **({"flash-attn": {"attn_implementation": "flash_attention_2"}} if _installed("flash_attn") else {}),
+    **({"flex attention": {"attn_implementation": "flex_attention"}} if torch.cuda.is_available() else {}),
 }
+"""Settings of a training."""
+EXTRAS: dict[tuple[str, str], Callable[..., Any]] = {
+    (what, name): apply for name, apply in _OF_A_MODEL.items() for what in ("score", "full")
+} | {("full", name): dict for name in KERNELS}
 """What could be switched on: each a row of its own, on a model of its own."""
