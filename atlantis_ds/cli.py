@@ -94,6 +94,32 @@ def _say_what_scoring_takes(settings: Recipe) -> None:
 
 
 @app.command()
+def preflight(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Find on the nodes of a job, in minutes, what would make it fail or crawl.
+
+    Reads the recipe, its models and, where `prepare` has run, the lengths of its examples. Compares versions, clocks
+    and speed of all ranks, the network between them, memory, disks and model files, and tries an optimizer step of the
+    real shape. Prints a table, writes preflight.json into the run folder, and ends with exit code 1 where a check
+    fails.
+
+    Example: srun atlantis-ds preflight recipes/semeval_qwen2_7b_zero3.yaml
+    """
+    settings, folder = _load(recipe, overrides)
+    _start_local(ranks)
+    from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+    from atlantis_ds.preflight.preflight import MEETING_MINUTES
+    from atlantis_ds.preflight.preflight import preflight as check_nodes
+
+    # Signals are not watched, as other commands do: there is nothing to save.
+    check_nodes(Run(settings, folder, start_ranks(min(settings.timeout_minutes, MEETING_MINUTES))))
+    stop_ranks()
+
+
+@app.command()
 def prepare(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006

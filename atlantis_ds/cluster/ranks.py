@@ -268,11 +268,15 @@ def start_ranks(timeout_minutes: float) -> Ranks:
 
     def join() -> None:
         try:
+            timeout = timedelta(minutes=timeout_minutes)
+            store = open_store(timeout, serve=place.rank == 0)
+            _call_roll(store, place, timeout)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
+                store=store,
                 rank=place.rank,
                 world_size=place.world_size,
-                timeout=timedelta(minutes=timeout_minutes),
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         except Exception as error:
@@ -294,6 +298,42 @@ def start_ranks(timeout_minutes: float) -> Ranks:
             f"{master} within {timeout_minutes:g} minutes: {str(error).splitlines()[0]}"
         )
     return Ranks(place.rank, place.world_size, device)
+
+
+def open_store(timeout: timedelta, serve: bool = False) -> Any:
+    """The table of keys and values at the master, through which the ranks meet.
+
+    Args:
+        timeout: of one question to it.
+        serve: whether it is this process that holds it, unless torchrun's own does.
+    """
+    import torch.distributed as dist
+
+    serve = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=serve, timeout=timeout, wait_for_workers=False)
+    # Ranks that torchrun has started again must not find what those before them have left.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _call_roll(store: Any, place: Place, timeout: timedelta) -> None:
+    """Wait until all ranks are there; RuntimeError names those that are not."""
+    store.set(f"here-{place.rank}", "")
+    keys = [f"here-{rank}" for rank in range(place.world_size)]
+    try:
+        if place.rank == 0:
+            store.wait(keys, timeout)
+            store.set("all-here", "")
+        else:
+            store.wait(["all-here"], timeout)
+    except RuntimeError:
+        missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        if not missing:
+            raise
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise RuntimeError(
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}{more} did not come"
+        ) from None
 
 
 def hush_libraries() -> None:

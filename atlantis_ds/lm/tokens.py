@@ -117,18 +117,30 @@ def encode_split(
         Preempted: the job was asked to stop; what is encoded stays.
     """
     split: Split = getattr(examples, name)
-    task = _Task(
-        run.folder.split(name), column, model, examples.labels, examples.chat, as_turn, run.recipe.data.on_too_long
-    )
-    key = run.ranks.broadcast(_key(split, task) if run.ranks.is_main else None)
-    folder = run.folder.tokens / key
-    parts = [folder / f"{name}-{part:05d}.arrow" for part in range(-(-len(split) // ROWS))]
+    task = _task(run, examples, name, model, column, as_turn)
+    parts = _parts(run, split, name, run.ranks.broadcast(_key(split, task) if run.ranks.is_main else None))
     missing = run.ranks.broadcast(
         [part for part, path in enumerate(parts) if not path.exists()] if run.ranks.is_main else None
     )
     if missing:
         _encode_parts(run, task, parts, missing, f"encode {name}")
     return Tokens(parts)
+
+
+def prepared_tokens(run: Run, examples: Examples, name: str, model: Model) -> Tokens | None:
+    """What ``encode_split`` has written of a split; None where that is not all of it. For one rank alone."""
+    split: Split = getattr(examples, name)
+    parts = _parts(run, split, name, _key(split, _task(run, examples, name, model, "target", False)))
+    return Tokens(parts) if all(path.exists() for path in parts) else None
+
+
+def _task(run: Run, examples: Examples, name: str, model: Model, column: str, as_turn: bool) -> _Task:
+    on_too_long = run.recipe.data.on_too_long
+    return _Task(run.folder.split(name), column, model, examples.labels, examples.chat, as_turn, on_too_long)
+
+
+def _parts(run: Run, split: Split, name: str, key: str) -> list[Path]:
+    return [run.folder.tokens / key / f"{name}-{part:05d}.arrow" for part in range(-(-len(split) // ROWS))]
 
 
 def _key(split: Split, task: _Task) -> str:

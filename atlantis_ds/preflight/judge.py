@@ -1,0 +1,238 @@
+"""What the figures of all ranks mean: pure functions, each one check of the report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from atlantis_ds.cluster.watch import Seat
+
+SLOW = 0.8
+"""A rank below this share of the median rate is slow: all others wait for it at every step."""
+CLOCKS_APART = 120.0
+"""Seconds. Slurm's munge refuses a node whose clock is minutes off, and files of the future are never made anew."""
+LINK_SHARE = 0.5
+"""A network that gives less than this share of its link's speed is not used as it should be."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    found: str
+    """The figures, for people."""
+    fails: Sequence[str] = ()
+    """Why the job would fail or crawl, each with the host."""
+    warns: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The figures, for programs."""
+
+    @property
+    def verdict(self) -> Literal["ok", "warning", "fails"]:
+        return "fails" if self.fails else "warning" if self.warns else "ok"
+
+
+def judge_places(seats: Sequence[Seat]) -> Check:
+    """Which ranks have met, and where."""
+    ranks = Counter(seat.host for seat in seats)
+    devices = {seat.host: seat.device for seat in seats}
+    told = [f"{host} {count} x {devices[host]}" for host, count in ranks.items()]
+    more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+    found = f"{len(seats)} on {len(ranks)} host{'s' if len(ranks) > 1 else ''}: {', '.join(told[:4])}{more}"
+    return Check("ranks", found, data={"ranks": [vars(seat) for seat in seats]})
+
+
+def judge_versions(versions: Sequence[Mapping[str, str]], seats: Sequence[Seat]) -> Check:
+    """Other versions than most ranks have; other GPUs are told, but may do.
+
+    Args:
+        versions: of each rank, by package.
+    """
+    common: dict[str, str] = {}
+    fails = []
+    for name in versions[0]:
+        common[name], odd = _odd([found[name] for found in versions], seats)
+        fails += [f"{host} has {name} {value}, the others {common[name]}" for host, value in odd.items()]
+    device, odd = _odd([seat.device for seat in seats], seats)
+    warns = [f"{host} has {value}, the others {device}" for host, value in odd.items()]
+    found = ", ".join(f"{name} {value}" for name, value in common.items())
+    return Check("versions", found, fails, warns, {"versions": common})
+
+
+def _odd(values: Sequence[str], seats: Sequence[Seat]) -> tuple[str, dict[str, str]]:
+    """The most common value, and the hosts that have another one."""
+    common = Counter(values).most_common(1)[0][0]
+    return common, {seat.host: value for seat, value in zip(seats, values, strict=True) if value != common}
+
+
+def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
+    """Hosts whose clock differs from that of the host in the middle.
+
+    Args:
+        clocks: seconds, read by all ranks at about one time.
+    """
+    middle = statistics.median_low(clocks)
+    other = seats[list(clocks).index(middle)].host
+    off = {seat.host: clock - middle for seat, clock in zip(seats, clocks, strict=True)}
+    fails = [
+        f"the clock of {host} is {abs(by):.0f} s {'ahead of' if by > 0 else 'behind'} that of {other}; set it by NTP"
+        for host, by in off.items()
+        if abs(by) > CLOCKS_APART
+    ]
+    apart = max(clocks) - min(clocks)
+    return Check("clocks", f"{apart:.1f} s apart at most", fails, data={"seconds_off": off})
+
+
+def judge_rates(rates: Sequence[float], dtype: str, seats: Sequence[Seat]) -> Check:
+    """Ranks that multiply matrices slower than the others.
+
+    Args:
+        rates: FLOP/s of each rank.
+    """
+    middle = statistics.median(rates)
+    fails = [
+        f"{seat} makes {speed(rate)}, {rate / middle:.0%} of the median of {speed(middle)}"
+        for seat, rate in zip(seats, rates, strict=True)
+        if is_slow(rate, rates)
+    ]
+    found = f"{dtype}: median of the ranks {speed(middle)}, lowest {speed(min(rates))}"
+    return Check("matmul", found, fails, data={"dtype": dtype, "flops": list(rates)})
+
+
+def is_slow(rate: float, rates: Sequence[float]) -> bool:
+    """Whether a rank's rate is far below the median."""
+    return rate < SLOW * statistics.median(rates)
+
+
+def speed(flops: float) -> str:
+    """FLOP/s, for people."""
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
+
+
+def judge_bandwidth(bandwidth: Mapping[str, float], links: Mapping[str, float], size: int) -> Check:
+    """A network between nodes that is slower than its links.
+
+    Args:
+        bandwidth: GB/s of an all-reduce between ``all ranks``, ``inside HOST`` and ``between nodes``.
+        links: of each host, Gbit/s of its fastest link; 0 where it is not known.
+        size: bytes that were added up.
+    """
+    warns = []
+    slowest = min(links, key=lambda host: links[host])
+    between, link = bandwidth.get("between nodes"), links[slowest]
+    if between is not None and between < LINK_SHARE * link / 8:
+        warns.append(
+            f"between nodes {between:.2f} GB/s, and {slowest} has a link of {link:g} Gbit/s ({link / 8:.1f} GB/s): see "
+            "with NCCL_DEBUG=INFO (or GLOO_SOCKET_IFNAME) which network is taken"
+        )
+    told = {key: value for key, value in bandwidth.items() if not key.startswith("inside ")}
+    inside = {key: value for key, value in bandwidth.items() if key.startswith("inside ")}
+    if inside and between is not None:
+        worst = min(inside, key=lambda key: inside[key])
+        told[f"{worst} (the slowest)" if len(inside) > 1 else worst] = inside[worst]
+    found = ", ".join(f"{key} {value:.2f}" for key, value in told.items())
+    found = f"{size // 2**20} MiB, bus GB/s: {found}" if told else "one rank, nothing to measure"
+    return Check("all-reduce", found, (), warns, {"gb_per_s": dict(bandwidth), "link_gbit_per_s": dict(links)})
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a rank has found free, in bytes."""
+
+    host: int
+    """Memory of its host, or of the job there."""
+    device: int | None
+    """Memory of its GPU."""
+    run: int
+    """Disk of the run folder."""
+    temporary: int
+    """Disk of $TMPDIR."""
+    unreachable: str = ""
+    """Why nothing can be written there, or that the run folder is not the one that rank 0 sees."""
+
+
+def judge_room(
+    rooms: Sequence[Room], needs: Mapping[str, float], tmpdir: str, run: str, seats: Sequence[Seat]
+) -> Check:
+    """Memory and disks that the job does not fit into.
+
+    Args:
+        needs: bytes: ``host`` and ``device`` (of a rank), ``run`` and ``temporary`` (of a host).
+    """
+    fails, warns, told = [], [], []
+    each = Counter(seat.host for seat in seats)
+    of_host = {seat.host: room for seat, room in zip(seats, rooms, strict=True)}
+    for host, room in of_host.items():
+        if room.unreachable:
+            fails.append(f"{host}: {room.unreachable}")
+        for what, free, need in (
+            ("memory", room.host, needs["host"] * each[host]),
+            (f"disk of {run}", room.run, needs["run"]),
+            (f"disk of $TMPDIR {tmpdir}", room.temporary, needs["temporary"]),
+        ):
+            if free < need:
+                fails.append(f"{host}: {what}: {size(free)} free, about {size(need)} needed")
+    for seat, room in zip(seats, rooms, strict=True):
+        if room.device is not None and room.device < needs["device"]:
+            warns.append(f"{seat}: GPU memory: {size(room.device)} free, about {size(needs['device'])} needed")
+    told = [
+        f"memory {size(min(room.host // each[host] for host, room in of_host.items()))} a rank of {size(needs['host'])}"
+    ]
+    if (devices := [room.device for room in rooms if room.device is not None]) != []:
+        told.append(f"GPU {size(min(devices))} of {size(needs['device'])}")
+    told.append(f"run folder {size(min(room.run for room in rooms))} of {size(needs['run'])}")
+    told.append(f"$TMPDIR {size(min(room.temporary for room in rooms))} of {size(needs['temporary'])}")
+    data = {"needs": dict(needs), "free": {host: vars(room) for host, room in of_host.items()}}
+    return Check("room", f"least free, of what is needed: {'; '.join(told)}", fails, warns, data)
+
+
+def size(count: float) -> str:
+    """Bytes, for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Files:
+    """A model as one host sees it."""
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of each file of its folder, by path."""
+    fails: Sequence[str] = ()
+    warns: Sequence[str] = ()
+
+
+def judge_files(found: Mapping[str, Files]) -> Check:
+    """Models that a host cannot read, or that are not the same everywhere.
+
+    Args:
+        found: by host.
+    """
+    fails = [f"{host}: {reason}" for host, files in found.items() for reason in files.fails]
+    warns = [f"{host}: {reason}" for host, files in found.items() for reason in files.warns]
+    paths = sorted({path for files in found.values() for path in files.sizes})
+    for path in paths:
+        sizes = {host: files.sizes.get(path) for host, files in found.items()}
+        common = Counter(sizes.values()).most_common(1)[0][0]
+        for host, own in sizes.items():
+            if own != common:
+                has, others = (f"{n:,} bytes" if n is not None else "no such file" for n in (own, common))
+                fails.append(f"{host}: {path}: {has}, on other nodes {others}")
+    every = next(iter(found.values())).sizes
+    told = f"{len(every)} files, {size(sum(every.values()))}, on {len(found)} host{'s' if len(found) > 1 else ''}"
+    return Check("models", told, fails, warns, {"files": dict(every)})
+
+
+def judge_step(trial: Mapping[str, Any]) -> Check:
+    """The steps that were tried: their speed, and memory beside the plan's."""
+    warns = [] if trial["finite"] else ["the step's loss or gradient is not finite, on random tokens"]
+    found = (
+        f"{trial['micro_batches']} x {trial['micro_batch']} examples of up to {trial['longest']} tokens a rank: "
+        f"{trial['seconds']:.2f} s, {trial['tokens_per_s']:,.0f} tokens/s, peak {size(trial['peak_bytes'])} "
+        f"(plan {size(trial['plan_bytes'])}); a whole step about {trial['whole_step_seconds']:.1f} s"
+    )
+    return Check("train step", found, (), warns, trial)
