@@ -58,7 +58,8 @@ class Watch:
         self._ending = threading.Lock()
         self._store.add(f"beat-{ranks.rank}", 1)
         ranks.barrier()
-        threading.Thread(target=self._watch, daemon=True).start()
+        for loop in (self._beat, self._watch):
+            threading.Thread(target=loop, daemon=True).start()
 
     @contextlib.contextmanager
     def work(self, name: str, seconds: float) -> Iterator[None]:
@@ -85,18 +86,22 @@ class Watch:
             time.sleep(2 * LATER_SECONDS)  # rank 0 finds out, and says it to the thread
         self._end(self._who())
 
+    def _beat(self) -> None:
+        while True:
+            _within(QUIET_SECONDS, lambda: self._store.add(f"beat-{self.ranks.rank}", 1))
+            time.sleep(BEAT_SECONDS)
+
     def _watch(self) -> None:
         while True:
             time.sleep(BEAT_SECONDS)
-            reason = _within(QUIET_SECONDS, self._beat)
+            reason = _within(QUIET_SECONDS, self._failed)
             if reason:
                 time.sleep(0 if self.ranks.is_main else LATER_SECONDS)
                 self._end(reason)
             if time.monotonic() > self._deadline:
                 self._end(self._who())
 
-    def _beat(self) -> str:
-        self._store.add(f"beat-{self.ranks.rank}", 1)
+    def _failed(self) -> str:
         return str(self._store.get("failed").decode()) if self._store.check(["failed"]) else ""
 
     def _who(self) -> str:

@@ -31,10 +31,11 @@ class Check:
     warns: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     """The figures, for programs."""
+    tried: bool = True
 
     @property
-    def verdict(self) -> Literal["ok", "warning", "fails"]:
-        return "fails" if self.fails else "warning" if self.warns else "ok"
+    def verdict(self) -> Literal["ok", "warning", "fails", "not tried"]:
+        return "fails" if self.fails else "warning" if self.warns else "ok" if self.tried else "not tried"
 
 
 def judge_places(seats: Sequence[Seat]) -> Check:
@@ -88,20 +89,22 @@ def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
     return Check("clocks", f"{apart:.1f} s apart at most", fails, data={"seconds_off": off})
 
 
-def judge_rates(rates: Sequence[float], dtype: str, seats: Sequence[Seat]) -> Check:
+def judge_rates(rates: Sequence[float], dtype: str, seats: Sequence[Seat], cpu: bool) -> Check:
     """Ranks that multiply matrices slower than the others.
 
     Args:
         rates: FLOP/s of each rank.
+        cpu: of CPUs, where other programs may slow a rank for a while: that is a warning. A GPU is the job's own.
     """
     middle = statistics.median(rates)
-    fails = [
+    slow = [
         f"{seat} makes {speed(rate)}, {rate / middle:.0%} of the median of {speed(middle)}"
         for seat, rate in zip(seats, rates, strict=True)
         if is_slow(rate, rates)
     ]
     found = f"{dtype}: median of the ranks {speed(middle)}, lowest {speed(min(rates))}"
-    return Check("matmul", found, fails, data={"dtype": dtype, "flops": list(rates)})
+    data = {"dtype": dtype, "flops": list(rates)}
+    return Check("matmul", found, () if cpu else slow, slow if cpu else (), data)
 
 
 def is_slow(rate: float, rates: Sequence[float]) -> bool:
@@ -216,7 +219,10 @@ def judge_files(found: Mapping[str, Files]) -> Check:
     warns = [f"{host}: {reason}" for host, files in found.items() for reason in files.warns]
     paths = sorted({path for files in found.values() for path in files.sizes})
     for path in paths:
-        sizes = {host: files.sizes.get(path) for host, files in found.items()}
+        folder = path.rpartition("/")[0]
+        # A host that has nothing of a model says so itself, or will download it.
+        having = [host for host, files in found.items() if any(p.rpartition("/")[0] == folder for p in files.sizes)]
+        sizes = {host: found[host].sizes.get(path) for host in having}
         common = Counter(sizes.values()).most_common(1)[0][0]
         for host, own in sizes.items():
             if own != common:

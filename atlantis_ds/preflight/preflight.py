@@ -140,7 +140,7 @@ def _check_all(run: Run, watch: Watch, report: Report) -> None:
     with watch.work("room", bounds["room"]):
         planned = _check_room(run, watch, checks)
     if planned is None or any(check.fails for check in checks[-2:]):
-        checks.append(Check("train step", "not tried: see above"))
+        checks.append(Check("train step", "see above", tried=False))
         return
     with watch.work("train step", min(STEP_SECONDS, limit)):
         checks.append(_check_step(run, watch, *planned))
@@ -156,7 +156,7 @@ def _check_rates(run: Run, watch: Watch) -> Check:
         best = list(map(max, best, watch.gather(matmul_rate(device, dtype))))
         if not any(judge.is_slow(rate, best) for rate in best):
             break
-    return judge.judge_rates(best, dtype, watch.seats)
+    return judge.judge_rates(best, dtype, watch.seats, device.type == "cpu")
 
 
 def _sources(run: Run) -> tuple[dict[str, Model], list[str]]:
@@ -191,7 +191,7 @@ def _check_room(run: Run, watch: Watch, checks: list[Check]) -> Planned | None:
     ranks, seats = run.ranks, watch.seats
     model = _sources(run)[0].get("large")
     if model is None:
-        checks.append(Check("room", "not known: the large model is not built yet"))
+        checks.append(Check("room", "the large model is not built yet", tried=False))
         return None
     free, planned, trouble = free_bytes(ranks), None, None
     if ranks.is_main:
