@@ -167,7 +167,7 @@ def judge_room(
     Args:
         needs: bytes: ``host`` and ``device`` (of a rank), ``run`` and ``temporary`` (of a host).
     """
-    fails, warns, told = [], [], []
+    fails, warns = [], []
     each = Counter(seat.host for seat in seats)
     of_host = {seat.host: room for seat, room in zip(seats, rooms, strict=True)}
     for host, room in of_host.items():
@@ -183,15 +183,14 @@ def judge_room(
     for seat, room in zip(seats, rooms, strict=True):
         if room.device is not None and room.device < needs["device"]:
             warns.append(f"{seat}: GPU memory: {size(room.device)} free, about {size(needs['device'])} needed")
-    told = [
-        f"memory {size(min(room.host // each[host] for host, room in of_host.items()))} a rank of {size(needs['host'])}"
-    ]
-    if (devices := [room.device for room in rooms if room.device is not None]) != []:
-        told.append(f"GPU {size(min(devices))} of {size(needs['device'])}")
-    told.append(f"run folder {size(min(room.run for room in rooms))} of {size(needs['run'])}")
-    told.append(f"$TMPDIR {size(min(room.temporary for room in rooms))} of {size(needs['temporary'])}")
+    least = {"memory of a rank": (needs["host"], min(room.host // each[host] for host, room in of_host.items()))}
+    if devices := [room.device for room in rooms if room.device is not None]:
+        least["GPU"] = needs["device"], min(devices)
+    least["run folder"] = needs["run"], min(room.run for room in rooms)
+    least["$TMPDIR"] = needs["temporary"], min(room.temporary for room in rooms)
+    found = "needs " + "; ".join(f"{what} {size(need)} of {size(free)}" for what, (need, free) in least.items())
     data = {"needs": dict(needs), "free": {host: vars(room) for host, room in of_host.items()}}
-    return Check("room", f"least free, of what is needed: {'; '.join(told)}", fails, warns, data)
+    return Check("room", found, fails, warns, data)
 
 
 def size(count: float) -> str:

@@ -35,12 +35,12 @@ from atlantis_ds.preflight.step import is_out_of_memory, try_step
 from atlantis_ds.progress import console
 from atlantis_ds.run import Run
 
-MEETING_MINUTES = 5.0
-"""The most that ranks wait for each other at the start: on a cold file system the libraries alone take a minute."""
+MEETING_MINUTES = 10.0
+"""The most that ranks wait for each other, at the start and in a collective."""
 SECONDS = {"ranks": 60, "versions": 60, "clocks": 60, "matmul": 60, "all-reduce": 120, "models": 120, "room": 180}
 CPU_TRIES = 3
 STEP_SECONDS = 600
-"""Loading the model counts."""
+"""Loading the model counts: from a cold file system it takes minutes."""
 TOLD = 4
 """Reasons in the last line; all of them are in the report."""
 
