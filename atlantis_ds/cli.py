@@ -360,6 +360,9 @@ def submit(
         Path | None, typer.Option(help="File of shell lines for the top of every job: modules, conda, a container.")
     ] = None,
     array_limit: Annotated[int | None, typer.Option(min=1, help="Elements of an array that run at one time.")] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Look at the nodes of the training first; where that fails, all ends.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job files; write and submit nothing.")] = False,
 ) -> None:
     """Submit all stages to Slurm as a chain of jobs.
@@ -374,7 +377,7 @@ def submit(
     from atlantis_ds.cluster.chain import chain
 
     settings, folder = _load(recipe, overrides)
-    jobs = chain(settings, nodes)
+    jobs = chain(settings, nodes, preflight)
     resources = slurm.Resources(
         gpus_per_node,
         gpus_per_node or tasks_per_node,

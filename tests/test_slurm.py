@@ -327,12 +327,15 @@ def test_a_site_that_requeues_nothing_holds_the_chain(
     changes = {"train.num_train_epochs": 20000, "train.save_steps": 10**6, "train.eval_steps": 10**6}
     recipe, where = tiny_recipe(tmp_path, changes), tmp_path / "run"
     sized = ("--nodes", 1, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 20)
-    done = cli(slurm, "submit", recipe, *sized, "--sbatch", "train.requeue=", "--sbatch", "train.no-requeue")
+    never = ("--sbatch", "train.requeue=", "--sbatch", "train.no-requeue")
+    done = cli(slurm, "submit", recipe, *sized, *never, "--preflight")
     assert done.returncode == 0, done.stderr
     jobs = dict(line.split() for line in done.stdout.splitlines())
+    assert list(jobs)[:3] == ["prepare", "preflight", "score"]
     sft, other, last = (jobs[name] for name in ("train-sft", "train-atlantis", "evaluate"))
     log = where / "slurm" / f"run-train-sft-{sft}.log"
     wait_for(lambda: len(events(where, "train", "sft")) > 3, 240, lambda: text(log) + str(job(slurm, sft)))
+    assert json.loads((where / "preflight.json").read_text())["verdict"] in ("ok", "warning")
     run(slurm, "scancel", "--batch", "--signal=USR2", sft)
     assert ended(slurm, sft, log) == "FAILED", text(log)
     assert "Slurm does not requeue this job." in text(log), text(log)
