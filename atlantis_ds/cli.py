@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -51,7 +52,8 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a recipe on a login node.
 
     Reads the recipe and its DeepSpeed config, looks whether the files and model folders it names are there, and reads
-    the first rows of each data file. Loads no model, imports no torch, writes nothing.
+    the first rows of each data file. Says which models and data sets of the hub are not in its cache; with
+    HF_HUB_OFFLINE=1 that is an error. Loads no model, imports no torch, uses no network, writes nothing.
 
     Example: atlantis-ds check recipes/demo.yaml --set train.learning_rate=1e-5
     """
@@ -71,8 +73,23 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     for name, arm in settings.arms.items():
         if arm.drop_ids is not None and not Path(arm.drop_ids).is_file():
             raise InputError(f"{recipe}: arms.{name}.drop_ids: {arm.drop_ids}: no such file")
+    _say_what_is_missing(recipe, settings, folder)
     print(f"{recipe}: valid. Run folder {folder.root}; arms {', '.join(settings.arms)}")
     _say_what_scoring_takes(settings)
+
+
+def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> None:
+    """A line for each model and data set of the hub that is not in its cache; offline that is an error."""
+    from atlantis_ds import hub
+
+    missing = [r for r in hub.repositories(settings) if hub.cached(hub.at_fetched_commit(folder, r)) is None]
+    for repository in missing:
+        print(f"{repository.key}: {repository} is not in the hub's cache; `atlantis-ds fetch {recipe}` brings it")
+    if missing and hub.offline():
+        raise InputError(
+            f"{recipe}: HF_HUB_OFFLINE is set, but {', '.join(map(str, missing))} cannot be read without the hub; run "
+            f"`atlantis-ds fetch {recipe}` where there is internet"
+        )
 
 
 ASSUMED_PROMPT = 512
@@ -91,6 +108,31 @@ def _say_what_scoring_takes(settings: Recipe) -> None:
         if path and (sizes := sizes_of_folder(Path(path).expanduser())):
             needs = scoring_memory(sizes, settings.score, ASSUMED_PROMPT, tokens)
             print(f"score {key}: about {needs}, with prompts of up to {ASSUMED_PROMPT} tokens")
+
+
+@app.command()
+def fetch(
+    recipe: RecipeFile,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Use this folder as the hub's cache instead.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Bring models and data sets of the Hugging Face hub, for nodes without internet.
+
+    Reads the recipe. Writes what it takes from the hub into its cache (HF_HUB_CACHE, or hub/ in HF_HOME): safetensors,
+    configs and tokenizers, each file checked by its hash; and fetched.json in the run folder, with commits, sizes and
+    hashes. What is there and whole is not fetched again. With HF_HUB_OFFLINE=1 jobs then load just this.
+
+    Example: atlantis-ds fetch recipes/semeval_qwen2_7b_zero3.yaml --out /shared/hub
+    """
+    from atlantis_ds import hub
+
+    settings, folder = _load(recipe, overrides)
+    cache = out.expanduser().absolute() if out else None
+    hub.fetch(settings, folder, cache)
+    if cache:
+        print(f"jobs need: export HF_HUB_CACHE={shlex.quote(str(cache))}")
 
 
 @app.command()

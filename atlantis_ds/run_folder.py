@@ -19,6 +19,11 @@ class RunFolder:
         return self.root / "recipe.yaml"
 
     @property
+    def fetched(self) -> Path:
+        """What ``fetch`` brought from the hub for this run."""
+        return self.root / "fetched.json"
+
+    @property
     def examples(self) -> Path:
         return self.root / "examples"
 

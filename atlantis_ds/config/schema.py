@@ -249,6 +249,9 @@ class Models(Section):
     """The small base model p_S."""
     reference: Reference = Reference()
     """The reference model p_r."""
+    stage: str | None = None
+    """Folder of each node's own disk, such as $TMPDIR/models: weights are copied there once a node, and read from there
+    by all its ranks. Variables are expanded on the node."""
 
 
 class Score(Section):

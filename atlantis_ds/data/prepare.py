@@ -63,7 +63,7 @@ def examples_fingerprint(recipe: Recipe) -> str:
     section = data.model_dump(mode="json", exclude={*SPLITS, "hub_id"})
     made_from = {"version": VERSION, "data": section, "seed": recipe.seed, "sources": sources}
     if data.on_too_long == "drop":  # what is too long is for the models to say
-        made_from["models"] = recipe.models.model_dump(mode="json")
+        made_from["models"] = recipe.models.model_dump(mode="json", exclude={"stage"})
     return fingerprint({**made_from, "prompt": recipe.prompt.model_dump()})
 
 

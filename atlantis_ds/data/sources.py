@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from atlantis_ds.errors import InputError
+from atlantis_ds.hub import Repository, cached, of_data
 
 SPLITS = {"train": ["train"], "dev": ["validation", "dev"], "test": ["test"]}
 # What `Dataset.save_to_disk` lays beside its Arrow files.
@@ -93,11 +94,17 @@ def read_hub_rows(hub_id: str, split: str, problems: Problems) -> Iterator[Row] 
     Raises:
         InputError: the dataset cannot be loaded or lacks the split.
     """
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
-    source, _, revision = (hub_id, "", "") if Path(hub_id).exists() else hub_id.partition("@")
+    source, revision = hub_id, None
     try:
-        dataset = load_dataset(source, revision=revision or None)
+        if not Path(hub_id).exists():
+            repository = of_data(hub_id)
+            source, revision = repository.id, repository.revision
+            if config.HF_HUB_OFFLINE:
+                # Offline `datasets` takes what it has read last of this name, whatever the revision (5.2.0).
+                source, revision = _cached_folder(repository), None
+        dataset = load_dataset(source, revision=revision)
     except Exception as error:  # datasets raises many kinds for "not there", "no network", "not readable"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -112,6 +119,13 @@ def read_hub_rows(hub_id: str, split: str, problems: Problems) -> Iterator[Row] 
     classes = {key: kind.names for key, kind in rows.features.items() if getattr(kind, "_type", "") == "ClassLabel"}
     found = ((f"{hub_id}[{name}] row {n}", _plain(row, classes)) for n, row in enumerate(rows))
     return _rows(found, problems)
+
+
+def _cached_folder(repository: Repository) -> str:
+    folder = cached(repository)
+    if folder is None:
+        raise FileNotFoundError("HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it")
+    return str(folder)
 
 
 def _rows(found: Read, problems: Problems) -> Iterator[Row]:

@@ -11,9 +11,9 @@ import torch
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.schema import Model, Score
+from atlantis_ds.hub import adapter_base
 from atlantis_ds.lm.load import (
     DTYPES,
-    adapter_base,
     dtype_on,
     give_memory_back,
     load_config,

@@ -17,6 +17,7 @@ import torch
 from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import file_hash, fingerprint
+from atlantis_ds.hub import Repository, adapter_base, at_fetched_commit, offline
 from atlantis_ds.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,24 +26,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def model_source(recipe: Recipe, folder: RunFolder, name: str) -> Model:
     """The model called ``large`` or ``small``, or the one the ``reference`` is or starts from, as path or id.
 
+    An id that ``fetch`` brought for this run is taken at the commit that was fetched.
+
     Raises:
         InputError: a model that ``prepare`` builds is not built yet.
     """
     reference = recipe.models.reference
     if name == "reference" and reference.model_name_or_path is not None:
-        return Model(
+        model = Model(
             model_name_or_path=reference.model_name_or_path,
             revision=reference.revision,
             trust_remote_code=reference.trust_remote_code,
         )
+        return _as_fetched(folder, model)
     name = "small" if name == "reference" else name
-    model: Model = getattr(recipe.models, name)
+    model = getattr(recipe.models, name)
     if not model.scratch:
-        return model
+        return _as_fetched(folder, model)
     built = folder.base_model(name)
     if not built.is_dir():
         raise InputError(f"{built}: models.{name}.scratch is not built yet; run `prepare` first")
     return Model(model_name_or_path=str(built))
+
+
+def _as_fetched(folder: RunFolder, model: Model) -> Model:
+    if Path(str(model.model_name_or_path)).expanduser().is_dir():
+        return model
+    fetched = at_fetched_commit(folder, Repository("", "model", str(model.model_name_or_path), model.revision))
+    return model.model_copy(update={"revision": fetched.revision})
 
 
 def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
@@ -62,6 +73,8 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
             reason = "its tokenizer has no tokenizer.json, and its other files cannot be converted to one"
         if not Path(path).expanduser().is_dir():
             path += " (no folder of this name here, so taken for a Hugging Face id)"
+            if offline():
+                reason = f"HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it: {reason}"
         raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None
 
 
@@ -80,17 +93,6 @@ def load_tokenizer(model: Model) -> Any:
             "(tokenizer.json); take a model with one"
         )
     return tokenizer
-
-
-def adapter_base(model: Model) -> Model | None:
-    """The base model that a LoRA adapter's folder names; None for any other model."""
-    file = Path(str(model.model_name_or_path)).expanduser() / "adapter_config.json"
-    if not file.is_file():
-        return None
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    return model.model_copy(
-        update={"model_name_or_path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
-    )
 
 
 def load_config(model: Model) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.files import read_json, write_folder
+from atlantis_ds.hub import said
 from atlantis_ds.lm.load import load_model, load_tokenizer, model_identity, model_source
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.card import CARD, card_text
@@ -108,7 +109,7 @@ def _make_repository(name: str) -> str:
     try:
         return str(HfApi().create_repo(name, private=True, exist_ok=True))
     except Exception as error:  # what the hub's client and its HTTP library raise has no base of their own
-        raise InputError(f"--push-to {name}: {_said(error)}") from None
+        raise InputError(f"--push-to {name}: {said(error)}") from None
 
 
 def _push(out: Path, name: str) -> None:
@@ -117,11 +118,7 @@ def _push(out: Path, name: str) -> None:
     try:
         HfApi().upload_folder(repo_id=name, folder_path=out, commit_message=f"{out.name}, exported by atlantis_ds")
     except Exception as error:  # as above
-        raise RunError(f"{name}: {_said(error)}; {out} is whole: `hf upload {name} {out}` sends it") from None
-
-
-def _said(error: Exception) -> str:
-    return f"the hub says: {' '.join(str(error).split())[:300]}"
+        raise RunError(f"{name}: {said(error)}; {out} is whole: `hf upload {name} {out}` sends it") from None
 
 
 def _new_folder(out: Path) -> Path:
