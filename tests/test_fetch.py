@@ -17,6 +17,10 @@ import yaml
 from conftest import Done, WriteRecipe, launch, refuse, start
 from hub_server import Hub, hub_on_loopback
 
+from atlantis_ds.config.schema import Model
+from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.lm.staging import _copy
+
 ID, ROWS = "me/tiny", "me/rows"
 NOT_FETCHED = {
     "pytorch_model.bin": b"pickle",
@@ -108,7 +112,6 @@ def test_what_is_fetched_runs_offline(site: Site, model_files: dict[str, bytes])
     assert missing.code == 0 and missing.out.count("not in the hub's cache; `atlantis-ds fetch ") == 2, missing.out
     assert not hub.asked, "check asks no network"
     refuse(launch("local", 1, "check", site.recipe, env=site.offline), "HF_HUB_OFFLINE", ID, ROWS, "atlantis-ds fetch")
-    refuse(launch("local", 1, "prepare", site.recipe, env=site.offline), ROWS, "HF_HUB_OFFLINE", "atlantis-ds fetch")
 
     done = site.fetch()
     assert done.code == 0, done.out
@@ -123,13 +126,13 @@ def test_what_is_fetched_runs_offline(site: Site, model_files: dict[str, bytes])
     said = {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
     assert manifest[0]["files"]["model.safetensors"] == said
     before = dict(hub.read)
-    assert site.fetch().code == 0 and hub.read == before, "what is there is not read again"
 
     # The branches move on, and another run brings the newer model into the same cache.
     hub.publish(f"models/{ID}", model_files | {"config.json": b"{}"})
     hub.publish(f"datasets/{ROWS}", split("two"))
     other = launch("local", 1, "fetch", site.recipe, "--set", "name=other", env=site.online)
     assert other.code == 0 and len(list(site.snapshot().parent.iterdir())) == 2, other.out
+    assert hub.read["model.safetensors"] == before["model.safetensors"], "what is there is not read again"
     (site.cache / f"datasets--{ROWS.replace('/', '--')}" / "refs" / "main").write_text(manifest[1]["commit"])
     out = succeeds(site, "check", site.recipe)
     assert "not in the hub's cache" not in out
@@ -148,10 +151,12 @@ def test_a_revision_of_data_is_that_revision(site: Site) -> None:
     ids = [f"{ROWS}@v2", ROWS, f"{ROWS}@v2"]
     for id in ids[:2]:
         assert site.fetch("--set", f"data.hub_id={id}").code == 0
-    done = subprocess.run(
-        [sys.executable, "-c", script, *ids], env=os.environ | site.offline, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", script]
+    env = os.environ | site.offline
+    done = subprocess.run([*command, *ids], env=env, capture_output=True, text=True, timeout=60)
     assert "['two number 0', 'one number 0', 'two number 0']" in done.stdout, done.stderr[-2000:]
+    done = subprocess.run([*command, f"{ROWS}@v3"], env=env, capture_output=True, text=True, timeout=60)
+    assert f"InputError: data.hub_id: {ROWS}@v3 cannot be loaded (HF_HUB_OFFLINE is set, and" in done.stderr
 
 
 def test_a_connection_that_breaks(site: Site, model_files: dict[str, bytes]) -> None:
@@ -219,3 +224,148 @@ def test_another_cache_and_the_base_of_an_adapter(site: Site, tmp_path: Path) ->
     assert not site.cache.exists()
     (snapshot,) = (tmp_path / "my cache").glob("models--*/snapshots/*")
     assert (snapshot / "model.safetensors").exists() and (snapshot / "modeling_tiny.py").exists()
+
+
+COPY = """
+import sys
+from atlantis_ds.config.schema import Model
+from atlantis_ds.lm import staging
+
+def fill(*arguments):
+    print("copying", flush=True)
+    really(*arguments)
+
+really, staging._fill, staging.BLOCK = staging._fill, fill, int(sys.argv[3])
+print(staging._copy(Model(model_name_or_path=sys.argv[1]), sys.argv[2], 1))
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(2**16) * 256)
+    return folder
+
+
+def copy_of(source: Path, stage: object) -> Path:
+    return _copy(Model(model_name_or_path=str(source)), str(stage), 1)
+
+
+def test_a_copy_that_is_killed_and_two_jobs_on_one_node(source: Path, tmp_path: Path) -> None:
+    script, stage = tmp_path / "job.py", tmp_path / "stage"
+    script.write_text(COPY)
+    job = start("local", 1, script, source, stage, 64)
+    job.kill_when(lambda: any(file.stat().st_size for file in stage.glob(".*.tmp/model.safetensors")))
+    assert not any(path.is_dir() and not path.name.startswith(".") for path in stage.iterdir())
+    jobs = [start("local", 1, script, source, stage, 4096) for _ in range(2)]
+    done = [job.wait() for job in jobs]
+    assert [one.code for one in done] == [0, 0], done
+    assert sum(one.out.count("copying") for one in done) == 1, "one copies, the other finds it"
+    (copy,) = (path for path in stage.iterdir() if path.is_dir())
+    assert all(one.out.rstrip().endswith(str(copy)) for one in done)
+    for name in ("config.json", "model.safetensors"):
+        assert (copy / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["a wrong byte", "cut", "gone"])
+def test_a_copy_that_is_not_whole_is_made_again(source: Path, tmp_path: Path, harm: str) -> None:
+    copy = copy_of(source, tmp_path / "stage")
+    weights, content = copy / "model.safetensors", (source / "model.safetensors").read_bytes()
+    inode = weights.stat().st_ino
+    assert copy_of(source, tmp_path / "stage") == copy and weights.stat().st_ino == inode, "a whole one is left alone"
+    if harm == "a wrong byte":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif harm == "cut":
+        os.truncate(weights, 1000)
+    else:
+        weights.unlink()
+    assert copy_of(source, tmp_path / "stage") == copy
+    assert weights.read_bytes() == content
+    (source / "config.json").write_text('{"other": 1}')
+    assert copy_of(source, tmp_path / "stage") != copy, "another model is another copy"
+
+
+def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and a kernel that lets it mount a tmpfs")
+    need = sum(file.stat().st_size for file in source.iterdir())
+    try:
+        message = rf"models\.stage: {small}: {need} bytes are needed .* are free"
+        with pytest.raises(RunError, match=message):
+            copy_of(source, small)
+        # And where it says that there is room, and fills up on the way.
+        usage = shutil.disk_usage
+        told = iter([usage(tmp_path)])
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: next(told, None) or usage(path))
+        with pytest.raises(RunError, match=message):
+            copy_of(source, small)
+        assert not [path for path in small.iterdir() if path.is_dir()]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_folder_that_is_not_set(source: Path) -> None:
+    with pytest.raises(InputError, match=r"models\.stage: \$NO_SUCH_VARIABLE/models: this variable is not set"):
+        copy_of(source, "$NO_SUCH_VARIABLE/models")
+
+
+STAGE = """
+import sys, shutil
+from pathlib import Path
+from atlantis_ds.cluster.ranks import end_rank, start_ranks, stop_ranks
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.config.schema import Model
+from atlantis_ds.lm import load, staging
+from atlantis_ds.run import Run
+from atlantis_ds.run_folder import RunFolder
+
+ranks = start_ranks(1)
+run = Run(load_recipe(sys.argv[1]), RunFolder(Path(sys.argv[1]).parent), ranks)
+really = staging._fill
+def fill(*arguments):
+    sys.stdout.write(f"rank {ranks.rank} copies\\n")
+    really(*arguments)
+staging._fill = fill
+model = Model(model_name_or_path=sys.argv[2])
+expected = load.load_model(model, "float32")
+copy = staging.node_copy(run, model)
+ranks.barrier()
+if ranks.is_main:
+    (Path(sys.argv[2]) / "model.safetensors").unlink()
+ranks.barrier()
+found = load.load_model(model, "float32", copy=copy)
+same = all((one == other).all() for one, other in zip(expected.parameters(), found.parameters(), strict=True))
+sys.stdout.write(f"same: {same}, named: {found.name_or_path == sys.argv[2]}\\n")
+stop_ranks()
+end_rank()
+"""
+
+
+def test_one_rank_of_a_node_copies_and_all_read_the_copy(
+    base_model: Path, tiny_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model, script = tmp_path / "model", tmp_path / "stage.py"
+    shutil.copytree(base_model, model)
+    script.write_text(STAGE)
+    recipe = tiny_recipe(tmp_path, {"models.stage": "$NODE_DISK/models"})
+    done = launch("torchrun", 2, script, recipe, model, env={"NODE_DISK": str(tmp_path / "disk")})
+    assert done.code == 0 and done.out.count("rank 0 copies") == 1 and "rank 1 copies" not in done.out, done.out[-3000:]
+    assert done.out.count("same: True, named: True") == 2, done.out[-3000:]
+    assert [path.name for path in (tmp_path / "disk" / "models").iterdir() if path.is_dir()]
+
+
+def test_staging_changes_no_fingerprint_and_no_name(base_model: Path, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    changes = {"train.mode": "lora", "train.num_train_epochs": 1, "arms": {"atlantis": {}}, "data.test_size": 4}
+    recipe = tiny_recipe(tmp_path, changes)
+    staged = launch("local", 1, "run", recipe, "--force", "--set", f"models.stage={tmp_path}/disk")
+    assert staged.code == 0, staged.out[-3000:]
+    assert len([path for path in (tmp_path / "disk").iterdir() if path.is_dir()]) == 1, "one base for all of them"
+    adapter = json.loads((tmp_path / "run" / "model" / "atlantis" / "last" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(base_model)
+    again = launch("local", 1, "run", recipe, "--force")
+    assert again.code == 0 and "0 to do" in again.out and again.out.count("already finished") == 2, again.out[-3000:]

@@ -21,6 +21,7 @@ from atlantis_ds.lm.check import check_generation, check_scoring, sample_rows
 from atlantis_ds.lm.encode import Encoder, last_turn
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import dtype_on, give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
+from atlantis_ds.lm.staging import node_copy
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
 from atlantis_ds.metrics import UNMAPPED, metrics
@@ -62,7 +63,7 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
     tokens = encode_split(run, examples, "test", model)
     encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat)
     dtype = dtype_on(recipe.evaluate.dtype, ranks.device)
-    lm = load_scorer(model, dtype, ranks.device)
+    lm = load_scorer(model, dtype, ranks.device, node_copy(run, model))
     samples = [tokens[row] for row in sample_rows(tokens.lengths)]
     labels = None if examples.labels is None else encoder.label_set
     ways = check_scoring(lm, samples, labels, samples[0].eos, prefix=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ ROOM = 1.25
 """A replica takes this many times its weights: activations and the logits of label positions come on top."""
 
 
+CopyOf = Callable[[Model], Path | None]
+"""Says where this node has a copy of a model's weights; see ``node_copy``."""
+
+
 class Frozen:
     """One base model in memory at a time, for the passes that score with it or with adapters on it.
 
@@ -36,10 +41,11 @@ class Frozen:
     Every rank makes the same calls, but for ``load`` of a replica, which ranks without work leave out.
     """
 
-    def __init__(self, settings: Score, ranks: Ranks) -> None:
-        self.settings, self.ranks = settings, ranks
+    def __init__(self, settings: Score, ranks: Ranks, copy_of: CopyOf = lambda base: None) -> None:
+        self.settings, self.ranks, self.copy_of = settings, ranks, copy_of
         self.dtype = dtype_on(settings.dtype, ranks.device)
         self._base: Model | None = None
+        self._copy: Path | None = None
         self._sharded = False
         self._lm: Any = None
 
@@ -49,6 +55,7 @@ class Frozen:
         if base != self._base:
             self.free()
             self._base = base
+            self._copy = self.copy_of(base)
             self._sharded, why = self._needs_sharding(base)
             if self.ranks.is_main:
                 how = "sharded over the ranks by ZeRO-3" if self._sharded else "a replica on each rank"
@@ -67,14 +74,15 @@ class Frozen:
         """The model that ``choose`` was asked about, for ``score_pairs``; what was returned before is used up."""
         if self._sharded:
             self.free(keep_base=True)
-            self._lm = load_sharded_scorer(model, self.dtype)
+            self._lm = load_sharded_scorer(model, self.dtype, self._copy)
             return self._lm
         from peft import PeftModel
 
         if isinstance(self._lm, PeftModel):
             self._lm = self._lm.unload()
         if self._lm is None:
-            self._lm = load_scorer(adapter_base(model) or model, self.dtype, self.ranks.device)
+            base = adapter_base(model) or model
+            self._lm = load_scorer(base, self.dtype, self.ranks.device, self._copy)
         if adapter_base(model):
             path, device = str(model.model_name_or_path), str(self.ranks.device)
             self._lm = PeftModel.from_pretrained(self._lm, path, torch_device=device).eval()
@@ -145,7 +153,7 @@ def _rooms(root: Path, path: str, limit: str, used: str) -> list[int]:
     return found
 
 
-def load_sharded_scorer(model: Model, dtype: str) -> Any:
+def load_sharded_scorer(model: Model, dtype: str, copy: Path | None = None) -> Any:
     """Load a frozen model sharded over all ranks; the scores are those of ``load_scorer``.
 
     Every rank must call it, and run the same number of forwards afterwards. With a bf16 body each rank holds a whole
@@ -162,7 +170,7 @@ def load_sharded_scorer(model: Model, dtype: str) -> Any:
     }
     base = adapter_base(model)
     with sharded_at_load(config):
-        lm = load_model(base or model, dtype)
+        lm = load_model(base or model, dtype, copy=copy)
     if base is not None:
         from peft import PeftModel
 

@@ -106,7 +106,13 @@ def load_config(model: Model) -> Any:
     return _from_pretrained(AutoConfig, adapter_base(model) or model)
 
 
-def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None, attention: str = "auto") -> Any:
+def load_model(
+    model: Model,
+    dtype: str,
+    quantised: dict[str, Any] | None = None,
+    attention: str = "auto",
+    copy: Path | None = None,
+) -> Any:
     """Load a causal or encoder-decoder LM from safetensors, on the CPU (or in shards, within ``sharded_at_load``).
 
     A folder with a LoRA adapter loads its base model, whole and in ``dtype``, with the adapter merged in.
@@ -114,6 +120,7 @@ def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None
     Args:
         quantised: for a base in 4 bits, ``quantization_config`` and ``device_map`` of ``from_pretrained``.
         attention: ``attn_implementation`` of ``from_pretrained``; ``auto`` leaves the choice to transformers.
+        copy: read the weights (of an adapter's base) from this folder, which holds the same; see ``node_copy``.
 
     Raises:
         InputError: it cannot be loaded.
@@ -123,8 +130,14 @@ def load_model(model: Model, dtype: str, quantised: dict[str, Any] | None = None
     if base := adapter_base(model):
         from peft import PeftModel
 
-        lm = load_model(base, dtype, attention=attention)
+        lm = load_model(base, dtype, attention=attention, copy=copy)
         return PeftModel.from_pretrained(lm, model.model_name_or_path).merge_and_unload()
+    if copy:
+        there = Model(model_name_or_path=str(copy), trust_remote_code=model.trust_remote_code)
+        lm = load_model(there, dtype, quantised, attention)
+        # Adapters and configs that are saved later name the model, not this node's copy.
+        lm.name_or_path = lm.config.name_or_path = str(model.model_name_or_path)
+        return lm
     config = load_config(model)
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = {"dtype": DTYPES[dtype], "use_safetensors": True, **(quantised or {})}
@@ -174,12 +187,12 @@ def dtype_on(dtype: str, device: torch.device) -> str:
     return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 
-def load_scorer(model: Model, dtype: str, device: torch.device) -> Any:
+def load_scorer(model: Model, dtype: str, device: torch.device, copy: Path | None = None) -> Any:
     """Load a frozen model for scoring on one device, with fp32 logits whatever the dtype of its body.
 
     bf16 logits have a spacing of 0.125 near 20, too coarse for a log-likelihood.
     """
-    lm = load_model(model, dtype).eval().requires_grad_(False)
+    lm = load_model(model, dtype, copy=copy).eval().requires_grad_(False)
     head = lm.get_output_embeddings()
     if head.weight.dtype != torch.float32:
         lm.set_output_embeddings(wide_head(head, device))

@@ -6,6 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from atlantis_ds.lm.load import DTYPES, load_model, sharded_at_load, start_deeps
 from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device, zero_stage
 
 
-def start_engine(train: Train, model: Model, steps: Sequence[int], seed: int, ranks: Ranks) -> Any:
+def start_engine(
+    train: Train, model: Model, steps: Sequence[int], seed: int, ranks: Ranks, copy: Path | None = None
+) -> Any:
     """Load a model (sharded at load under ZeRO-3), put adapters on it where asked, and give it to DeepSpeed.
 
     Args:
         steps: optimizer steps; where there are several numbers, the learning rate begins anew after each.
+        copy: this node's copy of the weights; see ``node_copy``.
 
     Returns:
         a DeepSpeed engine; ``engine.module`` is the transformers (or peft) model.
@@ -32,7 +36,7 @@ def start_engine(train: Train, model: Model, steps: Sequence[int], seed: int, ra
     _check_machine(train, config, ranks.device)
     with sharded_at_load(config):
         quantised = four_bits(train, ranks.device, zero_stage(config))
-        lm = load_model(model, train.dtype, quantised, train.attn_implementation)
+        lm = load_model(model, train.dtype, quantised, train.attn_implementation, copy)
     torch.manual_seed(seed)
     if train.mode != "full":
         lm = add_lora(lm, train, model.revision)

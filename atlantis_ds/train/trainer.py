@@ -23,6 +23,7 @@ from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_config, load_tokenizer
 from atlantis_ds.lm.size import forward_flops, model_shape, peak_flops, peak_gib
+from atlantis_ds.lm.staging import node_copy
 from atlantis_ds.lm.tokens import Tokens, encode_split
 from atlantis_ds.lm.ways import Ways
 from atlantis_ds.metrics import metrics
@@ -138,7 +139,8 @@ class Trainer:
         self.schedule = Schedule(job.phases, settings.num_train_epochs, settings.train_batch_size, job.seed)
         self.total = sum(self.schedule.steps)
         self._say_what_is_trained()
-        self.engine = start_engine(settings, job.model, self.schedule.steps, job.seed, run.ranks)
+        copy = node_copy(run, job.model)
+        self.engine = start_engine(settings, job.model, self.schedule.steps, job.seed, run.ranks, copy)
         self.shape = model_shape(self.engine.module)
         self.peak_flops = peak_flops(run.ranks.device)
         self.ways = self._find_ways()

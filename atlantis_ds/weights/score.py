@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     """
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.load import model_identity
+    from atlantis_ds.lm.staging import node_copy
 
     recipe, folder, ranks = run.recipe, run.folder, run.ranks
     examples = load_examples(folder)
@@ -117,7 +119,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
         else None
     )
     run.say(f"score: {len(mine) - len(todo)} of {len(mine)} shards are done, {len(todo)} to do")
-    frozen = Frozen(settings, ranks)
+    frozen = Frozen(settings, ranks, partial(node_copy, run))
     for scoring in [scoring for scoring in passes if todo and not scoring.same_as]:
         _score_pass(run, shards, todo, scoring, manifest, frozen)
         leave_if_asked(folder, ranks, f"while scoring with {scoring.name}")
