@@ -17,7 +17,7 @@ import torch
 from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import file_hash, fingerprint
-from atlantis_ds.hub import Repository, adapter_base, at_fetched_commit, offline
+from atlantis_ds.hub import Repository, adapter_base, at_fetched_commit, cached, offline
 from atlantis_ds.run_folder import RunFolder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,8 +73,11 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
             reason = "its tokenizer has no tokenizer.json, and its other files cannot be converted to one"
         if not Path(path).expanduser().is_dir():
             path += " (no folder of this name here, so taken for a Hugging Face id)"
-            if offline():
-                reason = f"HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it: {reason}"
+            if (
+                offline()
+                and cached(Repository("model", "model", str(model.model_name_or_path), model.revision)) is None
+            ):
+                reason = "HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it"
         raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None
 
 
