@@ -255,6 +255,7 @@ ARMS = {
 }
 
 
+@pytest.mark.slow
 def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     changes = {
         "arms": ARMS,

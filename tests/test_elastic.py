@@ -52,7 +52,11 @@ def stopped_run(recipe: Path, ranks: int) -> int:
     return len(losses(run))
 
 
-@pytest.mark.parametrize("mode", MODES)
+SLOW = ("ZeRO-1", "LoRA, ZeRO-2", "bf16, ZeRO-0", "bf16, ZeRO-2", "offload, ZeRO-2")
+"""Near to one that is not."""
+
+
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MODES])
 def test_losses_follow_on_another_number_of_ranks(mode: str, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     undisturbed = recipe_of(mode, tiny_recipe, tmp_path / "undisturbed")
     succeed("local", 1, "prepare", undisturbed)

@@ -359,6 +359,7 @@ def test_one_rank_of_a_node_copies_and_all_read_the_copy(
     assert [path.name for path in (tmp_path / "disk" / "models").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_staging_changes_no_fingerprint_and_no_name(base_model: Path, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     changes = {"train.mode": "lora", "train.num_train_epochs": 1, "arms": {"atlantis": {}}, "data.test_size": 4}
     recipe = tiny_recipe(tmp_path, changes)

@@ -22,8 +22,10 @@ from atlantis_ds import __version__
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.cluster.watch import Seat
 from atlantis_ds.config.schema import Model
+from atlantis_ds.errors import InputError
+from atlantis_ds.hub import Repository, adapter_base, cached
 from atlantis_ds.lm.frozen import cgroup_room
-from atlantis_ds.lm.load import DTYPES, adapter_base
+from atlantis_ds.lm.load import DTYPES
 from atlantis_ds.preflight.judge import Files, Room
 from atlantis_ds.run_folder import RunFolder
 
@@ -238,15 +240,15 @@ def folder_files(folder: Path) -> Files:
 
 
 def _hub_files(name: str, model: Model) -> Files:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
     repository, revision = str(model.model_name_or_path), model.revision or "main"
     try:
-        config = try_to_load_from_cache(repository, "config.json", revision=revision)
-    except ValueError as error:
+        folder = cached(Repository(f"models.{name}", "model", repository, model.revision))
+    except InputError as error:
         return Files(fails=[f"models.{name}: {repository}: no such folder, and no Hugging Face id ({error})"])
-    if isinstance(config, str):
-        found = folder_files(Path(config).parent)
+    if folder is not None:
+        found = folder_files(folder)
         if not found.fails:
             # Sizes alone by their names in the repository: each node may have a cache of its own.
             return Files({f"{repository}/{Path(path).name}": size for path, size in found.sizes.items()})

@@ -18,6 +18,7 @@ from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.files import write_json
 from atlantis_ds.lm.frozen import free_bytes
 from atlantis_ds.lm.load import model_source
+from atlantis_ds.lm.staging import node_copy
 from atlantis_ds.preflight import judge
 from atlantis_ds.preflight.judge import Check, Files
 from atlantis_ds.preflight.measure import (
@@ -231,7 +232,7 @@ def _mark(run: Run) -> Any:
 def _check_step(run: Run, watch: Watch, model: Model, examples: list[tuple[int, int]], needs: Needs) -> Check:
     train, mine = run.recipe.train, watch.seats[run.ranks.rank]
     try:
-        trial = try_step(train, model, examples, run.ranks)
+        trial = try_step(train, model, examples, run.ranks, node_copy(run, model))
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             longest = max(prompt + label for prompt, label in examples)

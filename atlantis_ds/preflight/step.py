@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -30,18 +31,21 @@ MOST_MICRO_BATCHES = 2
 """Of a step: from the second on, gradients are added up, and no more memory is taken."""
 
 
-def try_step(train: Train, model: Model, examples: Sequence[tuple[int, int]], ranks: Ranks) -> dict[str, Any]:
+def try_step(
+    train: Train, model: Model, examples: Sequence[tuple[int, int]], ranks: Ranks, copy: Path | None = None
+) -> dict[str, Any]:
     """Train on a micro-batch of random tokens.
 
     Args:
         examples: tokens of prompt and label (end token included) of each example of the micro-batch.
+        copy: this node's copy of the weights; see ``node_copy``.
 
     Returns:
         seconds and tokens/s of a step, peak bytes of this rank, and what the step was made of.
     """
     start_deepspeed()  # imported before memory is measured
     before = _reset_peak(ranks.device)
-    engine = start_engine(train, model, [STEPS], 0, ranks)
+    engine = start_engine(train, model, [STEPS], 0, ranks, copy)
     config = load_config(model)
     pairs = random_pairs(examples, config.get_text_config().vocab_size)
     accumulation = accumulation_steps(train.train_batch_size, len(pairs), ranks.world_size)
