@@ -1,6 +1,6 @@
 # make demo      the whole method on a small problem, from nothing, on the CPU
 # make test      linters, type checks and all tests that are not slow
-# make soak      48 injected faults and the slow tests; an hour or so
+# make soak      60 injected faults and the slow tests; an hour or so
 # make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
 # make smollm2   a real pretrained model of 135M parameters into models/
 # Each makes .venv first, a few minutes the first time.
@@ -25,7 +25,7 @@ test: .venv/.installed
 
 soak: .venv/.installed
 	export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; tools/install_test_services.sh && \
-		python tools/soak.py --faults 48 && pytest -m slow
+		python tools/soak.py --faults 60 && pytest -m slow
 
 bench: .venv/.installed .venv-bench/.installed
 	.venv-bench/bin/python tools/bench/cpu.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Inject faults into real runs; after each, a rerun must end as if nothing had happened, or be refused clearly.
 
-    python tools/soak.py [--faults 48] [--seed 1] [--first 1]
+    python tools/soak.py [--faults 60] [--seed 1] [--first 1] [--kind NAME ...]
 
 An undisturbed run on two ranks is the measure. Each fault meets a copy of it, taken before the stage that is to suffer,
 at a moment drawn from the seed and the number of the fault: `--seed 1 --first 17 --faults 17` repeats number 17 alone.
@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,19 +48,42 @@ LIMIT = 300  # seconds for one command, several times what it needs: more is a h
 SHARDS, STEPS = 40, 50
 STAGES = ["score", "merge", "train"]
 
-# Preloaded, it moves the wall clock (and no other) as soon as the file $JUMP_AT is there.
+# Preloaded, it moves the wall clock (and no other) of all ranks, or of $JUMP_RANK, as soon as the file $JUMP_AT is
+# there.
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 int clock_gettime(clockid_t clock, struct timespec *now) {
     static int (*real)(clockid_t, struct timespec *);
     if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
     int code = real(clock, now);
-    if (clock == CLOCK_REALTIME && access(getenv("JUMP_AT"), F_OK) == 0) now->tv_sec += atol(getenv("JUMP_BY"));
+    const char *rank = getenv("JUMP_RANK"), *own = getenv("RANK");
+    int other = rank && (!own || strcmp(rank, own));
+    if (other || clock != CLOCK_REALTIME) return code;
+    if (access(getenv("JUMP_AT"), F_OK) == 0) now->tv_sec += atol(getenv("JUMP_BY"));
     return code;
+}
+"""
+# Preloaded, it does not show a part of a shard that is younger than $LATE_BY seconds, as a network file system may.
+LATE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+int stat(const char *path, struct stat *found) {
+    static int (*real)(const char *, struct stat *);
+    if (!real) real = (int (*)(const char *, struct stat *))dlsym(RTLD_NEXT, "stat");
+    int code = real(path, found);
+    if (code || !strstr(path, "/parts/shard-") || time(0) - found->st_mtime >= atol(getenv("LATE_BY"))) return code;
+    errno = ENOENT;
+    return -1;
 }
 """
 
@@ -115,7 +139,7 @@ def write_recipe(folder: Path) -> Path:
 
 def start(recipe: Path, stage: str, *options: str, env: dict[str, str] = ENV) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "atlantis_ds", stage, str(recipe), *options]
-    words += ["--ranks", "2"] if stage in ("score", "train") else []
+    words += ["--ranks", "2"] if stage in ("score", "train", "preflight") and "WORLD_SIZE" not in env else []
     with (Path(f"{recipe}.{stage}.log")).open("wb") as log:
         return subprocess.Popen(words, env=env, stdout=log, stderr=log)
 
@@ -192,12 +216,9 @@ def undisturbed_run(folder: Path) -> Undisturbed:
         begin = time.monotonic()
         succeed(recipe, stage)
         seconds[stage] = time.monotonic() - begin
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", folder / "clock.so", "-ldl"],
-        input=CLOCK,
-        text=True,
-        check=True,
-    )
+    for name, source in {"clock": CLOCK, "late": LATE}.items():
+        words = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", folder / f"{name}.so", "-ldl"]
+        subprocess.run(words, input=source, text=True, check=True)
     measure = Undisturbed(folder, outputs(run), seconds["merge"])
     check(len(measure.expected) == SHARDS + 3, "the undisturbed run lacks files")
 
@@ -526,6 +547,143 @@ def two_jobs(case: Case) -> str:
     return f"{stage}: a second one {words}: {'refused' if refused else 'both well'}"
 
 
+def staged(recipe: Path, stage: Path) -> None:
+    tree = yaml.safe_load(recipe.read_text())
+    tree["models"]["stage"] = str(stage)
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def kill_staging(case: Case) -> str:
+    """All processes are killed when a node's copy of a model begins, or a moment later."""
+    recipe, stage = case.at("score"), case.folder / "node"
+    staged(recipe, stage)
+    delay = case.rng.uniform(0, 0.02)
+
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        time.sleep(delay)
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
+            one.kill()
+
+    case.interrupt(recipe, "score", lambda: any(stage.glob("*")), kill, -signal.SIGKILL)
+    staged(write_recipe(case.folder), stage)
+    succeed(recipe, "score", "merge")
+    case.same("score", "merge")
+    check(all((copy / "copied.json").exists() for copy in stage.iterdir() if copy.is_dir()), "a copy is half there")
+    return f"killed {1000 * delay:.0f} ms after the first copy began"
+
+
+def full_staging(case: Case) -> str:
+    """The node's own disk has no room for the copy, or all of $TMPDIR is full."""
+    disk = Case(case.measure, case.folder.with_name(f"{case.folder.name}.disk"), case.rng)
+    size = case.rng.randrange(8, 100)
+    recipe = case.at("score")
+    with mounted(disk, f"{size}k"):
+        staged(recipe, disk.folder / "models")
+        refuse(recipe, "score", "models.stage", "bytes are needed")
+        check(not any(disk.folder.glob("models/*/*")), "a part of a copy is left")
+    disk.folder.rmdir()
+    write_recipe(case.folder)
+    case.rerun("score")
+    return f"a disk of {size} KiB, refused"
+
+
+def late_listing(case: Case) -> str:
+    recipe, seconds = case.at("score"), case.rng.randrange(1, 8)
+    env = ENV | {"LD_PRELOAD": str(case.measure.folder / "late.so"), "LATE_BY": str(seconds)}
+    code, words = end(start(recipe, "score", env=env), recipe, "score")
+    check(code == 0, f"score ended with {code}:\n{words[-2000:]}")
+    succeed(recipe, "merge")
+    case.same("score", "merge")
+    return f"parts of shards seen {seconds} s late"
+
+
+def clock_off(case: Case) -> str:
+    """The clock of one rank is ten minutes off: the work is the same, and `preflight` names it."""
+    stage, by, rank = case.rng.choice(["score", "train"]), case.rng.choice([-600, 600]), case.rng.choice("01")
+    recipe = case.at(stage)
+    (jump := case.folder / "jump").touch()
+    shim = {"LD_PRELOAD": str(case.measure.folder / "clock.so"), "JUMP_AT": str(jump)}
+    env = ENV | shim | {"JUMP_BY": str(by), "JUMP_RANK": rank}
+    code, words = end(start(recipe, stage, env=env), recipe, stage)
+    check(code == 0, f"{stage} ended with {code}:\n{words[-2000:]}")
+    case.same(stage)
+    code, words = end(start(recipe, "preflight", env=env), recipe, "preflight")
+    check(code == 1 and "clocks: the clock of" in words, f"preflight ended with {code}:\n{words[-2000:]}")
+    return f"{stage}: rank {rank} by {by} s"
+
+
+def missing_node(case: Case) -> str:
+    """Of two nodes one does not come to the preflight, or goes in the middle of it."""
+    recipe, rank = case.at("train"), case.rng.choice("01")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    never = rank == "1" and case.rng.random() < 0.5
+    ranks = {}
+    for number in "0" if never else "01":
+        env = ENV | place | {"RANK": number, "LOCAL_RANK": number}
+        own = recipe.with_name(f"{number}.yaml")
+        shutil.copy(recipe, own)
+        ranks[number] = own, start(own, "preflight", "--set", f"timeout_minutes={0.25 if never else 1}", env=env)
+    left = "0" if rank == "1" else "1"
+    if not never:
+        time.sleep(case.rng.uniform(4, 12))
+        ranks[rank][1].kill()
+    code, words = end(ranks[left][1], ranks[left][0], "preflight")
+    early = not never and code == 0  # it was through before
+    check(early or (code == 1 and "fault: " in words), f"preflight ended with {code}:\n{words[-2000:]}")
+    check(early or rank == "0" or "rank 1" in words, f"rank 1 is not named:\n{words[-2000:]}")
+    for _, process in ranks.values():
+        process.wait(LIMIT)
+    check(not (case.run / "checkpoints").exists() and not (case.run / "model").exists(), "preflight left a model")
+    return f"rank {rank} {'never came' if never else 'was killed'}{', too late' if early else ''}"
+
+
+def broken_connection(case: Case) -> str:
+    """The hub's answer breaks off in the middle of a file; or the process is killed there, and the command repeated."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from hub_server import hub_on_loopback
+
+    recipe, cache = case.at("score"), case.folder / "cache"
+    files = {path.name: path.read_bytes() for path in (case.measure.folder / "reference").iterdir() if path.is_file()}
+    tree = yaml.safe_load(recipe.read_text())
+    tree["models"]["reference"]["model_name_or_path"] = "me/tiny"
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    name, kill = case.rng.choice(sorted(files)), case.rng.random() < 0.5
+    with hub_on_loopback() as hub:
+        hub.publish("models/me/tiny", files)
+        env = ENV | {
+            "HF_ENDPOINT": hub.address,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        hub.stall, hub.break_off = ({name}, set()) if kill else (set(), {name})
+        first = start(recipe, "fetch", env=env)
+        if kill:
+            limit = time.monotonic() + LIMIT
+            while name not in hub.read and first.poll() is None and time.monotonic() < limit:
+                time.sleep(0.01)
+            first.kill()
+            first.wait()
+        else:
+            end(first, recipe, "fetch")  # the client may go on by itself
+        hub.stall = set()
+        code, words = end(start(recipe, "fetch", env=env), recipe, "fetch")
+        check(code == 0, f"fetch ended with {code}:\n{words[-2000:]}")
+    env = ENV | {"HF_HUB_CACHE": str(cache)}
+    code, words = end(start(recipe, "score", env=env), recipe, "score")
+    check(code == 0, f"score without the hub ended with {code}:\n{words[-2000:]}")
+    fetched = {path.name: path.read_bytes() for path in cache.glob("models--me--tiny/snapshots/*/*")}
+    check(all(files[name] == content for name, content in fetched.items()) and name_of_weights(fetched), "other bytes")
+    return f"{name}: {'killed in the middle' if kill else 'broken off'}, fetched again, scored offline"
+
+
+def name_of_weights(files: dict[str, bytes]) -> bool:
+    return any(name.endswith(".safetensors") for name in files)
+
+
 KINDS: list[Callable[[Case], str]] = [
     kill_scoring,
     kill_merging,
@@ -539,22 +697,33 @@ KINDS: list[Callable[[Case], str]] = [
     clock_jump,
     stale_claim,
     two_jobs,
+    kill_staging,
+    full_staging,
+    late_listing,
+    clock_off,
+    missing_node,
+    broken_connection,
 ]
+NEED_ROOT = (full_disk, read_only, full_staging)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=48, help="number of the last fault")
+    parser.add_argument("--faults", type=int, default=60, help="number of the last fault")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=1, help="number of the first fault")
+    parser.add_argument("--kind", action="append", default=[], choices=[kind.__name__ for kind in KINDS])
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak."))
     measure = undisturbed_run(folder)
     table = Table("", "fault", "what was done", "s", "", title=f"seed {options.seed}", box=box.SIMPLE)
-    failed = skipped = 0
+    failed = skipped = left_out = 0
     for number in range(options.first, options.faults + 1):
         kind = KINDS[(number - 1) % len(KINDS)]
-        if kind in (full_disk, read_only) and os.geteuid() != 0:
+        if options.kind and kind.__name__ not in options.kind:
+            left_out += 1
+            continue
+        if kind in NEED_ROOT and os.geteuid() != 0:
             skipped += 1
             print(f"{number:3d} {kind.__name__}: SKIPPED, needs root", flush=True)
             continue
@@ -570,7 +739,7 @@ def main() -> int:
         print(f"{number:3d} {kind.__name__}: {result}, {seconds} s: {what}", flush=True)
         table.add_row(str(number), kind.__name__, what.splitlines()[0], seconds, result)
     Console(width=160).print(table)
-    count = options.faults - options.first + 1 - skipped
+    count = options.faults - options.first + 1 - skipped - left_out
     print(f"soak: {count - failed} of {count} faults passed, {skipped} skipped (seed {options.seed})")
     if not failed:
         shutil.rmtree(folder)
