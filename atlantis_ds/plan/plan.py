@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from atlantis_ds.bundled import bundled_files
 from atlantis_ds.cluster.ranks import hush_libraries
 from atlantis_ds.config.schema import Model, Recipe, Train
@@ -16,7 +18,7 @@ from atlantis_ds.data.examples import Examples, load_examples
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_json
-from atlantis_ds.lm.load import load_tokenizer, model_source
+from atlantis_ds.lm.load import dtype_on, load_tokenizer, model_source
 from atlantis_ds.lm.size import PEAKS, Shape, forward_flops, model_shape
 from atlantis_ds.plan.memory import largest_micro_batch, training_memory, usable
 from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, GIB, Sizes, scoring_memory
@@ -81,7 +83,8 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     hours = work_hours(recipe, folder, shapes, lengths, gpus, gpu)
     behind = round(lengths.labels * lengths.label_mean) if recipe.score.label_set and lengths.labels else None
     sizes = Sizes.of(config.to_dict(), shapes["full"].parameters)
-    scoring = scoring_memory(sizes, recipe.score, lengths.prompt_max, behind)
+    score = recipe.score.model_copy(update={"dtype": dtype_on(recipe.score.dtype, torch.device("cuda"))})
+    scoring = scoring_memory(sizes, score, lengths.prompt_max, behind)
     choice = choose(rows, recipe.train, GPUS[gpu])
     result = {
         "model": str(model.model_name_or_path),
