@@ -201,6 +201,21 @@ def test_chain_from_examples_to_the_table(
         assert re.findall(r"train (reference-\d-of-2): \d+ examples", log) == [f"reference-{element}-of-2"], log
 
 
+TAKEN = """
+import os
+from atlantis_ds.cluster.ranks import find_place, gpu_of
+seen = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+print(len(seen), seen[gpu_of(find_place(os.environ).local_rank, len(seen))])
+"""
+
+
+def test_each_rank_takes_a_gpu_of_its_own_however_many_it_sees(slurm: dict[str, str]) -> None:
+    """With make-believe GPUs; a task that sees one alone has local rank 1 all the same."""
+    for option, visible in (("--gpus-per-task=1", 1), ("--gpus-per-node=2", 2)):
+        out = run(slurm, "srun", "--nodes=1", "--ntasks=2", "--cpus-per-task=1", option, sys.executable, "-c", TAKEN)
+        assert sorted(out.splitlines()) == [f"{visible} 0", f"{visible} 1"], out
+
+
 def test_refused_submission_leaves_no_job(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     done = cli(slurm, "submit", recipe, "--partition", "nowhere")
