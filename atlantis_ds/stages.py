@@ -212,13 +212,11 @@ def run(run: Run, force: bool) -> None:
 def _weigh(run: Run, force: bool) -> bool:
     """All stages before the arms; False where every arm has uniform weights, and nothing needs scores."""
     prepare(run)
-    arms = [options for options in run.recipe.arms.values() if options.dev != "alone"]
-    weighted = any((options.weights or run.recipe.weights).formula != "uniform" for options in arms)
-    if weighted:
+    if run.recipe.weighted:
         train(run, "reference", force)
         score(run)
         merge(run)
-    return weighted
+    return run.recipe.weighted
 
 
 def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:

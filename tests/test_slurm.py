@@ -109,6 +109,9 @@ def test_what_a_site_wants_goes_into_every_job(tiny_recipe: WriteRecipe, base_mo
     assert found["reference"]["array"] == found["reference-1"]["array"] == "1-3"
     assert "array" not in found["reference-1-weights"]
     assert options_of(recipe, "--array-limit", 2)["reference"]["array"] == "1-3%2"
+    # Without weights to make, nothing is scored.
+    found = options_of(recipe, "--set", "arms={sft: {weights: {formula: uniform}}}", "--preflight")
+    assert set(found) == {"recipe", "ranks", "prepare", "preflight", "train-sft", "evaluate"}
     # The command line goes before the recipe, --sbatch before the other flags, a stage before all.
     words = ("--sbatch", "train.qos=", "--time", 5, "--sbatch", "train.time=6", "--sbatch", "time=7")
     found = options_of(recipe, *words)

@@ -36,11 +36,12 @@ def chain(recipe: Recipe, nodes: int, preflight: bool = False) -> list[Job]:
     jobs = [Job("prepare", "prepare")]
     if preflight:
         jobs.append(Job("preflight", "preflight", (), ("prepare",), nodes))
-    for name, options, elements in _reference_jobs(recipe):
-        jobs.append(Job(name, "train", ("--arm", "reference", *options), (jobs[-1].name,), nodes, elements))
-    jobs.append(Job("score", "score", (), (jobs[-1].name,), 1, nodes))
-    jobs.append(Job("merge", "merge", (), ("score",)))
-    arms = [Job(f"train-{arm}", "train", ("--arm", arm), ("merge",), nodes) for arm in recipe.arms]
+    if recipe.weighted:
+        for name, options, elements in _reference_jobs(recipe):
+            jobs.append(Job(name, "train", ("--arm", "reference", *options), (jobs[-1].name,), nodes, elements))
+        jobs.append(Job("score", "score", (), (jobs[-1].name,), 1, nodes))
+        jobs.append(Job("merge", "merge", (), ("score",)))
+    arms = [Job(f"train-{arm}", "train", ("--arm", arm), (jobs[-1].name,), nodes) for arm in recipe.arms]
     every = tuple(word for arm in recipe.arms for word in ("--arm", arm))
     return [*jobs, *arms, Job("evaluate", "evaluate", every, tuple(job.name for job in arms))]
 

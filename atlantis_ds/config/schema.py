@@ -502,6 +502,12 @@ class Recipe(Section):
     def task(self) -> Task:
         return self.data.kind
 
+    @property
+    def weighted(self) -> bool:
+        """Whether an arm needs scores; where all weights are uniform, none does."""
+        arms = [options for options in self.arms.values() if options.dev != "alone"]
+        return any((options.weights or self.weights).formula != "uniform" for options in arms)
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_task(cls, tree: Any) -> Any:
