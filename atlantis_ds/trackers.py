@@ -7,6 +7,8 @@ training, and it is told nothing more once it has failed.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
 import time
@@ -79,7 +81,12 @@ def close_trackers() -> None:
 def _run_id(folder: RunFolder) -> str:
     path = folder.root / "trackers.json"
     if not path.exists():
-        write_json(path, {"id": uuid.uuid4().hex[:12]})
+        mine = uuid.uuid4().hex[:12]
+        own = path.with_name(f".trackers.{mine}.json")
+        write_json(own, {"id": mine})
+        with contextlib.suppress(FileExistsError):  # of jobs that begin at one time, the first
+            os.link(own, path)
+        own.unlink()
     return str(read_json(path)["id"])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,15 @@ def test_a_tracker_that_is_not_installed_is_refused_at_once(
         launch("local", 1, "check", recipe), "report_to: trackio is not installed: pip install 'atlantis_ds[trackio]'"
     )
     succeed("local", 1, "check", tiny_recipe(tmp_path, {"report_to": []}))
+
+
+def test_jobs_that_begin_at_one_time_have_one_id(tmp_path: Path) -> None:
+    folder, start = RunFolder(tmp_path), threading.Barrier(8)
+
+    def begin(_: int) -> str:
+        start.wait()
+        return trackers._run_id(folder)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(begin, range(8)))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trackers.json"]
