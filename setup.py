@@ -21,6 +21,7 @@ setup(
     packages=[*find_packages(include=["atlantis_ds", "atlantis_ds.*"]), *(f"atlantis_ds.{name}" for name in BUNDLED)],
     package_dir={f"atlantis_ds.{name}": name for name in BUNDLED},
     package_data={
+        "atlantis_ds": ["py.typed"],
         "atlantis_ds.weights": ["*.html"],
         **{f"atlantis_ds.{name}": patterns for name, patterns in BUNDLED.items()},
     },
