@@ -179,6 +179,7 @@ def test_export_predicts_what_evaluation_did(trained: tuple[Path, RunFolder, str
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow  # the client waits half a minute before it gives an upload up
 def test_export_is_pushed_to_a_hub(lora: tuple[Path, RunFolder, str], tmp_path: Path) -> None:
     recipe, out = lora[0], tmp_path / "merged"
     with hub_on_loopback() as hub:

@@ -31,7 +31,7 @@ QLORA = LORA | {"train.mode": "qlora", "train.deepspeed": str(ROOT / "ds_configs
 # --- the gradient of a step
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradient_is_that_of_the_whole_batch_in_one_process(
     ranks: int, base_model: Path, encoder_decoder: Path, tmp_path: Path
 ) -> None:
@@ -219,7 +219,8 @@ def test_killed_training_goes_on(
     assert "already finished" in again and len(events(run, "train")) == seen + STEPS - step
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_gradients_of_many_micro_batches_add_up_in_fp32(stage: int) -> None:
     """Two ranks with 64 examples a step. Added up in bf16, 32 micro-batches are 0.7% off, and 8 are 0.5%."""
     out = succeed("torchrun", 2, TESTS / "accumulation_probe.py", f"zero{stage}.json")

@@ -56,8 +56,8 @@ def test_commands_run_from_a_wheel_in_an_empty_folder(wheel: tuple[Path, dict[st
         done = run([sys.executable, "-m", "atlantis_ds", *words], cwd, env)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "demo" in done.stdout
-    for stage in ("prepare", "score", "merge", "train", "evaluate"):
-        assert f"/{stage}.sbatch <==\n#!/bin/bash" in done.stdout
+    for job in ("prepare", "reference", "score", "merge", "train-sft", "train-atlantis", "evaluate"):
+        assert f"/{job}.sbatch <==\n#!/bin/bash" in done.stdout
     assert not any(cwd.iterdir())
 
 
