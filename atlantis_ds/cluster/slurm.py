@@ -163,7 +163,7 @@ def submit(folder: RunFolder, jobs: list[Job], files: dict[str, str]) -> dict[st
         if done.returncode:
             if ids:  # the chain is broken: nothing of it may run
                 subprocess.run(["scancel", *ids.values()], capture_output=True, check=False)
-            raise InputError(f"sbatch refused: {done.stderr.strip()}")
+            raise InputError(f"sbatch refused: {' '.join(done.stderr.split())}")
         ids[job.name] = done.stdout.strip().split(";")[0]  # JOB, or JOB;CLUSTER
     write_json(root / "jobs.json", ids)
     return ids
@@ -177,7 +177,7 @@ def _refuse_queued(jobs_file: Path) -> None:
     words = ["squeue", "--me", "--noheader", "--format=%A %F %T %r"]
     asked = subprocess.run(words, capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise InputError(f"squeue does not say whether jobs of this run are still queued: {asked.stderr.strip()}")
+        raise InputError(f"squeue does not say whether jobs of this run are still queued: {' '.join(asked.stderr.split())}")
     found = {}
     for line in asked.stdout.splitlines():
         job, array, state, reason = line.split(maxsplit=3)
