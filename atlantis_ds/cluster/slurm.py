@@ -177,7 +177,9 @@ def _refuse_queued(jobs_file: Path) -> None:
     words = ["squeue", "--me", "--noheader", "--format=%A %F %T %r"]
     asked = subprocess.run(words, capture_output=True, text=True, check=False)
     if asked.returncode:
-        raise InputError(f"squeue does not say whether jobs of this run are still queued: {' '.join(asked.stderr.split())}")
+        raise InputError(
+            f"squeue does not say whether jobs of this run are still queued: {' '.join(asked.stderr.split())}"
+        )
     found = {}
     for line in asked.stdout.splitlines():
         job, array, state, reason = line.split(maxsplit=3)
