@@ -60,6 +60,8 @@ def test_a_clock_ten_minutes_off_is_named() -> None:
     assert judge_clocks(clocks, SEATS).verdict == "ok"
     only(judge_clocks([*clocks[:4], 1e9 - 600, 1e9 - 600], SEATS), "node2", "600 s behind that of node0")
     only(judge_clocks([1e9, 1e9 + 600], [SEATS[0], SEATS[2]]), "node1", "600 s ahead of that of node0")
+    for clocks in ([1e9, 1e9 + 600], [1e9 + 600, 1e9]):  # of one host, the clock that is further off
+        assert judge_clocks(clocks, [SEATS[0]] * 2).verdict == "fails"
 
 
 def test_a_slow_rank_is_named_beside_the_median() -> None:

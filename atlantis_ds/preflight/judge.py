@@ -79,7 +79,9 @@ def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
     """
     middle = statistics.median_low(clocks)
     other = seats[list(clocks).index(middle)].host
-    off = {seat.host: clock - middle for seat, clock in zip(seats, clocks, strict=True)}
+    off: dict[str, float] = {}
+    for seat, clock in zip(seats, clocks, strict=True):
+        off[seat.host] = max(off.get(seat.host, 0.0), clock - middle, key=abs)
     fails = [
         f"the clock of {host} is {abs(by):.0f} s {'ahead of' if by > 0 else 'behind'} that of {other}; set it by NTP"
         for host, by in off.items()
