@@ -112,13 +112,13 @@ def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -
         )
 
 
-def compile_layers(lm: Any) -> None:
+def compile_layers(lm: Any, backend: str = "inductor") -> None:
     """Let torch compile the layers of a model, each by itself: they are alike, so one is compiled for all of them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in lm.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
 
 FEW = 256

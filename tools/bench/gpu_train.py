@@ -21,7 +21,7 @@ from atlantis_ds.lm.encode import Encoded
 from atlantis_ds.lm.size import forward_flops, model_shape
 from atlantis_ds.plan.memory import GIB, largest_micro_batch, training_memory, usable
 from atlantis_ds.plan.trace import activations, build_model
-from atlantis_ds.train.engine import add_lora, four_bits, start_engine
+from atlantis_ds.train.engine import add_lora, compile_layers, four_bits, start_engine
 from atlantis_ds.train.step import micro_batch_rows, optimizer_step
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -94,11 +94,12 @@ def train_ours(mode: str, model: Model, config: Any, micro: int, ranks: Ranks, e
     """The project's engine and optimizer step, under ZeRO-2, optionally with an extra of ``EXTRAS``."""
     micro = fitting(mode, config, micro, ranks.device)
     pairs = some_examples(config, micro)
-    train = settings(mode, micro).model_copy(update=KERNELS.get(extra, {}))
+    given = EXTRAS.get((mode, extra), {})
+    train = settings(mode, micro).model_copy(update=given if isinstance(given, dict) else {})
     engine = start_engine(train, model, [100], 0, ranks)
     try:
-        if (mode, extra) in EXTRAS and extra not in KERNELS:
-            EXTRAS[(mode, extra)](engine.module)
+        if callable(given):
+            given(engine.module)
         lengths, size = [len(pair) for pair in pairs], micro * ACCUMULATION
         marks = []
         for first in range(0, len(pairs), size):
@@ -198,11 +199,8 @@ def _now(device: torch.device) -> float:
 
 
 def compiled_layers(lm: Any) -> None:
-    """torch.compile of one decoder layer for all of them; lengths differ from batch to batch."""
-    # On a CPU, where this is a test only, without generating code.
-    backend = "inductor" if torch.cuda.is_available() else "eager"
-    for layer in lm.get_decoder().layers:
-        layer.compile(dynamic=True, backend=backend)
+    """torch.compile of the layers; on a CPU, where this is a test only, without generating code."""
+    compile_layers(lm, "inductor" if torch.cuda.is_available() else "eager")
 
 
 def liger(lm: Any) -> None:
@@ -225,12 +223,12 @@ _OF_A_MODEL = {
     **({"Liger": liger} if _installed("liger_kernel") else {}),
     "torch.compile": compiled_layers,
 }
-KERNELS: dict[str, dict[str, Any]] = {
+_OF_A_TRAINING = {
     **({"flash-attn": {"attn_implementation": "flash_attention_2"}} if _installed("flash_attn") else {}),
     **({"flex attention": {"attn_implementation": "flex_attention"}} if torch.cuda.is_available() else {}),
 }
-"""Settings of a training."""
-EXTRAS: dict[tuple[str, str], Callable[..., Any]] = {
-    (what, name): apply for name, apply in _OF_A_MODEL.items() for what in ("score", "full")
-} | {("full", name): dict for name in KERNELS}
+EXTRAS: dict[tuple[str, str], Callable[..., Any] | dict[str, Any]] = {
+    **{(what, name): apply for name, apply in _OF_A_MODEL.items() for what in ("score", "full")},
+    **{("full", name): settings for name, settings in _OF_A_TRAINING.items()},
+}
 """What could be switched on: each a row of its own, on a model of its own."""
