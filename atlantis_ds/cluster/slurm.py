@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from atlantis_ds.bundled import bundled
 from atlantis_ds.cluster.chain import ON_CPUS, Job
-from atlantis_ds.config.schema import Recipe, SbatchValue
+from atlantis_ds.config.schema import Recipe, SbatchValue, Slurm
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_json, write_text
 from atlantis_ds.run_folder import RunFolder
@@ -54,14 +55,12 @@ def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Res
     files = {"recipe.yaml": settings, "ranks.sh": bundled("slurm", "ranks.sh").read_text(encoding="utf-8")}
     asked = _asked(resources.sbatch)
     for job in jobs:
-        options = _options(recipe, job, resources, asked)
-        options |= {"job-name": f"{recipe.name}-{job.name}"}
-        options |= {"output": str(root / ("%x-%A_%a.log" if job.elements > 1 else "%x-%j.log"))}
-        if job.elements > 1:
-            limit = f"%{resources.array_limit}" if resources.array_limit else ""
-            options["array"] = f"1-{job.elements}{limit}"
-        else:
-            options["array"] = None
+        limit = f"%{resources.array_limit}" if resources.array_limit else ""
+        options = _options(recipe, job, resources, asked) | {
+            "job-name": f"{recipe.name}-{job.name}",
+            "output": str(root / ("%x-%A_%a.log" if job.elements > 1 else "%x-%j.log")),
+            "array": f"1-{job.elements}{limit}" if job.elements > 1 else None,
+        }
         command = [str(root / "recipe.yaml"), *job.options]
         lines = [
             *resources.prologue.splitlines(),
@@ -75,9 +74,9 @@ def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Res
     return files
 
 
-def _options(recipe: Recipe, job: Job, resources: Resources, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _options(recipe: Recipe, job: Job, resources: Resources, asked: Slurm) -> dict[str, SbatchValue]:
     """sbatch options of a job. The recipe goes before what a bundled file says, the command line before the recipe."""
-    options: dict[str, Any] = {"cpus-per-task": resources.cpus_per_task}
+    options: dict[str, SbatchValue] = {"cpus-per-task": resources.cpus_per_task}
     if job.stage not in ON_CPUS:
         options |= {
             "nodes": job.nodes,
@@ -86,24 +85,20 @@ def _options(recipe: Recipe, job: Job, resources: Resources, asked: dict[str, di
         }
         if job.stage != "preflight":
             options["time"] = LONG
-    options |= recipe.slurm.all | getattr(recipe.slurm, job.stage)
+    options |= recipe.slurm.of(job.stage)
     if resources.partition:
         options["partition"] = resources.partition
     if resources.time and job.stage not in (*ON_CPUS, "preflight"):
         options["time"] = resources.time
-    options |= asked["all"] | asked[job.stage]
+    options |= asked.of(job.stage)
     time = str(options.get("time") or "0")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
         raise InputError(f"time {time} of {job.stage}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
     return options
 
 
-def _asked(words: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The options of ``--sbatch``, by stage and for all; checked as those of a recipe's ``slurm`` section are."""
-    from pydantic import ValidationError
-
-    from atlantis_ds.config.schema import Slurm
-
+def _asked(words: tuple[str, ...]) -> Slurm:
+    """The options of ``--sbatch``, as a recipe's ``slurm`` section would hold them."""
     found: dict[str, dict[str, Any]] = {name: {} for name in Slurm.model_fields}
     for word in words:
         key, is_value, value = word.partition("=")
@@ -113,11 +108,10 @@ def _asked(words: tuple[str, ...]) -> dict[str, dict[str, Any]]:
             raise InputError(f"--sbatch {word}: no such stage; there are {', '.join(found)}")
         found[stage][name] = (value or None) if is_value else True
     try:
-        Slurm.model_validate(found)
+        return Slurm.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--sbatch: {first['msg'].removeprefix('Value error, ')}") from None
-    return found
 
 
 def _fill(script: str, options: dict[str, SbatchValue], lines: list[str]) -> str:

@@ -473,6 +473,11 @@ class Slurm(Section):
     merge: Sbatch = {}
     evaluate: Sbatch = {}
 
+    def of(self, stage: str) -> dict[str, SbatchValue]:
+        """The options for the jobs of a stage."""
+        own: dict[str, SbatchValue] = getattr(self, stage)
+        return self.all | own
+
 
 class Recipe(Section):
     name: str
