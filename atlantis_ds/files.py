@@ -173,18 +173,18 @@ def look_again(folder: Path) -> None:
         os.unlink(name)
 
 
-def wait_for_files(paths: Iterable[Path]) -> None:
+def wait_for_files(paths: Iterable[Path], seconds: float = SEEN_WITHIN) -> None:
     """Wait until files that other nodes have written are seen on this one.
 
     Raises:
-        RunError: one does not appear within ``SEEN_WITHIN`` seconds.
+        RunError: one does not appear within so many seconds.
     """
-    end = time.monotonic() + SEEN_WITHIN
+    end = time.monotonic() + seconds
     for path in paths:
         while not path.exists():
             if time.monotonic() > end:
                 raise RunError(
-                    f"{path}: another rank has written it, but it is not seen here within {SEEN_WITHIN:.0f} s; do all "
+                    f"{path}: another rank has written it, but it is not seen here within {seconds:.0f} s; do all "
                     "nodes share this folder?"
                 )
             look_again(path.parent)

@@ -246,9 +246,8 @@ def test_parts_of_other_nodes_may_be_seen_late(scored, ranks, tmp_path, monkeypa
     assert late and [read_table(folder.scores / name)[0] for name in SHARDS] == [
         read_table(whole.scores / name)[0] for name in SHARDS
     ]
-    monkeypatch.setattr("atlantis_ds.files.SEEN_WITHIN", 0.5)
     with pytest.raises(RunError, match="not seen here within"):
-        wait_for_files([folder.scores / "parts" / "never.parquet"])
+        wait_for_files([folder.scores / "parts" / "never.parquet"], 0.5)
     assert not list((folder.scores / "parts").iterdir()), "looking again leaves nothing"
 
 

@@ -22,7 +22,8 @@ from atlantis_ds import __version__
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.cluster.watch import Seat
 from atlantis_ds.config.schema import Model
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
+from atlantis_ds.files import wait_for_files
 from atlantis_ds.hub import Repository, adapter_base, cached
 from atlantis_ds.lm.frozen import cgroup_room
 from atlantis_ds.lm.load import DTYPES
@@ -36,6 +37,8 @@ TRIAL_SECONDS = {"cuda": 0.1, "cpu": 0.03}
 """On a CPU short: others use it, too, and some trial is to find it free."""
 REPEATS = 5
 """All-reduces that are timed."""
+MARK_SECONDS = 10.0
+"""In which a file that rank 0 has made in the run folder must be seen."""
 
 
 def versions() -> dict[str, str]:
@@ -159,10 +162,11 @@ def room(ranks: Ranks, folder: RunFolder, mark: str) -> Room:
         for place in (folder.root, Path(tmpdir())):
             with tempfile.NamedTemporaryFile(dir=place, prefix=".preflight."):
                 pass
-        if not _seen(folder.root / mark):
-            trouble = f"{folder.root} is not the folder that rank 0 sees; put the run on a shared file system"
+        wait_for_files([folder.root / mark], MARK_SECONDS)
     except OSError as error:
         trouble = f"cannot write: {error}"
+    except RunError:
+        trouble = f"{folder.root} is not the folder that rank 0 sees; put the run on a shared file system"
     return Room(
         min(psutil.virtual_memory().available, cgroup_room()),
         torch.cuda.mem_get_info(ranks.device)[0] if ranks.device.type == "cuda" else None,
@@ -170,17 +174,6 @@ def room(ranks: Ranks, folder: RunFolder, mark: str) -> Room:
         _free(Path(tmpdir())),
         trouble,
     )
-
-
-def _seen(path: Path, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)  # NFS shows what others have made after some seconds
-        with contextlib.suppress(OSError):
-            os.listdir(path.parent)
-    return True
 
 
 def _free(path: Path) -> int:
