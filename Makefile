@@ -3,12 +3,13 @@
 # make soak      60 injected faults and the slow tests; an hour or so
 # make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
 # make smollm2   a real pretrained model of 135M parameters into models/
+# make reference docs/recipe.md and the recipe's JSON schema, from the code
 # Each makes .venv first, a few minutes the first time.
 
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test soak bench smollm2
+.PHONY: demo test soak bench smollm2 reference
 
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
@@ -34,6 +35,10 @@ bench: .venv/.installed .venv-bench/.installed
 
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py
+
+reference: .venv/.installed
+	.venv/bin/atlantis-ds schema > atlantis_ds/config/recipe.schema.json
+	.venv/bin/atlantis-ds schema --markdown > docs/recipe.md
 
 # torch first and by its exact version: a looser request takes a build with gigabytes of CUDA libraries.
 .venv/.installed: constraints.txt setup.py

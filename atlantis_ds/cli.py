@@ -7,9 +7,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
@@ -23,13 +23,12 @@ from atlantis_ds.run_folder import RunFolder, no_run
 from atlantis_ds.trackers import close_trackers, refuse_missing_trackers
 
 if TYPE_CHECKING:
-    from atlantis_ds.config.schema import Recipe
+    from atlantis_ds.config.schema import Recipe, Task
 
 app = typer.Typer(
     name="atlantis-ds",
     help="Importance-weighted fine-tuning of language models: examples → scores → weights → training → evaluation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -40,11 +39,82 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.learning_rate=1e-5."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Train on weights whose effective sample size is below 10 %.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo, or its recipe.")]
 Part = Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share the work.")]
 NumberOfRanks = Annotated[
     int, typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher did.")
 ]
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="File with the training examples.", show_default=False)],
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="The label to train on.")] = None,
+    response: Annotated[str | None, typer.Option(metavar="COLUMN", help="The response to learn.")] = None,
+    gold: Annotated[str | None, typer.Option(metavar="COLUMN", help="The true label or response, if known.")] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="What made the label: a rule, an annotator, a source.")
+    ] = None,
+    text: Annotated[list[str], typer.Option(metavar="COLUMN", help="A column of the prompt; may be repeated.")] = [],  # noqa: B006
+    task: Annotated[str | None, typer.Option(help="classification, relation or response.")] = None,
+    test: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the test examples.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model to fine-tune: a folder or a Hugging Face id.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Recipe to write; without it DATA's name.")] = None,
+) -> None:
+    """Write a first recipe for a data file.
+
+    Reads the first rows of DATA and guesses what its columns are. Asks what they do not tell, in a terminal; elsewhere
+    it wants the flag. Writes a commented recipe that `check` accepts.
+
+    Example: atlantis-ds init train.csv --label weak_label --test test.csv
+    """
+    from rich.prompt import Prompt
+
+    from atlantis_ds.data.first_recipe import MODEL, write_first_recipe
+    from atlantis_ds.data.guess import guess
+
+    if task not in (None, "classification", "relation", "response"):
+        raise InputError(f"--task {task}: take classification, relation or response")
+    named = {"label": label, "response": response, "gold": gold, "group": group}
+    given = {key: column for key, column in named.items() if column is not None}
+    found = guess(data, cast("Task | None", task), given, text, _ask)
+    out = out or Path(f"{data.name.split('.')[0]}.yaml")
+    if model is None:
+        model = Prompt.ask("Model to fine-tune", default=MODEL) if sys.stdin.isatty() else MODEL
+    write_first_recipe(out, data, test, model, found)
+    for note in found.notes:
+        print(f"guessed: {note}")
+    print(f"recipe: {out}")
+    _next("check", out)
+
+
+def _ask(flag: str, question: str, answers: list[str]) -> str:
+    """One of the answers: asked for in a terminal, else an error that names the flag."""
+    if not sys.stdin.isatty():
+        raise InputError(f"--{flag} is needed: {question[0].lower()}{question[1:]} There are {', '.join(answers)}")
+    from rich.prompt import Prompt
+
+    return Prompt.ask(question, choices=answers)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page to read instead: docs/recipe.md.")] = False,
+) -> None:
+    """Print what may stand in a recipe, as a JSON schema.
+
+    Reads and writes nothing. Editors complete and check a recipe whose first line names the schema:
+    # yaml-language-server: $schema=recipe.schema.json
+
+    Example: atlantis-ds schema > recipe.schema.json
+    """
+    import json
+
+    from atlantis_ds.config.describe import json_schema, reference_page
+
+    print(reference_page() if markdown else json.dumps(json_schema(), indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -73,12 +143,13 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     for name, arm in settings.arms.items():
         if arm.drop_ids is not None and not Path(arm.drop_ids).is_file():
             raise InputError(f"{recipe}: arms.{name}.drop_ids: {arm.drop_ids}: no such file")
-    _say_what_is_missing(recipe, settings, folder)
+    missing = _say_what_is_missing(recipe, settings, folder)
     print(f"{recipe}: valid. Run folder {folder.root}; arms {', '.join(settings.arms)}")
     _say_what_scoring_takes(settings)
+    _next("fetch" if missing else "run", recipe, overrides=overrides)
 
 
-def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> None:
+def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> bool:
     """A line for each model and data set of the hub that is not in its cache; offline that is an error."""
     from atlantis_ds import hub
 
@@ -90,6 +161,7 @@ def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> N
             f"{recipe}: HF_HUB_OFFLINE is set, but {', '.join(map(str, missing))} cannot be read without the hub; run "
             f"`atlantis-ds fetch {recipe}` where there is internet"
         )
+    return bool(missing)
 
 
 ASSUMED_PROMPT = 512
@@ -133,6 +205,7 @@ def fetch(
     hub.fetch(settings, folder, cache)
     if cache:
         print(f"jobs need: export HF_HUB_CACHE={shlex.quote(str(cache))}")
+    _next("run", recipe, overrides=overrides)
 
 
 @app.command()
@@ -157,7 +230,10 @@ def preflight(
     from atlantis_ds.preflight.preflight import preflight as check_nodes
 
     # Signals are not watched, as other commands do: there is nothing to save.
-    check_nodes(Run(settings, folder, start_ranks(min(settings.timeout_minutes, MEETING_MINUTES))))
+    started = start_ranks(min(settings.timeout_minutes, MEETING_MINUTES))
+    check_nodes(Run(settings, folder, started))
+    if started.is_main:
+        _next("run", recipe, overrides=overrides)
     stop_ranks()
 
 
@@ -177,7 +253,7 @@ def prepare(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, stages.prepare)
+    _on_ranks(recipe, overrides, stages.prepare, lambda run: _after_prepare(run.recipe))
 
 
 @app.command()
@@ -198,7 +274,7 @@ def score(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.score(run, numbers))
+    _on_ranks(recipe, overrides, lambda run: stages.score(run, numbers), lambda run: ["merge"])
 
 
 @app.command()
@@ -216,6 +292,7 @@ def merge(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     settings, folder = _load(recipe, overrides)
     console.print(diagnosis_table(merge(Run(settings, folder, Ranks.alone()))))
     print(f"weights: {folder.weights_plot}")
+    _next("diagnose", folder.root)
 
 
 @app.command()
@@ -228,18 +305,16 @@ def diagnose(run: RunPath) -> None:
 
     Example: atlantis-ds diagnose runs/demo
     """
-    from atlantis_ds.config.loading import load_recipe
     from atlantis_ds.progress import console
     from atlantis_ds.weights.diagnostics import diagnosis_table
     from atlantis_ds.weights.page import write_diagnosis
 
-    folder = RunFolder(run)
-    if not folder.recipe.is_file():
-        raise no_run(run)
-    console.print(diagnosis_table(write_diagnosis(Run(load_recipe(folder.recipe), folder, Ranks.alone()))))
-    print(
-        f"page: {run / 'diagnosis' / 'diagnosis.html'}\nlikely label errors: {run / 'diagnosis' / 'label_errors.csv'}"
-    )
+    settings, folder = _run_of(run)
+    console.print(diagnosis_table(write_diagnosis(Run(settings, folder, Ranks.alone()))))
+    written = folder.root / "diagnosis"
+    print(f"page: {written / 'diagnosis.html'}\nlikely label errors: {written / 'label_errors.csv'}")
+    command, *options = _after_evaluate(settings, folder)
+    _next(command, folder.recipe, *options)
 
 
 @app.command()
@@ -271,7 +346,8 @@ def train(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force, numbers, of_round))
+    after = ["score"] if arm == "reference" else ["evaluate", "--arm", arm]
+    _on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force, numbers, of_round), lambda run: after)
 
 
 @app.command()
@@ -291,7 +367,12 @@ def evaluate(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.evaluate(run, arm or list(run.recipe.arms)))
+    _on_ranks(
+        recipe,
+        overrides,
+        lambda run: stages.evaluate(run, arm or list(run.recipe.arms)),
+        lambda run: _after_evaluate(run.recipe, run.folder),
+    )
 
 
 @app.command()
@@ -311,7 +392,12 @@ def run(
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.run(run, force))
+    _on_ranks(
+        recipe,
+        overrides,
+        lambda run: stages.run(run, force),
+        lambda run: ["diagnose"] if run.recipe.weighted else ["compare"],
+    )
 
 
 @app.command()
@@ -321,20 +407,64 @@ def compare(
     ranks: NumberOfRanks = 1,
     part: Part = "1/1",
     force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the trainings, with time and memory; do none.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="For --dry-run: number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="For --dry-run: A100, H100, H200, L4 or 4090.")] = "H100",
 ) -> None:
     """Train and evaluate every arm with every seed; give differences with intervals.
 
     Reads what the recipe names; does the stages before training where they are missing, and skips what is finished.
+    With --dry-run it does nothing, and says what it would train, and for how long.
     Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.json, .csv and .png, runs.csv).
 
     Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
     """
-    _load(recipe, overrides)
+    loaded = _load(recipe, overrides)
+    if dry_run:
+        from atlantis_ds.plan.trainings import show_trainings
+
+        show_trainings(*loaded, gpus, gpu)
+        return _next("compare", recipe, overrides=overrides)
     numbers = _part(part)
     _start_local(ranks)
     from atlantis_ds import stages
 
-    _on_ranks(recipe, overrides, lambda run: stages.compare(run, numbers, force))
+    _on_ranks(recipe, overrides, lambda run: stages.compare(run, numbers, force), lambda run: ["diagnose"])
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows to predict; they need no label.")],
+    arm: Annotated[
+        str, typer.Option(help="Arm whose model predicts; of `compare` with its seed: sft-seed0.")
+    ] = "atlantis",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write: .jsonl, .csv or .parquet.", show_default=False)
+    ] = None,
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Label new rows with a trained arm, or answer them.
+
+    Reads model/ARM of the run, and the rows of FILE, which have the columns of the training data. Writes these rows
+    with the likeliest label (`predicted`), its probability, and that of every label; or with the response. Without
+    --out the file is FILE's name with .ARM.jsonl.
+
+    Example: atlantis-ds predict runs/demo new.jsonl --arm atlantis --out labelled.csv
+    """
+    settings, folder = _run_of(run)
+    target = out or Path(f"{Path(file).name.split('.')[0]}.{arm}.jsonl")
+    _start_local(ranks)
+    from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+    from atlantis_ds.evaluate.new_rows import predict_file
+
+    started = start_ranks(settings.timeout_minutes)
+    predict_file(Run(settings, folder, started), arm, file, target)
+    if started.is_main:
+        print(f"predictions: {target}")
+    stop_ranks()
 
 
 @app.command()
@@ -437,6 +567,7 @@ def submit(
         return
     for name, job in slurm.submit(folder, jobs, files).items():
         print(f"{name} {job}")
+    _next("status", folder.root)
 
 
 @app.command()
@@ -470,17 +601,27 @@ def kubeflow(
 
 
 @app.command()
-def status(run: RunPath) -> None:
+def status(
+    run: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
+) -> None:
     """Show how far a run is.
 
     Reads the run folder, and asks Slurm for the jobs that `submit` started. Writes nothing.
 
-    Example: atlantis-ds status runs/demo
+    Example: atlantis-ds status runs/demo --watch
     """
-    from atlantis_ds.status import status
+    from atlantis_ds.status import status, watch_status
 
-    for what, state in status(run):
+    folder = _folder_of(run)
+    if watch:
+        return watch_status(folder.root)
+    for what, state in status(folder.root):
         print(f"{what:20} {state}")
+    if folder.recipe.is_file() and not (folder.root / "slurm" / "jobs.json").exists():
+        settings, _ = _run_of(run)
+        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in settings.arms)
+        _next("run" if unfinished else "compare", folder.recipe)
 
 
 @app.command()
@@ -501,6 +642,7 @@ def plan(
     from atlantis_ds.plan.plan import plan
 
     plan(*_load(recipe, overrides), gpus, gpu, json_file)
+    _next("run", recipe, overrides=overrides)
 
 
 @app.callback(invoke_without_command=True)
@@ -562,6 +704,42 @@ def _load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 
 
+def _next(command: str, *arguments: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Say the command that goes on from here. In a Slurm job the chain goes on by itself."""
+    if "SLURM_JOB_ID" not in os.environ:
+        options = [part for override in overrides for part in ("--set", override)]
+        print(f"next: atlantis-ds {shlex.join([command, *map(str, arguments), *options])}")
+
+
+def _after_prepare(settings: Recipe) -> list[str]:
+    """The command that goes on after `prepare`, and its options."""
+    if not settings.weighted:
+        return ["train", "--arm", next(iter(settings.arms))]
+    return ["train", "--arm", "reference"] if settings.models.reference.kind == "finetuned" else ["score"]
+
+
+def _after_evaluate(settings: Recipe, folder: RunFolder) -> list[str]:
+    """An arm that is not trained yet, or the comparison."""
+    left = [arm for arm in settings.arms if not (folder.model(arm) / "training.json").exists()]
+    return ["train", "--arm", left[0]] if left else ["compare"]
+
+
+def _folder_of(run: Path) -> RunFolder:
+    """A run folder, given as itself or by its recipe."""
+    is_recipe = not run.is_dir() and run.suffix in (".yaml", ".yml")
+    return _load(run, [])[1] if is_recipe else RunFolder(run)
+
+
+def _run_of(run: Path) -> tuple[Recipe, RunFolder]:
+    """A run by its folder or by its recipe, with the recipe as the run has kept it."""
+    from atlantis_ds.config.loading import load_recipe
+
+    folder = _folder_of(run)
+    if not folder.recipe.is_file():
+        raise no_run(folder.root)
+    return load_recipe(folder.recipe), folder
+
+
 def _text_of(path: Path, key: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -584,7 +762,10 @@ def _start_local(ranks: int) -> None:
         sys.exit(run_ranks(sys.argv[1:], ranks))
 
 
-def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Run], None]) -> None:
+def _on_ranks(
+    recipe: Path, overrides: list[str], stage: Callable[[Run], None], after: Callable[[Run], Sequence[str]]
+) -> None:
+    """Do a stage on all ranks; ``after`` gives the command that goes on, and its options."""
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 
     settings, folder = _load(recipe, overrides)
@@ -592,5 +773,9 @@ def _on_ranks(recipe: Path, overrides: list[str], stage: Callable[[Run], None]) 
     watch_signals()
     if ranks.is_main and remove_stale_stop(folder):
         print(f"{folder.stop}: from before this job, removed")
-    stage(Run(settings, folder, ranks))
+    run = Run(settings, folder, ranks)
+    stage(run)
+    if ranks.is_main:
+        command, *options = after(run)
+        _next(command, folder.root if command == "diagnose" else recipe, *options, overrides=overrides)
     stop_ranks()

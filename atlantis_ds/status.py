@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from datetime import timedelta
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from atlantis_ds.cluster.slurm import job_states
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.files import read_json
 from atlantis_ds.run_folder import RunFolder, no_run
+
+AGAIN = 2
+"""Seconds between two looks of `watch_status`."""
 
 
 def status(root: Path) -> list[tuple[str, str]]:
@@ -41,6 +45,27 @@ def status(root: Path) -> list[tuple[str, str]]:
         if metrics.exists():
             lines.append((f"evaluate {arm}", _evaluation(read_json(metrics))))
     return lines + job_states(root / "slurm" / "jobs.json")
+
+
+def watch_status(root: Path) -> None:
+    """Show `status` as a table that is made anew every ``AGAIN`` seconds, until Ctrl-C.
+
+    Raises:
+        InputError: there is no run in this folder.
+    """
+    from rich.live import Live
+    from rich.table import Table
+
+    def table() -> Table:
+        made = Table("stage", "state", title=f"{root}, {datetime.now():%H:%M:%S}", title_justify="left")
+        for line in status(root):
+            made.add_row(*line)
+        return made
+
+    with contextlib.suppress(KeyboardInterrupt), Live(table(), auto_refresh=False) as live:
+        while True:
+            time.sleep(AGAIN)
+            live.update(table(), refresh=True)
 
 
 def _events(folder: RunFolder) -> list[dict[str, Any]]:

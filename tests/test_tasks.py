@@ -66,6 +66,17 @@ def metrics(run: Path, arm: str) -> dict[str, Any]:
     return found
 
 
+def new_rows(source: Path, out: Path, drop: str) -> Path:
+    """The rows of a JSON Lines file without what is to be predicted."""
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    if drop == "messages":
+        rows = [{"messages": row["messages"][:-1]} for row in rows]
+    out.write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != drop or drop == "messages"}) + "\n" for row in rows)
+    )
+    return out
+
+
 def test_classification(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -> None:
     data = {
         "train": str(files / "weak.csv"),
@@ -88,8 +99,32 @@ def test_classification(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -
         figures = metrics(run, arm)
         assert figures["n"] == 12 and 0 <= figures["macro_f1"] <= 1
         assert (figures["official"] is None) == (not all("(" in label or label == "Other" for label in info["labels"]))
-    succeed("local", 1, "diagnose", run)
+    assert f"next: atlantis-ds train {run}/recipe.yaml" not in succeed("local", 1, "diagnose", recipe)
     assert (run / "diagnosis" / "diagnosis.html").exists()
+    _predicts_as_it_was_evaluated(files, tmp_path, run, info["labels"])
+
+
+def _predicts_as_it_was_evaluated(files: Path, tmp_path: Path, run: Path, labels: list[str]) -> None:
+    """New rows get the labels that the same texts got as test examples, whatever the number of ranks and the format."""
+    rows = new_rows(files / "test.jsonl", tmp_path / "new.jsonl", drop="gold")
+    said = succeed("local", 2, "predict", run, rows, "--arm", "sft", "--out", tmp_path / "two.jsonl")
+    assert f"predictions: {tmp_path / 'two.jsonl'}" in said
+    succeed("local", 1, "predict", tmp_path / "recipe.yaml", rows, "--arm", "sft", "--out", tmp_path / "one.csv")
+    found = [json.loads(line) for line in (tmp_path / "two.jsonl").read_text().splitlines()]
+    evaluated = pq.read_table(run / "eval" / "sft" / "predictions.parquet")["predicted"].to_pylist()
+    assert [row["predicted"] for row in found] == evaluated
+    assert [row["text"] for row in found] == [sentence for sentence, _ in corpus()[48:]]
+    for row in found:
+        shares = {label: row[f"p({label})"] for label in labels}
+        assert abs(sum(shares.values()) - 1) < 1e-9
+        assert row["probability"] == max(shares.values()) == shares[row["predicted"]]
+    with (tmp_path / "one.csv").open(newline="") as file:
+        for one, two in zip(csv.DictReader(file), found, strict=True):
+            assert one["predicted"] == two["predicted"] and abs(float(one["probability"]) - two["probability"]) < 1e-6
+    (tmp_path / "other.jsonl").write_text('{"words": "The fire caused panic."}\n')
+    refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), "other.jsonl:1", "text")
+    refuse(launch("local", 1, "predict", run, rows, "--arm", "nope"), "nope", "train")
+    assert not (tmp_path / "other.atlantis.jsonl").exists()
 
 
 def test_responses(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -> None:
@@ -127,6 +162,14 @@ def test_responses(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -> Non
     }
     comparison = json.loads((run / "compare" / "comparison.json").read_text())
     assert comparison["metric"] == "exact_match" and comparison["arms"][0]["runs"] == 2
+    _answers_as_it_was_evaluated(files / "said.test.jsonl", "completion", tmp_path, "sft-seed1")
+
+
+def _answers_as_it_was_evaluated(source: Path, drop: str, folder: Path, arm: str) -> None:
+    rows = new_rows(source, folder / "new.jsonl", drop)
+    succeed("local", 1, "predict", folder / "run", rows, "--arm", arm, "--out", folder / "out.parquet")
+    evaluated = pq.read_table(folder / "run" / "eval" / arm / "predictions.parquet")["predicted"].to_pylist()
+    assert pq.read_table(folder / "out.parquet")["predicted"].to_pylist() == evaluated
 
 
 @pytest.mark.parametrize("train_on", ["last", "all"])
@@ -153,6 +196,7 @@ def test_chats(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe, chat_model
     gold = pq.read_table(run / "eval" / "sft" / "predictions.parquet")["gold"].to_pylist()
     assert gold == [f"It is {label}. #### {label}" for _, label in corpus()[48:]]
     assert metrics(run, "sft")["exact_match"] is not None
+    _answers_as_it_was_evaluated(files / "chat.test.jsonl", "messages", tmp_path, "sft")
 
 
 def test_weights_alone_need_no_test_file(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -> None:

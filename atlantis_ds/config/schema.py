@@ -21,7 +21,9 @@ Files = str | list[str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Noise(Section):
@@ -80,6 +82,7 @@ class Data(Section):
     hub_id: str | None = None
     """Hugging Face dataset id (or local folder) to read with `datasets` instead of the three files."""
     columns: Columns = Columns()
+    """What the columns of the rows mean."""
     labels: list[str] | None = None
     """The label set, in order. Without it: the format's own labels, else all labels of train, gold ones included."""
     max_labels: Positive = 200
@@ -167,10 +170,15 @@ class Scratch(Section):
     """A tiny model built from a config and pretrained on the corpus text: for the demo and for tests."""
 
     hidden_size: Positive = 128
+    """Width of the model."""
     num_hidden_layers: Positive = 4
+    """Number of layers."""
     num_attention_heads: Positive = 4
+    """Attention heads of a layer."""
     vocab_size: Positive = 1024
+    """Tokens of the tokenizer, which is trained on the corpus, too."""
     pretrain_epochs: Annotated[int, Field(ge=0)] = 1
+    """Passes over the corpus text before anything else."""
 
     @model_validator(mode="after")
     def _shape(self) -> Scratch:
@@ -319,16 +327,23 @@ class Train(Section):
     dtype: DType = "bfloat16"
     """bfloat16 keeps fp32 master weights in the optimizer."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW. LoRA takes about ten times that of full training."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Times that every training example is seen; a fraction is allowed."""
     warmup_ratio: Fraction = 0.03
+    """Share of the optimizer steps in which the learning rate rises from 0."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0: they are not."""
     train_batch_size: Positive = 32
     """Examples an optimizer step, over all ranks. The same on any world size."""
     per_device_train_batch_size: Positive = 8
     """Examples a micro-batch on one rank; gradient accumulation follows from the two."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more work."""
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = "auto"
     """Attention kernels of training; `auto` is what transformers chooses, mostly `sdpa`. `flash_attention_2` (a package
     of its own) and `flex_attention` need a GPU. Scoring and evaluation have those of `auto`, which take every mask."""
@@ -344,9 +359,13 @@ class Train(Section):
     reduction: Literal["example", "token"] = "example"
     """Divide the weighted sum by the number of examples, or of label tokens, of the global batch."""
     lora_r: Positive = 16
+    """Rank of the LoRA adapters."""
     lora_alpha: Positive = 32
+    """The adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the adapters."""
     lora_target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get adapters, or `all-linear`."""
     logging_steps: Positive = 10
     """In a batch job, one log line every so many steps (log.jsonl gets every step)."""
     eval_steps: Positive | None = None
@@ -468,10 +487,15 @@ class Slurm(Section):
     prepare: Sbatch = {}
     """For the jobs of one stage, as `{partition: cpu, time: "01:00:00"}`."""
     preflight: Sbatch = {}
+    """The same for the jobs of `preflight`."""
     train: Sbatch = {}
+    """The same for the jobs of `train`."""
     score: Sbatch = {}
+    """The same for the jobs of `score`."""
     merge: Sbatch = {}
+    """The same for the jobs of `merge`."""
     evaluate: Sbatch = {}
+    """The same for the jobs of `evaluate`."""
 
     def of(self, stage: str) -> dict[str, SbatchValue]:
         """The options for the jobs of a stage."""
@@ -483,19 +507,27 @@ class Recipe(Section):
     name: str
     """Name of the run; its folder is runs_dir/name."""
     runs_dir: str = "runs"
+    """Folder that holds the run folders."""
     seed: Seed = 0
     """Of data, noise, folds and scores; and of training, but for `compare`."""
     data: Data
+    """What is trained and tested on."""
     prompt: Prompt = Prompt()
+    """What the models read before a label or response."""
     models: Models
+    """The three frozen models that score; the first is trained, too."""
     score: Score = Score()
+    """How the training examples are scored."""
     weights: Weights = Weights()
+    """How scores become one weight an example."""
     train: Train = Train()
+    """How the large model (and a fine-tuned reference) is trained."""
     arms: dict[str, Arm] = DEFAULT_ARMS
     """What to train and compare. Every arm shares data order, schedule and reduction."""
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0, 1, 2, 3, 4]
     """`compare` trains every arm once with each: order of the data, adapters, dropout."""
     evaluate: Evaluate = Evaluate()
+    """How the test examples are predicted."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Where figures go beside log.jsonl; each is an extra of the package. A tracker that fails ends no training."""
     slurm: Slurm = Slurm()

@@ -121,6 +121,7 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
         "digests": {split: [file.digest, file.gold_digest] for split, file in written.items()},
         "task": recipe.task,
         "chat": is_chat(train.template),
+        "template": train.template,
         "labels": labels,
         "whole_ids": train.whole_ids,
         "counts": {split: len(rows[split]) for split in SPLITS},

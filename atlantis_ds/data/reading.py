@@ -60,6 +60,38 @@ def first_examples(recipe: Recipe, split: str, count: int = 3) -> list[Found]:
     return list(islice(read_split(recipe, split, refuse) or (), count))
 
 
+def read_new_rows(recipe: Recipe, paths: str) -> Iterator[tuple[Row, Found]]:
+    """Rows to predict, which need no label or response, each with its example; rows with marked entities for relations.
+
+    Raises:
+        InputError: a file is missing, or a row cannot be read.
+    """
+
+    def refuse(where: str, what: str) -> None:
+        raise InputError(f"{where}: {what}")
+
+    for row in read_rows(expand(paths, "FILE"), refuse):
+        try:
+            yield row, _labelled(recipe, row) if recipe.task != "response" else _asked(recipe.data, row)
+        except BadRow as problem:
+            refuse(row.where, str(problem))
+
+
+def _asked(data: Data, row: Row) -> Found:
+    """A prompt that waits for its response: all columns, or a chat that ends with someone else's turn."""
+    columns, values = data.columns, row.values
+    id = _id(columns, values)
+    if messages := _messages(columns, values):
+        turns = whole_turns(values.get(messages))
+        if not turns or turns[-1]["role"] == "assistant":
+            raise BadRow("the chat is empty or ends with the assistant: there is nothing to answer")
+        prompt = json.dumps(turns, ensure_ascii=False)
+        return Found(row.where, id, {"messages": prompt}, prompt, None, None, number=row.number)
+    response = _said(columns, values)
+    fields = _text_fields(columns, values, skip=(response,) if response else ())
+    return Found(row.where, id, fields, None, None, None, number=row.number)
+
+
 def _grammar(recipe: Recipe, split: str) -> Iterator[Found]:
     data = recipe.data
     sizes = data.train_size or TRAIN_SIZE, data.dev_size or DEV_SIZE, data.test_size or TEST_SIZE
@@ -178,12 +210,7 @@ def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
     Raises:
         BadRow: not a list of {role, content} turns, or no assistant turn, or nothing before it.
     """
-    if not isinstance(messages, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in messages
-    ):
-        raise BadRow("the messages are not a list of {role, content} turns with texts")
-    turns = [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in messages]
+    turns = whole_turns(messages)
     spoken = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not spoken:
         raise BadRow("no assistant turn to learn")
@@ -194,6 +221,16 @@ def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
         raise BadRow("an assistant turn is empty")
     before, learned = turns[:cut], turns[cut : spoken[-1] + 1]
     return json.dumps(before, ensure_ascii=False), json.dumps(learned, ensure_ascii=False)
+
+
+def whole_turns(messages: Any) -> list[dict[str, str]]:
+    """The turns of a chat, role and content alone. Raises BadRow: it is not a list of such turns."""
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
+    ):
+        raise BadRow("the messages are not a list of {role, content} turns with texts")
+    return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in messages]
 
 
 def _text_fields(columns: Columns, values: dict[str, Any], skip: tuple[str, ...] = ()) -> dict[str, str]:

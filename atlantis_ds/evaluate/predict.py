@@ -18,7 +18,7 @@ from atlantis_ds.evaluate.generate import generate_greedy
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import fingerprint, finished, read_json
 from atlantis_ds.lm.check import check_generation, check_scoring, sample_rows
-from atlantis_ds.lm.encode import Encoder, last_turn
+from atlantis_ds.lm.encode import Encoded, Encoder, last_turn
 from atlantis_ds.lm.likelihood import score_choices, score_pairs
 from atlantis_ds.lm.load import dtype_on, give_memory_back, load_config, load_scorer, load_tokenizer, model_identity
 from atlantis_ds.lm.staging import node_copy
@@ -49,10 +49,7 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
     examples = load_examples(folder)
     if not len(examples.test):
         raise InputError("data.test: the recipe names no test examples, so nothing can be evaluated")
-    path = folder.model(arm) / recipe.evaluate.checkpoint
-    if not (folder.model(arm) / "training.json").exists() or not path.is_dir():
-        raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
-    model = Model(model_name_or_path=str(path))
+    model = trained_model(run, arm)
     info, mark = ranks.broadcast(_inputs(run, model, examples.fingerprint) if ranks.is_main else None)
     results = folder.evaluation(arm)
     if ranks.broadcast(finished(results / "metrics.json", mark)):
@@ -62,13 +59,9 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
 
     tokens = encode_split(run, examples, "test", model)
     encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat)
-    dtype = dtype_on(recipe.evaluate.dtype, ranks.device)
-    lm = load_scorer(model, dtype, ranks.device, node_copy(run, model))
     samples = [tokens[row] for row in sample_rows(tokens.lengths)]
-    labels = None if examples.labels is None else encoder.label_set
-    ways = check_scoring(lm, samples, labels, samples[0].eos, prefix=True)
-    if examples.labels is None or recipe.evaluate.method == "generate":
-        ways = check_generation(lm, [pair.prompt for pair in samples], samples[0].eos, ways)
+    generates = examples.labels is None or recipe.evaluate.method == "generate"
+    lm, ways = load_checked(run, model, encoder, samples, generates)
     run.say(f"evaluate {arm}: {ways}")
     mine = np.arange(len(examples.test))[ranks.rank :: ranks.world_size]
     with Steps(f"evaluate {arm}", len(mine), "examples", ranks.is_main, every=max(1, len(mine) // 5)) as steps:
@@ -84,10 +77,35 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
         order = np.argsort(np.concatenate([rows for rows, _ in parts]), kind="stable")
         table = pa.concat_tables([table for _, table in parts if table is not None]).take(pa.array(order))
         speed = round(steps.rate * ranks.world_size, 2)
+        dtype = dtype_on(recipe.evaluate.dtype, ranks.device)
         about = {"fingerprint": mark, "arm": arm, "examples_per_s": speed, "dtype": dtype, **info}
         figures = _write(run, examples, table, results, about)
     shared: dict[str, Any] = ranks.broadcast(figures)
     return shared
+
+
+def trained_model(run: Run, arm: str) -> Model:
+    """The model of an arm that ``evaluate.checkpoint`` names. Raises InputError: the arm is not trained."""
+    path = run.folder.model(arm) / run.recipe.evaluate.checkpoint
+    if not (run.folder.model(arm) / "training.json").exists() or not path.is_dir():
+        raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
+    return Model(model_name_or_path=str(path))
+
+
+def load_checked(run: Run, model: Model, encoder: Encoder, samples: list[Encoded], generates: bool) -> tuple[Any, Ways]:
+    """The model in eval mode on this rank's device, and which fast ways give the values of the plain ones.
+
+    Args:
+        encoder: its label set, where it has one, is what will be ranked.
+        samples: a few of the examples; see `sample_rows`.
+        generates: whether text will be generated.
+    """
+    device = run.ranks.device
+    lm = load_scorer(model, dtype_on(run.recipe.evaluate.dtype, device), device, node_copy(run, model))
+    ways = check_scoring(lm, samples, encoder.label_set, samples[0].eos, prefix=True)
+    if generates:
+        ways = check_generation(lm, [pair.prompt for pair in samples], samples[0].eos, ways)
+    return lm, ways
 
 
 def finished_evaluation(run: Run, arm: str) -> dict[str, Any] | None:
@@ -188,16 +206,26 @@ def rank_labels(
     advance: Advance,
 ) -> list[str]:
     """The label with the greatest log-likelihood, end-of-sequence token included, for each prompt."""
+    sums = label_sums(lm, encoder, prompts, options, ways, advance)
+    return [labels[index] for index in sums.argmax(axis=1)]
+
+
+def label_sums(
+    lm: Any, encoder: Encoder, prompts: list[list[int]], options: Evaluate, ways: Ways, advance: Advance
+) -> np.ndarray:
+    """Log-likelihood of each label of the set, end-of-sequence token included, behind each prompt: float64 [n, K]."""
+    assert encoder.label_set is not None
     sums = score_choices(
         lm,
         prompts,
-        [encoder.label_ids(label) for label in labels],
+        encoder.label_set,
         encoder.tokenizer.eos_token_id,
         options.tokens_per_batch,
         lambda count, _: advance(count),
         ways=ways,
     )
-    return [labels[index] for index in sums.sum(dim=2).argmax(dim=1)]
+    found: np.ndarray = sums.sum(dim=2).numpy()
+    return found
 
 
 def generate_labels(

@@ -57,17 +57,48 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
     """
+    result = estimate(recipe, folder, gpus, gpu)
+    _show(recipe, result)
+    if out is not None:
+        write_json(out, result)
+
+
+def estimate(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> dict[str, Any]:
+    """Memory of every mode and hours of every stage, as `plan` writes them.
+
+    Raises:
+        InputError: an unknown kind of GPU, or a model without a readable config.
+    """
     hush_libraries()
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: unknown; known: {', '.join(GPUS)}")
     model = model_source(recipe, folder, "large")
     config = read_config(model)
     lengths = measure_lengths(recipe, folder, model)
+    rows, shapes = _modes(recipe.train, config, lengths, gpus)
+    behind = round(lengths.labels * lengths.label_mean) if recipe.score.label_set and lengths.labels else None
+    sizes = Sizes.of(config.to_dict(), shapes["full"].parameters)
+    score = recipe.score.model_copy(update={"dtype": dtype_on(recipe.score.dtype, torch.device("cuda"))})
+    return {
+        "model": str(model.model_name_or_path),
+        "parameters": shapes["full"].parameters,
+        "gpus": gpus,
+        "gpu": gpu,
+        "lengths": lengths.__dict__,
+        "modes": rows,
+        "score": str(scoring_memory(sizes, score, lengths.prompt_max, behind)),
+        "hours": work_hours(recipe, folder, shapes, lengths, gpus, gpu),
+        "take": choose(rows, recipe.train, GPUS[gpu]),
+    }
+
+
+def _modes(train: Train, config: Any, lengths: Lengths, gpus: int) -> tuple[list[dict[str, Any]], dict[str, Shape]]:
+    """A line of the plan for each mode and bundled DeepSpeed config; and the shapes of full and lora."""
     files = sorted(bundled_files("ds_configs").values(), key=_speed)
     rows, shapes = [], {}
     for mode in ("full", "lora", "qlora"):
         # QLoRA computes as LoRA does; its weights are unpacked one layer at a time.
-        traced = _with(recipe.train, mode="lora" if mode == "qlora" else mode)
+        traced = _with(train, mode="lora" if mode == "qlora" else mode)
         if mode != "qlora":
             shapes[mode] = model_shape(build_model(config, traced))
             passes = {
@@ -77,29 +108,10 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
                 for kept in (False, True)
             }
         for file in files:
-            row = mode_row(recipe.train, mode, file, shapes[traced.mode], passes, gpus)
+            row = mode_row(train, mode, file, shapes[traced.mode], passes, gpus)
             if row is not None:
                 rows.append(row)
-    hours = work_hours(recipe, folder, shapes, lengths, gpus, gpu)
-    behind = round(lengths.labels * lengths.label_mean) if recipe.score.label_set and lengths.labels else None
-    sizes = Sizes.of(config.to_dict(), shapes["full"].parameters)
-    score = recipe.score.model_copy(update={"dtype": dtype_on(recipe.score.dtype, torch.device("cuda"))})
-    scoring = scoring_memory(sizes, score, lengths.prompt_max, behind)
-    choice = choose(rows, recipe.train, GPUS[gpu])
-    result = {
-        "model": str(model.model_name_or_path),
-        "parameters": shapes["full"].parameters,
-        "gpus": gpus,
-        "gpu": gpu,
-        "lengths": lengths.__dict__,
-        "modes": rows,
-        "score": str(scoring),
-        "hours": hours,
-        "take": choice,
-    }
-    _show(recipe, result)
-    if out is not None:
-        write_json(out, result)
+    return rows, shapes
 
 
 def _with(train: Train, **changes: Any) -> Train:

@@ -122,6 +122,7 @@ class Trainer:
     """One training job on all ranks: engine, tokens and state; see ``train`` for the way of a step."""
 
     def __init__(self, run: Run, examples: Examples, job: Job, mark: str) -> None:
+        self.began = time.monotonic()
         self.run, self.examples, self.job, self.settings = run, examples, job, job.settings
         self.tokens = [encode_split(run, examples, part.split, job.model, part.column) for part in job.parts]
         self.lengths = np.concatenate([tokens.lengths[part.rows] for tokens, part in zip(self.tokens, job.parts)])
@@ -362,10 +363,11 @@ class Trainer:
         name, step = self.job.name, self.state.step
         if step:
             self.run.say(f"train {name}: going on from step {step}")
-        waited = round(since_process_start(), 1)
-        self.run.say(f"train {name}: first batch {waited} s after this program began")
+        waited = time.monotonic() - self.began
+        self.run.say(f"train {name}: first batch {waited:.1f} s after its model began to load")
         if self.run.ranks.is_main:
-            self.run.log(event="start", arm=name, step=step, steps=self.total, since_process_start=waited)
+            since = round(since_process_start(), 1)
+            self.run.log(event="start", arm=name, step=step, steps=self.total, since_process_start=since)
 
     def _note_skipped(self, places: np.ndarray) -> None:
         """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""

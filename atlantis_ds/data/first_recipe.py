@@ -1,0 +1,114 @@
+"""``atlantis-ds init``: a commented recipe for a data file that ``check`` accepts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+from atlantis_ds.config.describe import SCHEMA_FILE
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.data.guess import Guess
+from atlantis_ds.data.ingest import look_at_data
+from atlantis_ds.errors import InputError
+from atlantis_ds.files import write_text
+
+MODEL = "Qwen/Qwen2.5-1.5B"
+"""The model of a first recipe: large enough to be of use, small enough for LoRA on one GPU of 24 GB."""
+
+
+def write_first_recipe(out: Path, data: Path, test: Path | None, model: str, found: Guess) -> None:
+    """Write a recipe for ``data``, which is what ``found`` says.
+
+    Raises:
+        InputError: ``out`` is there already, or the data cannot be read as the recipe says.
+    """
+    if out.exists():
+        raise InputError(f"{out}: is there already; name another file with --out")
+    text = recipe_text(out, data, test, model, found)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "recipe.yaml"
+        draft.write_text(text, encoding="utf-8")
+        look_at_data(load_recipe(draft))
+    write_text(out, text)
+
+
+def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Guess) -> str:
+    """The recipe, with comments that say what may be changed."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", out.stem).lstrip("._-") or "run"
+    groups = "group" in found.columns
+    lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
+        f"# Written by `atlantis-ds init {shlex.quote(str(data))}`. `atlantis-ds check {out}` looks at it.",
+        f"name: {_text(name)} # the run folder is runs/{name}",
+        "seed: 1",
+        "data:",
+        f"  format: {found.format}" if found.format else f"  task: {found.task}",
+        f"  train: {_text(str(data))}",
+        *_test_lines(test, groups),
+    ]
+    if found.columns:
+        columns = ", ".join(f"{key}: {_text(column)}" for key, column in found.columns.items())
+        lines.append(f"  columns: {{{columns}}}")
+    if found.template:
+        options = "{options} and " if found.task != "response" else ""
+        lines += [
+            "prompt:",
+            f"  template: {json.dumps(found.template, ensure_ascii=False)} # {options}any column in {{}}",
+        ]
+    lines += [
+        "models:",
+        f"  large: {{model_name_or_path: {_text(model)}}} # is trained",
+        f"  small: {{model_name_or_path: {_text(model)}}} # the reference starts from it; a smaller one is cheaper",
+        *_reference_lines(groups),
+        *_weights_lines(found.task, groups),
+        "train:",
+        "  mode: lora # or full, qlora; `atlantis-ds plan` says what fits",
+        "  deepspeed: zero0.json",
+        "  learning_rate: 1e-4 # for mode: full rather 1e-5",
+        "  num_train_epochs: 3",
+        "  train_batch_size: 16",
+        "  per_device_train_batch_size: 4",
+        "arms: # what is trained and compared; `compare` trains each with several seeds",
+        "  sft: {weights: {formula: uniform}}",
+        "  atlantis: {}",
+    ]
+    if "gold" in found.columns:
+        lines.append("  # gold: {gold: true, weights: {formula: uniform}} # what right labels would give")
+    return "\n".join(lines) + "\n"
+
+
+def _test_lines(test: Path | None, groups: bool) -> list[str]:
+    if test is not None:
+        return [f"  test: {_text(str(test))}"]
+    return ["  # test: FILE # with gold labels; without it nothing is evaluated, and `compare` has nothing to compare"]
+
+
+def _reference_lines(groups: bool) -> list[str]:
+    if groups:
+        return [
+            "  reference: {folds: 4, folds_by: group} # an example's scorer saw nothing of its group",
+        ]
+    return ["  reference: {folds: 4, rounds: 2} # an example's scorer did not train on it"]
+
+
+def _weights_lines(task: str, groups: bool) -> list[str]:
+    if task == "response":
+        return ["weights: {formula: reference, power: 2, clip: [0, 1.6]} # docs/results.md"]
+    power = ", power: 4" if groups else ""
+    return [f"weights: {{formula: posterior{power}}} # docs/results.md; weights are 1 where no noise is found"]
+
+
+def _text(text: str) -> str:
+    """A text in YAML, in quotes where it needs them."""
+    plain = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", text) and text.lower() not in (
+        "true",
+        "false",
+        "null",
+        "~",
+        "yes",
+        "no",
+    )
+    return text if plain else json.dumps(text, ensure_ascii=False)

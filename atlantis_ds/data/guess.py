@@ -1,0 +1,240 @@
+"""A first recipe for a data file: what its columns are, guessed from the rows and asked where that is not enough."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from atlantis_ds.config.schema import Task
+from atlantis_ds.data.prompts import TEXTS
+from atlantis_ds.data.reading import RESPONSES
+from atlantis_ds.data.rows import BadRow, label_text
+from atlantis_ds.data.sources import read_rows
+from atlantis_ds.errors import InputError
+
+ROWS = 5000
+"""Rows that are looked at."""
+LABELS = (
+    "label",
+    "labels",
+    "weak",
+    "weak_label",
+    "noisy_label",
+    "relation",
+    "class",
+    "category",
+    "intent",
+    "sentiment",
+)
+GOLDS = ("gold", "gold_label", "true_label", "truth")
+GROUPS = ("group", "rule", "rules", "source", "annotator", "worker")
+IDS = ("id", "idx", "uid", "guid")
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "context"), ("text_a", "text_b"))
+MOST_LABELS = 200
+LONGEST_LABEL = 60
+"""Characters, in the mean: what is longer is a text."""
+
+Ask = Callable[[str, str, list[str]], str]
+"""Called with a flag, a question and the possible answers; gives one of these."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the first rows hold in one column."""
+
+    name: str
+    filled: int
+    """Rows where it is not empty."""
+    distinct: int
+    is_text: bool
+    can_be_label: bool
+    length: float
+    """Characters, in the mean."""
+
+
+@dataclass
+class Guess:
+    """What a data file holds, for a recipe."""
+
+    task: Task
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    """What ``data.columns`` is to say: label, gold, response, messages, group, id."""
+    template: str | None = None
+    labels: int = 0
+    """Different labels in the first rows."""
+    notes: list[str] = field(default_factory=list)
+    """What was guessed, in sentences."""
+
+
+def guess(path: Path, task: Task | None, given: dict[str, str], texts: list[str], ask: Ask) -> Guess:
+    """What the rows of a data file are, so that a recipe can name it.
+
+    Args:
+        path: JSON Lines, JSON, CSV, TSV, Parquet, Arrow; the official SemEval file, or SpERT's JSON.
+        task: where it is known.
+        given: columns that are known: label, gold, response, messages, group, id.
+        texts: the columns of the prompt, where they are known.
+        ask: for what the rows do not tell.
+
+    Raises:
+        InputError: the file cannot be read, has no rows, or lacks a column that was given.
+    """
+    if path.suffix.lower() == ".txt" and re.match(r'\d+\t"', _first_line(path)):
+        return Guess("relation", "semeval2010_task8", notes=["the official form of SemEval-2010 Task 8"])
+    rows = _first_rows(path)
+    if {"tokens", "entities", "relations"} <= rows[0].keys():
+        return Guess("relation", "spert", notes=["SpERT's form: tokens, entities, relations"])
+    columns = _columns(rows)
+    for key, name in [*given.items(), *(("text", name) for name in texts)]:
+        if name not in columns:
+            raise InputError(f"--{key} {name}: {path} has no such column; it has {', '.join(columns)}")
+    found = Guess(task or _task(rows, columns, given))
+    if not task:
+        found.notes.append(f"task: {found.task}")
+    _name_usual(found, columns, given, {"id": IDS, "gold": GOLDS, "group": GROUPS})
+    if found.task == "response":
+        _response(found, rows, columns, given, ask)
+    else:
+        _label(found, columns, given, ask)
+    _template(found, columns, texts, ask)
+    return found
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.readline()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _first_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+
+    def refuse(where: str, what: str) -> None:
+        raise InputError(f"{where}: {what}; mend the row, or take it out")
+
+    rows = [row.values for row in islice(read_rows([path], refuse), ROWS)]
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Column]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _column(name, [row[name] for row in rows if row.get(name) not in (None, "")]) for name in names}
+
+
+def _column(name: str, values: list[Any]) -> Column:
+    try:
+        labels = [label_text(value) for value in values]
+    except BadRow:
+        labels = []
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
+    distinct = len(set(texts))
+    length = sum(map(len, texts)) / max(len(texts), 1)
+    few = 2 <= distinct <= min(MOST_LABELS, len(values) / 2) and length <= LONGEST_LABEL
+    is_text = bool(values) and all(isinstance(value, str) for value in values)
+    return Column(name, len(values), distinct, is_text, bool(labels) and few, length)
+
+
+def _task(rows: list[dict[str, Any]], columns: dict[str, Column], given: dict[str, str]) -> Task:
+    if given.keys() & {"response", "messages"} or ("label" not in given and isinstance(rows[0].get("messages"), list)):
+        return "response"
+    if {"e1", "e2"} <= columns.keys() or {"h", "t"} <= columns.keys():
+        return "relation"
+    if any("<e1>" in str(rows[0].get(name, "")) for name in ("sentence", "text")):
+        return "relation"
+    named = any(name in columns for name in LABELS)
+    if "label" not in given and not named and any(_free(columns.get(name)) for name in RESPONSES):
+        return "response"
+    return "classification"
+
+
+def _free(column: Column | None) -> bool:
+    """Whether a column holds free text rather than labels."""
+    return column is not None and column.is_text and not column.can_be_label
+
+
+def _name_usual(
+    found: Guess, columns: dict[str, Column], given: dict[str, str], usual: dict[str, tuple[str, ...]]
+) -> None:
+    for key, names in usual.items():
+        name = given.get(key) or next((name for name in names if name in columns), None)
+        if name is None or (name in given.values() and given.get(key) != name):
+            continue
+        if key == "id" and columns[name].distinct < columns[name].filled:
+            continue
+        found.columns[key] = name
+        if key not in given:
+            found.notes.append(f"column `{name}`: {key}")
+
+
+def _label(found: Guess, columns: dict[str, Column], given: dict[str, str], ask: Ask) -> None:
+    name = given.get("label")
+    if name is None:
+        taken = set(found.columns.values()) | set(given.values())
+        known = [label for label in LABELS if label in columns and label not in taken]
+        likely = known or [c.name for c in columns.values() if c.can_be_label and c.name not in taken]
+        name = likely[0] if len(likely) == 1 or known else None
+        name = name or ask("label", "Which column holds the label to train on?", likely or list(columns))
+        found.notes.append(f"column `{name}`: label, {columns[name].distinct} different ones")
+    found.columns["label"] = name
+    found.labels = columns[name].distinct
+    if columns[name].distinct > MOST_LABELS:
+        raise InputError(
+            f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are no label "
+            "set; name another column, or take --task response"
+        )
+
+
+def _response(
+    found: Guess, rows: list[dict[str, Any]], columns: dict[str, Column], given: dict[str, str], ask: Ask
+) -> None:
+    if "messages" in given or ("response" not in given and isinstance(rows[0].get("messages"), list)):
+        found.columns["messages"] = given.get("messages", "messages")
+        return
+    name = given.get("response") or next((name for name in RESPONSES if name in columns), None)
+    if name is None:
+        free = [column.name for column in columns.values() if _free(column)]
+        name = ask("response", "Which column holds the response to learn?", free or list(columns))
+    found.columns["response"] = name
+    if "response" not in given:
+        found.notes.append(f"column `{name}`: response")
+
+
+def _template(found: Guess, columns: dict[str, Column], texts: list[str], ask: Ask) -> None:
+    """The prompt, written out so that it can be edited; relations and chats keep the one of their own."""
+    if found.task == "relation" or "messages" in found.columns:
+        return
+    if not texts:
+        texts = _texts(found, columns, ask)
+        found.notes.append(f"prompt: {', '.join(f'`{name}`' for name in texts)}")
+    if found.task == "response":
+        found.template = "\n".join(f"{{{name}}}" for name in texts)
+        return
+    several = len(texts) > 1
+    body = "\n".join(f"{name}: {{{name}}}" if several else f"{{{name}}}" for name in texts)
+    found.template = f"Which label fits: {{options}}?\n{body}"
+
+
+def _texts(found: Guess, columns: dict[str, Column], ask: Ask) -> list[str]:
+    """The columns of the prompt: those of a usual name, or the only one that holds free text."""
+    left = [column for column in columns.values() if column.name not in found.columns.values()]
+    free = [column.name for column in left if _free(column)]
+    if found.task == "response" and "instruction" in free:
+        return ["instruction", *(["input"] if "input" in columns else [])]
+    for pair in PAIRS:
+        if set(pair) <= set(free):
+            return list(pair)
+    usual = [name for name in TEXTS if name in free]
+    if usual or len(free) == 1:
+        return [(usual or free)[0]]
+    return [ask("text", "Which column holds the text?", free or [column.name for column in left])]

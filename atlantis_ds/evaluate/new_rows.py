@@ -1,0 +1,145 @@
+"""``atlantis-ds predict``: labels, or responses, of a trained arm for rows that nobody has labelled."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from atlantis_ds.data.examples import Examples, load_examples
+from atlantis_ds.data.ingest import is_chat
+from atlantis_ds.data.prompts import render_prompt, template_for
+from atlantis_ds.data.reading import read_new_rows
+from atlantis_ds.data.rows import BadRow, Found
+from atlantis_ds.errors import InputError
+from atlantis_ds.evaluate.generate import generate_greedy
+from atlantis_ds.evaluate.predict import label_sums, load_checked, trained_model
+from atlantis_ds.files import write_atomic, write_table
+from atlantis_ds.lm.check import sample_rows
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.load import give_memory_back, load_config, load_tokenizer
+from atlantis_ds.progress import Steps
+from atlantis_ds.run import Run
+
+WRITERS = (".jsonl", ".csv", ".parquet")
+
+
+def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
+    """Write ``out``: the rows of ``source`` with what the model of ``arm`` says of them; shared out among the ranks.
+
+    Labels are ranked by log-likelihood, as `evaluate` ranks them: ``predicted`` is the likeliest, ``probability`` its
+    share among all labels of the set, and ``p(LABEL)`` that of each. Responses are generated greedily.
+
+    Args:
+        source: a data file, or several as ``data.train`` takes them; rows need no label.
+        out: JSON Lines, CSV or Parquet by its suffix.
+
+    Raises:
+        InputError: the arm is not trained, or a row cannot be read or is longer than the model reads.
+    """
+    if out.suffix not in WRITERS:
+        raise InputError(f"--out {out}: its name must end in {', '.join(WRITERS)}")
+    examples = load_examples(run.folder)
+    model = trained_model(run, arm)
+    truncate = run.recipe.data.on_too_long == "truncate_prompt"
+    encoder = Encoder(load_tokenizer(model), load_config(model), examples.labels, examples.chat, truncate=truncate)
+    rows, pairs = _encoded(run, examples, encoder, source)
+    samples = [pairs[row] for row in sample_rows(np.array([len(pair) for pair in pairs]))]
+    lm, ways = load_checked(run, model, encoder, samples, generates=examples.labels is None)
+    mine = range(run.ranks.rank, len(pairs), run.ranks.world_size)
+    prompts = [pairs[row].prompt for row in mine]
+    options = run.recipe.evaluate
+    with Steps(f"predict {arm}", len(mine), "rows", run.ranks.is_main, every=max(1, len(mine) // 5)) as steps:
+        if examples.labels is not None:
+            sums = label_sums(lm, encoder, prompts, options, ways, steps.advance) if prompts else np.empty((0, 0))
+            said = _probable(sums, examples.labels)
+        else:
+            end = encoder.tokenizer.eos_token_id
+            budget = options.tokens_per_batch, options.max_new_tokens
+            ends = {end, *(pairs[row].eos for row in mine)}
+            new = generate_greedy(lm, prompts, ends, end, *budget, steps.advance, ways)
+            texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+            said = [{"predicted": text.strip()} for text in texts]
+    del lm
+    give_memory_back(run.ranks.device)
+    parts = run.ranks.gather((list(mine), said))
+    if run.ranks.is_main:
+        found = {row: answer for numbers, answers in parts for row, answer in zip(numbers, answers)}
+        _write(out, [{**values, **found[row]} for row, values in enumerate(rows)])
+
+
+def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
+    """For each row of log-likelihoods [n, K] the likeliest label, its probability and that of each, from a softmax."""
+    shares = np.exp(sums - sums.max(axis=1, keepdims=True, initial=-np.inf))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return [
+        {"predicted": labels[best], "probability": share[best]}
+        | {f"p({label})": one for label, one in zip(labels, share)}
+        for best, share in zip(shares.argmax(axis=1).tolist(), shares.tolist())
+    ]
+
+
+def _encoded(run: Run, examples: Examples, encoder: Encoder, source: str) -> tuple[list[dict[str, Any]], list[Encoded]]:
+    """The rows as they stand in the file, and the tokens of their prompts (with a label where there is a set)."""
+    rows, pairs, template = [], [], examples.info.get("template")
+    for row, found in read_new_rows(run.recipe, source):
+        if clash := [name for name in row.values if name in ("predicted", "probability")]:
+            raise InputError(f"{row.where}: the column {clash[0]!r} is there already; rename it")
+        if (found.fields.keys() == {"messages"}) != examples.chat:
+            raise InputError(f"{row.where}: {'a chat' if examples.chat else 'a single prompt'} is needed, as in train")
+        try:
+            template = template or template_for(run.recipe.task, run.recipe.prompt, found.fields)
+            pair = _pair(run, examples, encoder, template, found)
+        except BadRow as problem:
+            raise InputError(f"{row.where}: {problem}") from None
+        if excess := encoder.excess(pair):
+            raise InputError(
+                f"{row.where}: {excess} tokens longer than the model reads; shorten the text, or train with "
+                "data.on_too_long: truncate_prompt"
+            )
+        rows.append(row.values)
+        pairs.append(pair)
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows, pairs
+
+
+def _pair(run: Run, examples: Examples, encoder: Encoder, template: str, found: Found) -> Encoded:
+    end = encoder.tokenizer.eos_token_id
+    if is_chat(template):
+        return Encoded(encoder.last_prompt(found.fields["messages"], "[null]"), [end], end)
+    if missing := set(re.findall(r"\{(\w+)\}", template)) - {"options", *found.fields}:
+        raise BadRow(f"the prompt needs the column {min(missing)!r}; the row has {', '.join(found.fields)}")
+    prompt = render_prompt(template, found.fields, run.recipe.prompt, examples.labels)
+    if examples.labels is None:
+        return Encoded(encoder.prompt_ids([prompt])[0], [end], end)
+    return next(encoder.pairs([prompt], [examples.labels[0]]))
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    writers: dict[str, Callable[[Path], None]] = {
+        ".jsonl": lambda path: _write_json_lines(path, rows),
+        ".csv": lambda path: _write_csv(path, rows),
+    }
+    if out.suffix == ".parquet":
+        write_table(out, pa.Table.from_pylist(rows), {})
+    else:
+        write_atomic(out, writers[out.suffix])
+
+
+def _write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,60 @@
+"""``atlantis-ds compare --dry-run``: what a comparison would train, with its time and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from atlantis_ds.config.schema import Recipe
+from atlantis_ds.plan.plan import GPUS, UTILISATION, estimate
+from atlantis_ds.progress import console
+from atlantis_ds.run_folder import RunFolder
+
+
+def show_trainings(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> None:
+    """Print the stages and trainings of `compare` with what is finished, and the hours of what is left.
+
+    Whether a finished one was made by this very recipe is looked at when `compare` runs.
+
+    Raises:
+        InputError: an unknown kind of GPU, or a model without a readable config.
+    """
+    result = estimate(recipe, folder, gpus, gpu)
+    hours = {stage["stage"].split(",")[0].split(" (")[0]: stage["hours"] for stage in result["hours"]}
+    rows = _rows(recipe, folder, hours)
+    table = Table("what", "finished", "left", "hours left")
+    for what, finished, left, each in rows:
+        table.add_row(what, str(finished), str(left), f"{left * each:.2f}")
+    console.print(table)
+    total = sum(left * each for _, _, left, each in rows)
+    console.print(f"about {total:.2f} hours on {gpus} x {gpu}, at {UTILISATION:.0%} of the bf16 peak (assumed)")
+    console.print(_memory(recipe, result))
+
+
+def _rows(recipe: Recipe, folder: RunFolder, hours: dict[str, float]) -> list[tuple[str, int, int, float]]:
+    """What, how many are finished and left, and the hours of one."""
+    rows = []
+    if recipe.weighted:
+        weighed = int(folder.weights_info.exists())
+        if recipe.models.reference.kind == "finetuned":
+            rows.append(("train reference, all folds and rounds", weighed, 1 - weighed, hours["train reference"]))
+        rows.append(("score", weighed, 1 - weighed, hours["score"]))
+    of_arm = hours["train one arm"] + hours.get("evaluate one arm", 0.0)
+    for arm in recipe.arms:
+        names = [f"{arm}-seed{seed}" for seed in recipe.seeds]
+        finished = sum((folder.evaluation(name) / "metrics.json").exists() for name in names)
+        rows.append((f"train and evaluate {arm}, {len(names)} seeds", finished, len(names) - finished, of_arm))
+    return rows
+
+
+def _memory(recipe: Recipe, result: dict[str, Any]) -> str:
+    """The line of the plan for the recipe's own mode and DeepSpeed config."""
+    train, size = recipe.train, GPUS[result["gpu"]]
+    for row in result["modes"]:
+        if row["mode"] == train.mode and row["deepspeed"] == Path(train.deepspeed).name:
+            return (
+                f"training, {train.mode} with {row['deepspeed']}: {row['total']:.1f} GiB per GPU, which has {size} GB"
+            )
+    return f"training: {train.deepspeed} is a config of your own, so its memory is not planned; see `plan`"

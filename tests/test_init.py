@@ -1,0 +1,168 @@
+"""``init``: what a data file is, guessed and asked; the recipe it writes is one that ``check`` accepts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENV, Done, launch, refuse, succeed
+
+from atlantis_ds.config.describe import SCHEMA_FILE, json_schema, reference_page
+from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.data.ingest import look_at_data
+from atlantis_ds.demo.grammar import grammar_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = [*grammar_corpus(40, 0, 0, seed=2)]
+
+
+def lines(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def relation(label: str) -> str:
+    return label.split("(")[0]
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """A data file of each kind, from the demo's grammar."""
+    weak = folder / "weak labels.csv"
+    with weak.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["tweet", "weak_label", "truth", "annotator"])
+        writer.writerows(
+            [row.sentence, relation(row.label), relation(row.label), f"a{at % 3}"] for at, row in enumerate(CORPUS)
+        )
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
+    marked = [
+        {
+            "sentence": row.fields["marked_sentence"]
+            .replace("[E1] ", "<e1>").replace(" [/E1]", "</e1>").replace("[E2] ", "<e2>").replace(" [/E2]", "</e2>"),
+            "label": row.label,
+        }
+        for row in CORPUS
+    ]  # fmt: skip
+    pairs = [
+        {"premise": row.sentence, "hypothesis": f"{row.sentence} {at}", "label": at % 3}
+        for at, row in enumerate(CORPUS)
+    ]
+    official = "".join(
+        f'{at}\t"{row["sentence"]}"\n{row["label"]}\nComment:\n\n' for at, row in enumerate(marked, start=1)
+    )
+    (folder / "official.txt").write_text(official)
+    return {
+        "classification": weak,
+        "pairs": lines(folder / "pairs.jsonl", pairs),
+        "relation": lines(folder / "marked.jsonl", marked),
+        "official": folder / "official.txt",
+        "response": lines(
+            folder / "said.jsonl",
+            [{"instruction": f"Say {at}.", "input": "", "output": f"Here is {at}."} for at in range(9)],
+        ),
+        "chat": lines(folder / "chat.jsonl", [{"messages": turns}]),
+    }
+
+
+EXPECTED = {
+    "classification": [
+        "task: classification",
+        "{gold: truth, group: annotator, label: weak_label}",
+        "{tweet}",
+        "folds_by: group",
+    ],
+    "pairs": [
+        "task: classification",
+        "label: label",
+        "premise: {premise}\\nhypothesis: {hypothesis}",
+        "formula: posterior",
+    ],
+    "relation": ["task: relation", "label: label", "rounds: 2"],
+    "official": ["format: semeval2010_task8", "formula: posterior"],
+    "response": ["task: response", "response: output", '"{instruction}\\n{input}"', "formula: reference, power: 2"],
+    "chat": ["task: response", "messages: messages"],
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_each_kind_of_file(kind: str, tmp_path: Path, base_model: Path) -> None:
+    recipe = tmp_path / "first.yaml"
+    said = succeed("local", 1, "init", files(tmp_path)[kind], "--model", base_model, "--out", recipe)
+    assert f"recipe: {recipe}\nnext: atlantis-ds check {recipe}" in said and "guessed: " in said
+    text = recipe.read_text()
+    assert all(words in text for words in EXPECTED[kind]), text
+    settings = load_recipe(recipe)
+    look_at_data(settings)
+    assert settings.models.large.model_name_or_path == str(base_model)
+    assert f"$schema={SCHEMA_FILE}" in text.splitlines()[0] and SCHEMA_FILE.is_file()
+
+
+def test_check_accepts_it_and_it_is_written_once(tmp_path: Path, base_model: Path) -> None:
+    recipe, data = tmp_path / "first.yaml", files(tmp_path)["classification"]
+    options = ("--model", base_model, "--out", recipe, "--test", data)
+    succeed("local", 1, "init", data, *options)
+    assert f"next: atlantis-ds run {recipe}" in succeed("local", 1, "check", recipe)
+    before = recipe.read_bytes()
+    refuse(launch("local", 1, "init", data, *options), "first.yaml", "--out")
+    assert recipe.read_bytes() == before
+
+
+def test_what_the_rows_do_not_tell_is_asked_or_wanted(tmp_path: Path) -> None:
+    rows = [{"a": f"text number {at} of this file", "x": at % 2, "y": at % 3} for at in range(12)]
+    data, recipe = lines(tmp_path / "two.jsonl", list(rows)), tmp_path / "two.yaml"
+    refuse(launch("local", 1, "init", data, "--out", recipe), "--label", "x, y")
+    refuse(launch("local", 1, "init", data, "--label", "z", "--out", recipe), "--label z", "a, x, y")
+    refuse(launch("local", 1, "init", data, "--task", "other", "--out", recipe), "--task")
+    refuse(launch("local", 1, "init", tmp_path / "none.jsonl", "--out", recipe), "none.jsonl", "no such file")
+    assert not recipe.exists()
+    asked = in_a_terminal(["init", str(data), "--out", str(recipe)], ["y\n", "some/model\n"])
+    assert asked.code == 0 and "Which column holds the label" in asked.out, asked.out
+    assert "label: y" in recipe.read_text() and "model_name_or_path: some/model" in recipe.read_text()
+
+
+def in_a_terminal(arguments: list[str], answers: list[str]) -> Done:
+    """Run a command in a terminal of its own, and type an answer whenever it waits with a prompt."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "atlantis_ds", *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, cwd=ROOT)
+    os.close(theirs)
+    said, todo, end = b"", list(answers), time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            more = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        said += more
+        if todo and said.rstrip().endswith(b":"):
+            os.write(ours, todo.pop(0).encode())
+    os.close(ours)
+    return Done(process.wait(10), said.decode())
+
+
+def test_schema_and_page_are_those_of_the_code() -> None:
+    again = "run: make reference"
+    assert json.loads(SCHEMA_FILE.read_text()) == json_schema(), again
+    assert (ROOT / "docs" / "recipe.md").read_text() == reference_page() + "\n", again
+    schema = json_schema()
+    for name, section in [("the recipe", schema), *schema["$defs"].items()]:
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{name}: `{key}` has no text"
+
+
+def test_recipes_name_the_schema_and_keep_to_it() -> None:
+    """A key of a bundled recipe is one that an editor knows."""
+    import yaml
+
+    known = json_schema()
+    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
+        first = path.read_text().splitlines()[0]
+        there = first.removeprefix("# yaml-language-server: $schema=")
+        assert (path.parent / there).resolve() == SCHEMA_FILE, path
+        assert set(yaml.safe_load(path.read_text())) <= set(known["properties"]), path
