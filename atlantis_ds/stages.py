@@ -263,7 +263,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
         part: (I, N): the I-th of N parts of the trainings, counted from 1, for N jobs that share them. With N > 1 the
             weights must be there, and nothing is compared.
     """
-    from atlantis_ds.evaluate.compare import comparison_table
+    from atlantis_ds.evaluate.compare_report import comparison_table
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
     from atlantis_ds.train.jobs import arm_job
     from atlantis_ds.train.trainer import fit
@@ -292,7 +292,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     if run.ranks.is_main:
         if part[1] == 1:
             console.print(comparison_table(comparison))
-            console.print(f"comparison: {run.folder.root / 'compare'}")
+            console.print(f"comparison: {run.folder.root / 'compare' / 'comparison.html'}")
         else:
             console.print(
                 f"compare: part {part[0]} of {part[1]} is done; when all are, `compare` without --part writes the table"
@@ -307,7 +307,7 @@ def _trained(run: Run, arm: str, seed: int, name: str, metrics: dict[str, Any]) 
     column = "predicted" if run.recipe.task != "response" else _metric(run)
     outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
     summary = training_summary(run.folder, name)
-    return Trained(arm, seed, outcomes, metrics, summary["seconds"], summary.get("hardware", ""))
+    return Trained(arm, seed, outcomes, metrics, summary["seconds"], summary.get("hardware", ""), summary["versions"])
 
 
 def _metric(run: Run) -> str:
@@ -319,11 +319,13 @@ def _metric(run: Run) -> str:
 
 def _compare(run: Run, examples: Examples, trained: list[Trained]) -> dict[str, Any]:
     from atlantis_ds.evaluate.compare import compare_arms
+    from atlantis_ds.evaluate.compare_report import data_facts
     from atlantis_ds.evaluate.predict import gold_of_test
     from atlantis_ds.metrics import label_apart
 
     apart = label_apart(examples.labels, run.recipe.data.negative_label) if examples.labels else None
-    return compare_arms(run.recipe, run.folder, gold_of_test(examples), trained, _metric(run), apart)
+    data = data_facts(run.recipe.data, examples)
+    return compare_arms(run.recipe, run.folder, gold_of_test(examples), trained, _metric(run), apart, data)
 
 
 def evaluate(run: Run, arms: list[str]) -> None:

@@ -20,9 +20,9 @@ from atlantis_ds.evaluate.compare import (
     Trained,
     compare_arms,
     comparison,
-    comparison_table,
     resampled_macro_f1,
 )
+from atlantis_ds.evaluate.compare_report import comparison_table
 from atlantis_ds.metrics import macro_f1
 from atlantis_ds.run_folder import RunFolder
 

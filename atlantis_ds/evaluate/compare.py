@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from atlantis_ds.config.schema import Recipe
-from atlantis_ds.files import write_atomic, write_json
-from atlantis_ds.metrics import relation_of
+from atlantis_ds.evaluate.compare_report import write_comparison
+from atlantis_ds.files import fingerprint, read_json
+from atlantis_ds.metrics import per_label, relation_of
 from atlantis_ds.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 REPLICATES = 2000
 
@@ -45,6 +42,8 @@ class Trained:
     """Training time."""
     hardware: str = ""
     """What it was trained on; empty where that was not recorded."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the packages that trained it."""
 
 
 def compare_arms(
@@ -54,6 +53,7 @@ def compare_arms(
     trained: Sequence[Trained],
     metric: str = "macro_f1",
     apart: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare what is trained so far; write ``compare/`` in the run folder.
 
@@ -62,9 +62,11 @@ def compare_arms(
 
     Args:
         gold, trained, metric, apart: see ``comparison``.
+        data: from ``compare_report.data_facts``; None where it is not known.
 
     Returns:
-        see ``comparison``.
+        see ``comparison``; and ``name`` of the recipe, ``data``, ``versions`` (package -> versions), ``fingerprint``
+        of the examples and evaluations, and ``weights_warnings``, those of ``weights.json``.
     """
 
     def plain(loss: str, gold: bool = False, dev: str | None = None) -> list[str]:
@@ -81,8 +83,25 @@ def compare_arms(
     upper = plain("cross_entropy", gold=True) if sft else []
     peers = [*sft, *plain("gce"), *plain("cross_entropy", dev="mixed")]
     found = comparison(gold, trained, peers, next(iter(upper), None), metric, apart)
-    _write(folder.root / "compare", found, trained)
+    missing = len(recipe.seeds) * len(recipe.arms) - len(trained)
+    if missing > 0:
+        found["warnings"].append(f"not finished: {missing} of {missing + len(trained)} trainings are missing")
+    weighted = recipe.weighted and folder.weights_info.exists()
+    marks = [[run.arm, run.seed, run.metrics.get("fingerprint")] for run in trained]
+    found |= {
+        "name": recipe.name,
+        "data": data,
+        "versions": _versions(trained),
+        "fingerprint": fingerprint([data and data["fingerprint"], sorted(marks)]),
+        "weights_warnings": read_json(folder.weights_info)["warnings"] if weighted else [],
+    }
+    write_comparison(folder.root / "compare", found)
     return found
+
+
+def _versions(trained: Sequence[Trained]) -> dict[str, str]:
+    names = sorted({name for run in trained for name in run.versions})
+    return {name: ", ".join(sorted({run.versions[name] for run in trained if name in run.versions})) for name in names}
 
 
 def comparison(
@@ -110,12 +129,17 @@ def comparison(
         apart: for macro_f1, see ``metrics.label_apart``.
 
     Returns:
-        ``n`` (test examples), ``replicates``, ``metric``, ``peers``, and ``arms``: for each arm ``arm``, ``runs``, the
-        mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other ``FIGURES`` (None where
-        a run lacks it), ``seconds`` (mean training time), ``differences`` (peer -> ``mean``, ``low`` and ``high`` of
-        the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over
-        the seeds that the three share; None where the interval of the whole way does not leave out 0). ``hardware``:
-        all that the arms were trained on.
+        ``n`` (test examples), ``replicates``, ``metric``, ``peers``, ``upper``, and ``arms``: for each arm ``arm``,
+        ``runs``, the mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other
+        ``FIGURES`` (None where a run lacks it), ``seconds`` (mean training time), ``differences`` (peer -> ``mean``,
+        ``low`` and ``high`` of the
+        95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over
+        the seeds that the three share; None where the interval of the whole way does not leave out 0).
+
+        ``seeds``; ``runs``, a row an arm and seed: ``arm``, ``seed``, its ``FIGURES`` and ``seconds``; ``labels``, None
+        for responses, else a row a label of the gold ones, without direction: ``label``, ``support``, ``apart``
+        (whether it has no term in macro-F1) and ``f1`` (arm -> mean over its seeds). ``hardware``: all that the arms
+        were trained on. ``warnings``: plain sentences.
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
@@ -150,9 +174,47 @@ def comparison(
         "replicates": REPLICATES,
         "metric": metric,
         "peers": [*peers],
+        "upper": upper,
         "hardware": hardware,
         "arms": rows,
+        "seeds": sorted({run.seed for run in trained}),
+        "runs": [_run_row(run, FIGURES[metric]) for run in trained],
+        "labels": _label_rows(gold, runs, apart) if metric == "macro_f1" else None,
+        "warnings": _warnings(rows, hardware),
     }
+
+
+def _run_row(run: Trained, names: Sequence[str]) -> dict[str, Any]:
+    return {"arm": run.arm, "seed": run.seed, **{name: run.metrics[name] for name in names}, "seconds": run.seconds}
+
+
+def _label_rows(
+    gold: Sequence[str], runs: Mapping[str, Mapping[int, Trained]], apart: str | None
+) -> list[dict[str, Any]]:
+    """The terms of macro-F1, most frequent label first."""
+    truth = [relation_of(label) for label in gold]
+    found = {
+        arm: [per_label(truth, [relation_of(label) for label in run.outcomes]) for run in of_arm.values()]
+        for arm, of_arm in runs.items()
+    }
+    return [
+        {
+            "label": label,
+            "support": support,
+            "apart": label == apart,
+            "f1": {arm: _mean([figures[label]["f1"] for figures in of_arm]) for arm, of_arm in found.items()},
+        }
+        for label, support in Counter(truth).most_common()
+    ]
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]], hardware: Sequence[str]) -> list[str]:
+    found = []
+    if any(difference["seeds"] == 1 for row in rows for difference in row["differences"].values()):
+        found.append("* one seed: an interval over the test examples alone")
+    if len(hardware) > 1:
+        found.append(f"trained on different hardware, which is in the differences: {'; '.join(hardware)}")
+    return found
 
 
 def _of_resamples(
@@ -234,106 +296,3 @@ def _with_interval(values: np.ndarray, seeds: int) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
-
-
-def comparison_table(comparison: Mapping[str, Any]) -> Table:
-    """The comparison for a rich console: means, spread over seeds, intervals of the differences, time."""
-    from rich.table import Table
-
-    peers, metric = comparison["peers"], comparison["metric"]
-    table = Table("arm", header_style="bold", title=f"{metric} on {comparison['n']} test examples, mean over seeds")
-    for column in (
-        metric,
-        "sd",
-        *(f"minus {peer}, 95% interval" for peer in peers),
-        "gap closed, 95% interval",
-        "runs",
-        "minutes",
-    ):
-        table.add_column(column, justify="right")
-    for row in comparison["arms"]:
-        table.add_row(
-            row["arm"],
-            f"{row[metric]:.3f}",
-            "-" if row["sd"] is None else f"{row['sd']:.3f}",
-            *(_interval(row["differences"].get(peer), "+.3f") for peer in peers),
-            _interval(row["gap_closed"], ".0%"),
-            str(row["runs"]),
-            f"{row['seconds'] / 60:.1f}",
-        )
-    notes = []
-    if any(difference["seeds"] == 1 for row in comparison["arms"] for difference in row["differences"].values()):
-        notes.append("* one seed: an interval over the test examples alone")
-    if len(comparison["hardware"]) > 1:
-        notes.append(f"trained on different hardware, which is in the differences: {'; '.join(comparison['hardware'])}")
-    table.caption = "\n".join(notes) or None
-    return table
-
-
-def _interval(figure: Mapping[str, float] | None, form: str) -> str:
-    if figure is None:
-        return "-"
-    return f"{figure['mean']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]{'*' * (figure['seeds'] == 1)}"
-
-
-def _write(folder: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
-    """``comparison.json``, ``comparison.csv``, ``comparison.png``, and ``runs.csv`` with a line an arm and seed."""
-    names = FIGURES[comparison["metric"]]
-    runs = [
-        {"arm": run.arm, "seed": run.seed, **{name: run.metrics[name] for name in names}, "seconds": run.seconds}
-        for run in trained
-    ]
-    flat = []
-    for row in comparison["arms"]:
-        line = {key: value for key, value in row.items() if key not in ("differences", "gap_closed")}
-        figures = {f"minus_{peer}": row["differences"].get(peer) for peer in comparison["peers"]}
-        for name, figure in (figures | {"gap_closed": row["gap_closed"]}).items():
-            line |= {f"{name}_{key}": figure and figure[key] for key in ("mean", "low", "high")}
-        flat.append(line)
-    write_json(folder / "comparison.json", comparison)
-    for name, lines in (("runs.csv", runs), ("comparison.csv", flat)):
-        _write_csv(folder / name, lines)
-    plot_comparison(folder / "comparison.png", comparison, trained)
-
-
-def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_atomic(path, write)
-
-
-def plot_comparison(path: Path, comparison: Mapping[str, Any], trained: Sequence[Trained]) -> None:
-    """Every run and the means, and the intervals of the differences to the first peer, as a PNG."""
-    from matplotlib.figure import Figure
-
-    rows, metric = comparison["arms"], comparison["metric"]
-    peer = next(iter(comparison["peers"]), "SFT")
-    figure = Figure(figsize=(11, 1.4 + 0.36 * len(rows)), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for y, row in enumerate(rows):
-        figures = [run.metrics[metric] for run in trained if run.arm == row["arm"]]
-        left.plot(figures, [y] * len(figures), "o", color="#9aa5b1", ms=4)
-        left.plot(row[metric], y, "|", color="#1f6f8b", ms=14, mew=2.4)
-        if difference := row["differences"].get(peer):
-            one = difference["seeds"] == 1
-            sure = not one and (difference["low"] > 0 or difference["high"] < 0)
-            colour = "#1f6f8b" if sure else "#9aa5b1"
-            right.plot([difference["low"], difference["high"]], [y, y], ":" if one else "-", color=colour, lw=2)
-            right.plot(difference["mean"], y, "o", color=colour, ms=5)
-    left.set_yticks(range(len(rows)), [row["arm"] for row in rows], parse_math=False)
-    left.invert_yaxis()
-    left.set_xlabel(f"{metric} on {comparison['n']} test examples (dots: seeds, bar: mean)")
-    right.axvline(0, color="0.35", lw=0.8, ls=":")
-    right.locator_params(axis="x", nbins=6)
-    right.set_xlabel(
-        f"difference to {peer} (95% interval over seeds and test examples;\ndotted: one seed, over test examples alone)"
-    )
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="0.92")
-        axes.set_axisbelow(True)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))

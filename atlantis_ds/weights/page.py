@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,15 +15,18 @@ import pyarrow.compute as pc
 from atlantis_ds.data.examples import Examples, Split, load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_atomic, write_json, write_text
+from atlantis_ds.pages.page import page
 from atlantis_ds.run import Run
 from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.arms import WEIGHTS_VERSION, lowest_first, read_weights
 from atlantis_ds.weights.diagnostics import number_rows, share_text
-from atlantis_ds.weights.picture import plot_weights
+from atlantis_ds.weights.picture import plot_weights, weights_pictures
 from atlantis_ds.weights.shards import read_shards
 
 COLUMNS = ("id", "prompt", "target", "suggested_label", "p_label", "p_suggested", "weight", "gold", "group")
+CORRECTED = "corrected"
+"""The further column of ``label_errors.csv``, empty, for people to fill in; see ``corrections.py``."""
 SHOWN = 50
 """Rows of a list on the page; the CSV file has all."""
 ROWS_AT_ONCE = 10_000
@@ -58,8 +60,8 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     plot_weights(target / "weights.png", weights, diagnosis)
     lowest, highest = (list(listed.entries(rows)) for rows in (order[:SHOWN], order[::-1][:SHOWN]))
     of_groups = _lowest_of_groups(examples, diagnosis, order, listed)
-    page = _page(run.recipe.name, diagnosis, lowest, highest, target / "weights.png", of_groups)
-    write_text(target / "diagnosis.html", page)
+    pictures = weights_pictures(weights, diagnosis)
+    write_text(target / "diagnosis.html", _page(run.recipe.name, diagnosis, lowest, highest, pictures, of_groups))
     write_json(target / "diagnosis.json", diagnosis)
     return diagnosis
 
@@ -213,7 +215,7 @@ def _whole_words(text: str) -> int:
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, [*COLUMNS, CORRECTED], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
@@ -225,31 +227,22 @@ def _page(
     diagnosis: dict[str, Any],
     lowest: Sequence[dict[str, Any]],
     highest: Sequence[dict[str, Any]],
-    picture: Path,
+    pictures: Sequence[str],
     of_groups: dict[str, dict[str, Any]],
 ) -> str:
-    """One HTML file with all in it: no script, no other file, no network."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atlantis_ds", "weights"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cut": _cut, "share": share_text}
     what = noun(diagnosis)
     errors = "likely label errors" if what == "label" else "likely wrong responses"
-    return environment.get_template("diagnosis.html").render(
+    return page(
+        "diagnosis.html",
         name=name,
         diagnosis=diagnosis,
         what=what,
         numbers=list(number_rows(diagnosis)),
         ratio=CLASS_RATIO,
+        share_text=share_text,
         of_groups=of_groups,
-        picture=base64.b64encode(picture.read_bytes()).decode(),
+        pictures=pictures,
         options={key: value for key, value in diagnosis["options"].items() if value is not None},
         lists=[(f"Lowest weights: {errors}", lowest), ("Highest weights", highest)],
+        shown=SHOWN,
     )
-
-
-def _cut(text: str | None, length: int) -> str:
-    text = text or ""
-    return text if len(text) <= length else text[: length - 1] + "…"

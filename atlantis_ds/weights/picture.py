@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from atlantis_ds.files import write_atomic
+from atlantis_ds.pages.page import DATA_COLOUR, MUTED, WEIGHT_COLOUR, WRONG_COLOUR, picture
 from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.diagnostics import MOST_ROWS
 from atlantis_ds.weights.facts import largest
@@ -15,14 +18,23 @@ from atlantis_ds.weights.facts import largest
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DATA_COLOUR, WEIGHT_COLOUR = "#9aa5b1", "#1f6f8b"
 MOST_CELLS = 40
 """Labels up to which the noise matrix is drawn; ``weights.json`` has all."""
 
 
+class Panel(NamedTuple):
+    """A part of the picture."""
+
+    name: str
+    says: str
+    height: float
+    """Inches."""
+    draw: Callable[[Axes], None]
+
+
 def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
     """Write a PNG: the distribution of the weights; data share beside weight share, by label, or else by group, and by
-    length.
+    length; the fitted noise.
 
     Args:
         path: the file to write.
@@ -31,32 +43,53 @@ def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> 
     """
     from matplotlib.figure import Figure
 
-    kind = "group" if diagnosis["classes"] is None else "label"
-    panels = [
-        (title, largest(shares, MOST_ROWS))
-        for title, shares in (
-            (f"share of each {kind} (× = weight / data)", diagnosis["classes"] or diagnosis["groups"]),
-            (f"share by tokens of the {noun(diagnosis)}", diagnosis["label_lengths"] or diagnosis["target_lengths"]),
-        )
-        if shares
-    ]
-    noise = diagnosis["noise"]
-    drawn = noise is not None and noise["found"] and len(noise["labels"]) <= MOST_CELLS
-    rows = max((len(shares) for _, shares in panels), default=0)
-    count = 1 + len(panels) + drawn
-    down, across = (1, count) if count <= 3 else (2, 2)
-    height = max(4.0, 1.5 + 0.34 * rows, 1.5 + 0.3 * len(noise["labels"]) if drawn else 0)
+    panels = _panels(weights, diagnosis)
+    down, across = (1, len(panels)) if len(panels) <= 3 else (2, 2)
+    height = max(panel.height for panel in panels)
     figure = Figure(figsize=(0.5 + 5.5 * across, down * height), dpi=150, layout="constrained")
-    first, *others = figure.subplots(down, across, squeeze=False).ravel()
-    _plot_histogram(first, np.asarray(weights, dtype=np.float64), diagnosis)
-    for axes, (title, shares) in zip(others, panels):
-        _plot_shares(axes, shares, title)
-    if drawn:
-        _plot_noise(others[-1], noise)
-    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
-    for axes in (first, *others):
+    for axes, panel in zip(figure.subplots(down, across, squeeze=False).ravel(), panels):
+        panel.draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def weights_pictures(weights: np.ndarray, diagnosis: dict[str, Any]) -> list[str]:
+    """The panels of ``plot_weights``, each as SVG for a page."""
+    from matplotlib.figure import Figure
+
+    pictures = []
+    for panel in _panels(weights, diagnosis):
+        figure = Figure(figsize=(6, panel.height), layout="constrained")
+        axes = figure.subplots()
+        panel.draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        pictures.append(picture(figure, panel.name, panel.says))
+    return pictures
+
+
+def _panels(weights: np.ndarray, diagnosis: dict[str, Any]) -> list[Panel]:
+    kind = "group" if diagnosis["classes"] is None else "label"
+    size = f"effective sample size {diagnosis['ess']:,.0f} of {diagnosis['n']:,}"
+    histogram = partial(_plot_histogram, weights=np.asarray(weights, dtype=np.float64), diagnosis=diagnosis)
+    panels = [Panel("weights", f"Distribution of the weights; {size}", 4.0, histogram)]
+    for name, title, shares in (
+        ("shares", f"share of each {kind} (× = weight / data)", diagnosis["classes"] or diagnosis["groups"]),
+        (
+            "lengths",
+            f"share by tokens of the {noun(diagnosis)}",
+            diagnosis["label_lengths"] or diagnosis["target_lengths"],
+        ),
+    ):
+        if shares:
+            shown = largest(shares, MOST_ROWS)
+            draw = partial(_plot_shares, shares=shown, title=title)
+            panels.append(Panel(name, f"{title}; the table below has the numbers", 1.5 + 0.34 * len(shown), draw))
+    noise = diagnosis["noise"]
+    if noise is not None and noise["found"] and len(noise["labels"]) <= MOST_CELLS:
+        says = "Noise matrix: how often a true label (row) is given as another (column)"
+        panels.append(Panel("noise", says, 1.5 + 0.3 * len(noise["labels"]), partial(_plot_noise, noise=noise)))
+    return [panel._replace(height=max(4.0, panel.height)) for panel in panels]
 
 
 def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
@@ -71,7 +104,7 @@ def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) 
     axes.hist(
         inside, bins, weights=weights / total, histtype="step", color=WEIGHT_COLOUR, lw=1.6, label="share of weight"
     )
-    axes.axvline(1, color="0.35", lw=0.8, ls=":")
+    axes.axvline(1, color=MUTED, lw=0.8, ls=":")
     axes.set_xscale("log")
     axes.set_xlabel("weight (the mean is 1" + ("; 1e-6 and below in the first bin)" if low == 1e-6 else ")"))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
@@ -102,7 +135,7 @@ def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8,
-            color="#b3261e" if outside else "0.35",
+            color=WRONG_COLOUR if outside else MUTED,
         )
     axes.set_yticks(at, [_short(row["label"]) for row in shares], fontsize=9, parse_math=False)
     axes.set_ylim(len(shares) + 0.3, -0.6)  # with room for the legend below the bars
@@ -115,14 +148,18 @@ def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
 def _plot_noise(axes: Axes, noise: dict[str, Any]) -> None:
     """The noise matrix: a row a true label, a column the label it is given, probabilities in the cells."""
     matrix, names = np.array(noise["matrix"]), [_short(name) for name in noise["labels"]]
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    # Not imshow: its pixels would blur in a page.
+    axes.pcolormesh(matrix, cmap="Blues", vmin=0, vmax=1, edgecolors=MUTED, linewidth=0.2)
+    axes.invert_yaxis()
     if len(names) <= 15:
         for (true, given), chance in np.ndenumerate(matrix):
             colour = "white" if chance > 0.6 else "0.2"
             if chance >= 0.005:
-                axes.text(given, true, f"{100 * chance:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(np.arange(len(names)), names, rotation=45, ha="right", fontsize=8, parse_math=False)
-    axes.set_yticks(np.arange(len(names)), names, fontsize=8, parse_math=False)
+                axes.text(
+                    given + 0.5, true + 0.5, f"{100 * chance:.0f}", ha="center", va="center", fontsize=8, color=colour
+                )
+    axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=45, ha="right", fontsize=8, parse_math=False)
+    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8, parse_math=False)
     axes.set_xlabel("label given")
     axes.set_ylabel("true label")
     low, high = noise["interval"]

@@ -18,7 +18,8 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 
-from atlantis_ds.evaluate.compare import Trained, comparison, comparison_table, plot_comparison
+from atlantis_ds.evaluate.compare import Trained, comparison
+from atlantis_ds.evaluate.compare_report import comparison_table, plot_comparison
 from atlantis_ds.files import read_json, read_table, write_atomic
 from atlantis_ds.metrics import macro_f1, relation_of
 from atlantis_ds.run_folder import RunFolder
@@ -62,7 +63,7 @@ def main() -> None:
     arms = {run.arm for run in trained}
     found = comparison(gold, trained, [peer for peer in PEERS if peer in arms], "gold" if "sft" in arms else None)
     found["arms"].sort(key=lambda row: row["macro_f1"], reverse=True)
-    plot_comparison(path.with_suffix(".png"), found, trained)
+    plot_comparison(path.with_suffix(".png"), found)
     table = comparison_table(found)
     table.box = box.MARKDOWN
     Console(width=240).print(table)
