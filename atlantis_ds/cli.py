@@ -318,6 +318,42 @@ def diagnose(run: RunPath) -> None:
 
 
 @app.command()
+def relabel(
+    run: RunPath,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="label_errors.csv, its column `corrected` filled in.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write here, not to diagnosis/train_corrected.*.")
+    ] = None,
+) -> None:
+    """Write the training data of a run again, with the labels that people have corrected.
+
+    Reads the recipe and examples/ of the run, its training files and FILE. Writes a file for `data.train` of a new run;
+    your own files stay as they are. See docs/your-data.md.
+
+    Example: atlantis-ds relabel runs/demo my_corrections.csv --out train_corrected.jsonl
+    """
+    import json
+
+    from atlantis_ds.config.loading import load_recipe
+    from atlantis_ds.weights.corrections import relabel
+
+    folder = RunFolder(run)
+    if not folder.recipe.is_file():
+        raise no_run(run)
+    recipe = load_recipe(folder.recipe)
+    done = relabel(Run(recipe, folder, Ranks.alone()), file, out)
+    print(f"relabel: {done.changed} changed, {done.dropped} dropped, {done.kept} kept as they were")
+    settings = [f"name={recipe.name}-corrected", *(["data.hub_id=null"] if recipe.data.hub_id else [])]
+    for split, path in done.files.items():
+        print(f"{split}: {path}")
+        settings.append(f"data.{split}={path}")
+    if done.labels:
+        settings.append(f"data.labels={json.dumps(done.labels, ensure_ascii=False)}")
+    changes = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+    print(f"next, all stages in a run folder of their own: atlantis-ds run {shlex.quote(str(folder.recipe))} {changes}")
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     arm: Annotated[str, typer.Option(help="Arm of the recipe, or `reference`.")] = "atlantis",

@@ -226,11 +226,12 @@ def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
     if labels is not None:
         for label, kind in ((target, "label"), (found.gold, "gold label")):
             if label is not None and label not in labels:
-                raise BadRow(f"unknown {kind} {label!r}; {_known(label, labels)}", found.label_at)
+                raise BadRow(f"unknown {kind} {label!r}; {of_labels(label, labels)}", found.label_at)
     return target
 
 
-def _known(label: str, labels: list[str]) -> str:
+def of_labels(label: str, labels: list[str]) -> str:
+    """For messages: the label set that a label is not in, or the labels close to it."""
     if len(labels) <= 20:
         return f"the label set is {', '.join(labels)}"
     close = difflib.get_close_matches(label, labels, n=3)

@@ -136,7 +136,7 @@ def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
     if "gold" in columns.model_fields_set and split == "test" and columns.gold not in there:
         raise _no_column(row, "gold", columns.gold)
     if recipe.task == "response":
-        if _messages(columns, there) is None and _said(columns, there) is None and not gold:
+        if response_columns(columns, there) == (None, None) and not gold:
             raise InputError(
                 f"{row.where}: no column for the response; name it as data.columns.response (the row has "
                 f"{', '.join(there)})"
@@ -159,22 +159,27 @@ def _labelled(recipe: Recipe, row: Row) -> Found:
     if recipe.task == "relation":
         fields, key = row_fields(values)
         fields = {**_text_fields(columns, values, skip=("tokens", "token", "e1", "e2", "h", "t")), **fields}
-        if "relation" in values and columns.label not in values:
-            values = {**values, columns.label: values["relation"]}
     else:
         fields, key = _text_fields(columns, values), None
     known = recipe.data.labels or []
     target, gold = (
         None if label == ABSTAIN and ABSTAIN not in known else label
-        for label in (label_text(values.get(columns.label)), label_text(values.get(columns.gold)))
+        for label in (label_text(values.get(label_column(recipe, values))), label_text(values.get(columns.gold)))
     )
-    return Found(row.where, _id(columns, values), fields, key, target, gold, _group(columns, values), row.number)
+    return Found(row.where, row_id(columns, values), fields, key, target, gold, _group(columns, values), row.number)
+
+
+def label_column(recipe: Recipe, values: dict[str, Any]) -> str:
+    """The column that holds the label: of relations also ``relation``, where there is no other."""
+    label = recipe.data.columns.label
+    return "relation" if recipe.task == "relation" and label not in values and "relation" in values else label
 
 
 def _response(data: Data, row: Row) -> Found:
     columns, values = data.columns, row.values
-    id, group = _id(columns, values), _group(columns, values)
-    if messages := _messages(columns, values):
+    id, group = row_id(columns, values), _group(columns, values)
+    messages, response = response_columns(columns, values)
+    if messages:
         prompt, target = split_turns(values.get(messages), data.train_on)
         fields, key = {"messages": prompt}, prompt
         gold = values.get(columns.gold)
@@ -182,7 +187,6 @@ def _response(data: Data, row: Row) -> Found:
             turn = {"role": "assistant", "content": _some_text(gold, columns.gold)}
             gold = json.dumps([*json.loads(target)[:-1], turn], ensure_ascii=False)
         return Found(row.where, id, fields, key, target, gold, group, row.number)
-    response = _said(columns, values)
     fields = _text_fields(columns, values, skip=(response,) if response else ())
     said, true = (
         _some_text(values[name], name) if name and values.get(name) is not None else None
@@ -191,14 +195,11 @@ def _response(data: Data, row: Row) -> Found:
     return Found(row.where, id, fields, None, said, true, group, row.number)
 
 
-def _messages(columns: Columns, values: dict[str, Any]) -> str | None:
-    """The column that holds a chat; None where responses stand in a column of their own."""
-    return columns.messages or ("messages" if "messages" in values and not columns.response else None)
-
-
-def _said(columns: Columns, values: dict[str, Any]) -> str | None:
-    """The column that holds the responses."""
-    return columns.response or next((name for name in RESPONSES if name in values), None)
+def response_columns(columns: Columns, values: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The column that holds a chat, and the one that holds the response: one of them, or none."""
+    if messages := columns.messages or ("messages" if "messages" in values and not columns.response else None):
+        return messages, None
+    return None, columns.response or next((name for name in RESPONSES if name in values), None)
 
 
 def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
@@ -249,7 +250,8 @@ def _some_text(value: Any, column: str) -> str:
     return whole_text(value)
 
 
-def _id(columns: Columns, values: dict[str, Any]) -> str | int | None:
+def row_id(columns: Columns, values: dict[str, Any]) -> str | int | None:
+    """The id of a row; None where the rows have none. Raises BadRow: it is empty, or neither text nor whole number."""
     id = values.get(columns.id)
     if id is None and columns.id not in values:
         return None

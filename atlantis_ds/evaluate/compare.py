@@ -132,9 +132,9 @@ def comparison(
         ``n`` (test examples), ``replicates``, ``metric``, ``peers``, ``upper``, and ``arms``: for each arm ``arm``,
         ``runs``, the mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other
         ``FIGURES`` (None where a run lacks it), ``seconds`` (mean training time), ``differences`` (peer -> ``mean``,
-        ``low`` and ``high`` of the
-        95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from SFT to ``upper``, over
-        the seeds that the three share; None where the interval of the whole way does not leave out 0).
+        ``low`` and ``high`` of the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from
+        SFT to ``upper``, over the seeds that the three share; None where the interval of the whole way does not leave
+        out 0).
 
         ``seeds``; ``runs``, a row an arm and seed: ``arm``, ``seed``, its ``FIGURES`` and ``seconds``; ``labels``, None
         for responses, else a row a label of the gold ones, without direction: ``label``, ``support``, ``apart``

@@ -90,7 +90,7 @@ def in_words(comparison: Mapping[str, Any]) -> list[str]:
     if not found:
         return ["No two arms can be compared: the recipe has no plain fine-tuning, or nothing beside it."]
     kinds: dict[str, list[str]] = {"gains": [], "loses": [], "same": [], "single": []}
-    for arm, figure in found.items():
+    for arm, figure in sorted(found.items(), key=lambda item: item[0] == comparison["upper"]):
         mean, low, high = (figure[key] for key in ("mean", "low", "high"))
         name = f"{arm} (trained on the gold labels)" if arm == comparison["upper"] else arm
         signed = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

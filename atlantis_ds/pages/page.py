@@ -80,7 +80,7 @@ def picture(figure: Figure, name: str, says: str) -> str:
             element.set(key.replace(f"{{{XLINK}}}", "xlink:"), _of_page(key, value, name))
     width = float(root.attrib.pop("width").removesuffix("pt"))
     del root.attrib["height"]
-    root.attrib |= {"role": "img", "aria-label": says, "style": f"width: {width / 12:.1f}rem"}
+    root.attrib |= {"role": "img", "aria-label": says, "style": f"width: {width / 13:.1f}rem"}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 

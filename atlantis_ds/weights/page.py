@@ -40,7 +40,8 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
         what stands in ``diagnosis.json``: the diagnosis of ``weights.json``, with the options of the weights.
 
     Raises:
-        InputError: the weights are missing, or are not those of the run's scores and examples.
+        InputError: the weights are missing, or are not those of the run's scores and examples; the list of before
+            holds corrections.
     """
     folder = run.folder
     examples = load_examples(folder)
@@ -54,8 +55,9 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
         raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
     weights = table["weight"].to_numpy()
     order = lowest_first(weights, table["log_weight"].to_numpy())
-    listed = Listing(examples, weights, _suggestions(run, examples))
     target = folder.root / "diagnosis"
+    _refuse_to_lose_corrections(target / "label_errors.csv")
+    listed = Listing(examples, weights, _suggestions(run, examples))
     _write_csv(target / "label_errors.csv", listed.entries(order))
     plot_weights(target / "weights.png", weights, diagnosis)
     lowest, highest = (list(listed.entries(rows)) for rows in (order[:SHOWN], order[::-1][:SHOWN]))
@@ -210,6 +212,20 @@ def _common_start(*texts: str) -> str:
 def _whole_words(text: str) -> int:
     """Length of the text up to its last white space, that included."""
     return next((at for at in range(len(text), 0, -1) if text[at - 1].isspace()), 0)
+
+
+def _refuse_to_lose_corrections(path: Path) -> None:
+    """Hours of somebody's work may stand in the list that would be replaced."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.reader(file)
+        head = next(rows, [])
+        changed = head not in ([*COLUMNS], [*COLUMNS, CORRECTED])
+        changed |= any(len(row) != len(head) or (CORRECTED in head and row[-1].strip() != "") for row in rows)
+    if changed:
+        raise InputError(f"{path}: holds corrections, or was changed; save it under another name before `diagnose`")
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
