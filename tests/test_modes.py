@@ -1,7 +1,7 @@
 """Every mode of training on real ranks: what runs, what is refused, and that all of them compute the same.
 
 The models have the real vocabularies (Qwen2 152k, Flan-T5 32k) and tokenizers, and few small layers. With
-MODES_TABLE=docs/modes.md they write what they saw there.
+MODES_TABLE=experiments/modes.md they write what they saw there.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def table() -> Iterator[dict[str, dict[Any, str]]]:
-    """Lines for docs/modes.md: of the ``modes`` and of the ``loads``; written when all tests are done."""
+    """Lines for experiments/modes.md: of the ``modes`` and of the ``loads``; written when all tests are done."""
     lines: dict[str, dict[Any, str]] = {"modes": {}, "loads": {}}
     yield lines
     if path := os.environ.get("MODES_TABLE"):
@@ -93,7 +93,7 @@ def table() -> Iterator[dict[str, dict[Any, str]]]:
 
 MODES_HEAD = """# Modes
 
-Written by `MODES_TABLE=docs/modes.md pytest tests/test_modes.py`, on CPU ranks; each row is a test.
+Written by `MODES_TABLE=experiments/modes.md pytest tests/test_modes.py`, on CPU ranks; each row is a test.
 
 Random models with the real vocabularies (Qwen2 tied 151,936, untied 152,064; Flan-T5 32,128) and tokenizers, two
 layers of width 64, fp32; 4 optimizer steps of 8 examples. Loss: mean of -log p(label) in nats. Peak: resident memory of

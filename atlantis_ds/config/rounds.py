@@ -1,4 +1,4 @@
-"""The weights that a round of a cross-fitted reference gives to the next, by task (experiments/journal.md)."""
+"""The weights that a round of a cross-fitted reference gives to the next, by task (experiments/summary.md)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ UPDATE = 92
 """Bytes read and written a trained weight by the update: counted over the operations of AdamW's foreach path (72) and
 DeepSpeed's copies (bf16 gradient to fp32, unscaling, fp32 weight to bf16)."""
 TOKENS = (198, 8)
-"""Mean prompt and label of SemEval-2010 Task 8 with the label options in the prompt (docs/plan.md)."""
+"""Mean prompt and label of SemEval-2010 Task 8 with the label options in the prompt (docs/memory-and-hours.md)."""
 EXAMPLES = 10_000_000
 LOADED = 2e9
 """Assumed: bytes/s at which weights come from the file system."""

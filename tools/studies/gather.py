@@ -4,7 +4,7 @@
 
 Adds the finished trainings of the run folder to the CSV: one line an arm and seed, with predictions as numbers of the
 relations in the label set (-1 for none of them), and one with the gold labels. Prints the comparison of all its lines
-as a Markdown table, and draws it into a PNG beside the CSV: what experiments/journal.md shows. With `-` for a folder
+as a Markdown table, and draws it into a PNG beside the CSV: what the pages of experiments/ show. With `-` for a folder
 that is gone it reads the CSV alone. All arms of one seed should come from one set of scores.
 """
 
