@@ -2,6 +2,7 @@
 # make test      linters, type checks and all tests that are not slow
 # make soak      60 injected faults and the slow tests; an hour or so
 # make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
+# make docs      the pages of docs/ as a site in site/, links and anchors checked
 # make smollm2   a real pretrained model of 135M parameters into models/
 # make reference docs/recipe.md and the recipe's JSON schema, from the code
 # Each makes .venv first, a few minutes the first time.
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test soak bench smollm2 reference
+.PHONY: demo test soak bench docs smollm2 reference
 
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
@@ -33,6 +34,9 @@ bench: .venv/.installed .venv-bench/.installed
 	.venv/bin/python tools/bench/scaling.py speedup --mode lora --zero zero1 --pairs 2 --ranks 1 2 \
 		--plot scaling.png
 
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
+
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py
 
@@ -51,4 +55,9 @@ reference: .venv/.installed
 	$(python) -m venv .venv-bench
 	.venv-bench/bin/pip install -q -c constraints.txt torch==2.13.0
 	.venv-bench/bin/pip install -q -c constraints.txt -r tools/bench/requirements.txt
+	touch $@
+
+.venv-docs/.installed: docs/requirements.txt
+	$(python) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -r docs/requirements.txt
 	touch $@

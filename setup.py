@@ -22,7 +22,7 @@ setup(
     package_dir={f"atlantis_ds.{name}": name for name in BUNDLED},
     package_data={
         "atlantis_ds": ["py.typed"],
-"atlantis_ds.config": ["*.json"],
+        "atlantis_ds.config": ["*.json"],
         "atlantis_ds.pages": ["*.html", "*.css", "*.js"],
         **{f"atlantis_ds.{name}": patterns for name, patterns in BUNDLED.items()},
     },

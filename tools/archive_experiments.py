@@ -2,9 +2,9 @@
 
     python tools/archive_experiments.py
 
-Writes dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: a line
-for the archive and one for each file in it, as `sha256sum --check` reads them. The same files give the same archive, to the
-byte: names are sorted, and times, owners and permissions are left out.
+Writes dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: a
+line for the archive and one for each file in it, as `sha256sum --check` reads them. The same files give the same
+archive, to the byte: names are sorted, and times, owners and permissions are left out.
 """
 
 from __future__ import annotations
