@@ -131,9 +131,14 @@ def own_recipe(params: dict[str, Any]) -> Path | None:
 @pytest.mark.parametrize("command", OURS, ids=str)
 def test_command_parses_and_its_recipe_takes_the_keys(command: Command) -> None:
     name, params = parsed(command)
-    assert name in RUN_HERE or (ROOT / "tests" / RUN_BY[name]).is_file()
+    assert name in RUN_HERE or name in RUN_BY, f"{command}: say in RUN_BY which test runs it"
     if recipe := own_recipe(params):
         load_recipe(recipe, params.get("overrides"))
+
+
+def test_commands_that_other_tests_run_stand_in_them() -> None:
+    for name, file in RUN_BY.items():
+        assert f'"{name}"' in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} runs no {name}"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.ours is None], ids=str)
@@ -234,3 +239,9 @@ def test_files_and_links_of_a_page_are_there(page: Path) -> None:
         links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
         missing += [link for link in links if link not in nav and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_index_of_the_journal_has_every_page() -> None:
+    index = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "experiments").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\((\w+\.md)\) \|$", index, re.M))
