@@ -15,7 +15,7 @@ import typer
 import yaml
 from conftest import ENV, ROOT
 
-from atlantis_ds.bundled import bundled_files
+from atlantis_ds.bundled import find
 from atlantis_ds.cli import app
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.config.schema import Recipe
@@ -123,7 +123,7 @@ def own_recipe(params: dict[str, Any]) -> Path | None:
     """The recipe of the repository that a command names; None where it is the reader's own, or there is none."""
     if (recipe := params.get("recipe")) is None or str(recipe) in YOURS:
         return None
-    path = ROOT / recipe if "/" in str(recipe) else bundled_files("recipes").get(str(recipe), ROOT / "recipes" / recipe)
+    path = ROOT / find("recipes", recipe, "RECIPE")
     assert path.is_file(), f"{recipe}: no such recipe"
     return path
 
