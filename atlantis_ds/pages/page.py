@@ -71,8 +71,9 @@ def picture(figure: Figure, name: str, says: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(file.getvalue())
-    for metadata in root.findall(f"{{{SVG}}}metadata"):
-        root.remove(metadata)
+    for parent in root.iter():
+        for child in parent.findall(f"{{{SVG}}}style") + parent.findall(f"{{{SVG}}}metadata"):
+            parent.remove(child)  # a style would hold for the whole page; style.css has what it says
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{SVG}}}")
         for key, value in list(element.attrib.items()):
