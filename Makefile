@@ -1,8 +1,10 @@
 # make demo      the whole method on a small problem, from nothing, on the CPU
 # make test      linters, type checks and all tests that are not slow
+# make test-fast linters, type checks and the tests that start no ranks and no daemons: a minute or two
 # make soak      60 injected faults and the slow tests; an hour or so
 # make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
 # make docs      the pages of docs/ as a site in site/, links and anchors checked
+# make release   the wheel and the sdist of the last commit in dist/, checked; nothing is uploaded or pushed
 # make smollm2   a real pretrained model of 135M parameters into models/
 # make reference docs/recipe.md and the recipe's JSON schema, from the code
 # Each makes .venv first, a few minutes the first time.
@@ -10,20 +12,22 @@
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
 
-.PHONY: demo test soak bench docs smollm2 reference
+.PHONY: demo test test-fast soak bench docs release smollm2 reference
 
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
 
 # All checks run, whichever of them fail. .venv/bin on the PATH: the tests call ninja, mpirun and the like by name.
-test: .venv/.installed
+lint := 'ruff check' 'ruff format --check' 'mypy atlantis_ds'
+test: checks := tools/install_test_services.sh $(lint) 'pytest -m "not slow"'
+test-fast: checks := $(lint) 'pytest -m "not slow and not ranks"'
+test test-fast: .venv/.installed
 	@export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; failed=; \
-	for check in tools/install_test_services.sh 'ruff check' 'ruff format --check' 'mypy atlantis_ds' \
-		'pytest -m "not slow"'; do \
+	for check in $(checks); do \
 		echo "== $$check"; eval "$$check" || failed+="; $$check"; \
 	done; \
-	if [ -n "$$failed" ]; then echo "make test: FAILED: $${failed#; }"; exit 1; fi; \
-	echo "make test: all passed"
+	if [ -n "$$failed" ]; then echo "make $@: FAILED: $${failed#; }"; exit 1; fi; \
+	echo "make $@: all passed"
 
 soak: .venv/.installed
 	export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; tools/install_test_services.sh && \
@@ -37,6 +41,9 @@ bench: .venv/.installed .venv-bench/.installed
 docs: .venv-docs/.installed
 	.venv-docs/bin/mkdocs build --strict
 
+release: .venv/.installed
+	PATH="$(CURDIR)/.venv/bin:$$PATH" tools/release.sh
+
 smollm2: .venv/.installed
 	.venv/bin/python tools/get_smollm2.py
 
@@ -45,7 +52,7 @@ reference: .venv/.installed
 	.venv/bin/atlantis-ds schema --markdown > docs/recipe.md
 
 # torch first and by its exact version: a looser request takes a build with gigabytes of CUDA libraries.
-.venv/.installed: constraints.txt setup.py
+.venv/.installed: constraints.txt pyproject.toml setup.py
 	$(python) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c constraints.txt -e '.[test,qlora,gguf]'
