@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -97,14 +98,18 @@ class Job:
             pytest.fail(f"not done after {timeout} s: {' '.join(self.command)}\n{self.text()[-3000:]}")
         return Done(code, self.text())
 
-    def kill_when(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
-        """Kill all ranks as soon as the condition holds; fail where the job ends first."""
+    def until(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
+        """Wait until the condition holds; fail where the job ends first, or after ``timeout`` seconds."""
         end = time.monotonic() + timeout
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.kill()
-                pytest.fail(f"ended, or hung, before it could be killed:\n{self.text()[-3000:]}")
+                pytest.fail(f"ended, or hung, before what was waited for:\n{self.text()[-3000:]}")
             time.sleep(0.005)
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """Kill all ranks as soon as the condition holds."""
+        self.until(condition)
         self.kill()
 
 
@@ -123,6 +128,28 @@ def events(run: Path, kind: str, arm: str | None = None) -> list[dict[str, Any]]
     text = path.read_text() if path.exists() else ""
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [event for event in found if event["event"] == kind and arm in (None, event.get("arm"))]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step of the only training in a run folder."""
+    steps = events(run, "train")
+    assert [event["step"] for event in steps] == list(range(1, len(steps) + 1)), "a step was lost, or done twice"
+    return [event["loss"] for event in steps]
+
+
+def stop_when(job: Job, run: Path, event: str, more_than: int, how: str) -> None:
+    """Ask the running job to stop as soon as the log holds more than so many events."""
+    job.until(lambda: len(events(run, event)) > more_than)
+    if how == "STOP":
+        (run / "STOP").touch()
+    elif how == "one rank":
+        ranks = psutil.Process(job.process.pid).children()
+        ranks[1].send_signal(signal.SIGUSR2)
+    else:
+        os.kill(job.process.pid, getattr(signal, how))
+    done = job.wait()
+    assert done.code == 75, done.out[-3000:]
+    assert "preempted: " in done.out and "Traceback" not in done.out, done.out[-3000:]
 
 
 def refuse(done: Done, *words: str) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, WriteRecipe, launch, refuse, start, succeed
-from test_preemption import events, losses, stop_when
+from conftest import ROOT, WriteRecipe, events, launch, losses, refuse, start, stop_when, succeed
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ENV, WriteRecipe, events, succeed
 from kubeflow_trainer_api import models
-from test_services import wait_for
+from services import wait_for
 
 from atlantis_ds.cluster.ranks import free_port
 
@@ -92,5 +92,5 @@ def test_a_place_that_is_half_told_is_refused(
     tiny_recipe: WriteRecipe, tmp_path: Path, place: dict[str, str], said: str
 ) -> None:
     words = [sys.executable, "-m", "atlantis_ds", "prepare", str(tiny_recipe(tmp_path))]
-    done = subprocess.run(words, env={**ENV, **place}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env={**ENV, **place}, capture_output=True, text=True, timeout=180)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr

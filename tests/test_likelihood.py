@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -293,6 +293,7 @@ def test_t5_saved_without_a_head_loads_tied(tmp_path):
 # --- batches
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(11, 300), max_size=60), st.integers(1, 1000), st.integers(0, 10))
 def test_token_budget_batches(lengths, budget, prefix):
     batches = token_budget_batches(lengths, budget, prefix)

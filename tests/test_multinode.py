@@ -6,11 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, WriteRecipe, succeed
-from test_preemption import losses
-from test_services import need
-from test_services import start as start_service
-from test_services import stop as stop_service
+from conftest import ENV, ROOT, WriteRecipe, losses, succeed
+from services import need, start_service, stop_service
 
 
 @pytest.fixture(scope="module")

@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-from conftest import TIMEOUT, Job, WriteRecipe, launch, start, succeed
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    if not (run / "log.jsonl").exists():
-        return []
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == name]
-
-
-def losses(run: Path) -> list[float]:
-    steps = events(run, "train")
-    assert [event["step"] for event in steps] == list(range(1, len(steps) + 1)), "a step was lost, or done twice"
-    return [event["loss"] for event in steps]
-
-
-def stop_when(job: Job, run: Path, event: str, more_than: int, how: str) -> None:
-    """Ask the running job to stop as soon as the log holds more than so many events."""
-    end = time.monotonic() + TIMEOUT
-    while len(events(run, event)) <= more_than:
-        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
-        time.sleep(0.005)
-    if how == "STOP":
-        (run / "STOP").touch()
-    elif how == "one rank":
-        ranks = psutil.Process(job.process.pid).children()
-        ranks[1].send_signal(signal.SIGUSR2)
-    else:
-        os.kill(job.process.pid, getattr(signal, how))
-    done = job.wait()
-    assert done.code == 75, done.out[-3000:]
-    assert "preempted: " in done.out and "Traceback" not in done.out, done.out[-3000:]
+from conftest import WriteRecipe, events, launch, losses, start, stop_when, succeed
 
 
 @pytest.mark.slow
@@ -74,10 +39,7 @@ def test_scoring_leaves_a_long_shard_half_way(tiny_recipe: WriteRecipe, tmp_path
     recipe = tiny_recipe(tmp_path, {"data.train_size": 1200, "score.shard_size": 1200})
     succeed("local", 1, "prepare", recipe)
     job = start("local", 1, "score", recipe)
-    end = time.monotonic() + TIMEOUT
-    while "score large: all fast ways" not in job.text():
-        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
-        time.sleep(0.005)
+    job.until(lambda: "score large: all fast ways" in job.text())
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 75
     assert not list((tmp_path / "run" / "scores").rglob("*.parquet"))
@@ -90,19 +52,14 @@ def test_scoring_keeps_its_shards_and_goes_on(tiny_recipe: WriteRecipe, tmp_path
     succeed("local", 1, "prepare", recipe)
     job = start("local", 2, "score", recipe)
     parts = run / "scores" / "parts"
-    end = time.monotonic() + TIMEOUT
-    while not parts.is_dir() or len(list(parts.glob("shard*"))) < 4:
-        assert job.process.poll() is None and time.monotonic() < end, job.text()[-3000:]
-        time.sleep(0.005)
+    job.until(lambda: len(list(parts.glob("shard*"))) >= 4)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 75
     done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     assert 4 <= len(done) < 60 and not [path for path in done if path.suffix != ".parquet"]
     assert f"0 of 60 shards done, of the others {len(done)} of 120 parts" in succeed("local", 1, "status", run)
     job = start("local", 2, "score", recipe)
-    while not (parts / "shard-00059-of-00060.large.parquet").exists():
-        assert job.process.poll() is None, job.text()[-3000:]
-        time.sleep(0.005)
+    job.until((parts / "shard-00059-of-00060.large.parquet").exists)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items() if path.exists())
     assert job.wait().code == 0
     assert len(list((run / "scores").glob("shard-*.parquet"))) == 60
@@ -128,16 +85,11 @@ def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe:
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
     first = start("local", 1, "train", recipe, "--arm", "sft")
-    end = time.monotonic() + TIMEOUT
-    while len(events(run, "train")) < 30:
-        assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
-        time.sleep(0.05)
+    first.until(lambda: len(events(run, "train")) >= 30)
     first.process.send_signal(signal.SIGSTOP)
     second = start("local", 1, "train", recipe, "--arm", "sft")
     before = len(events(run, "train"))
-    while len(events(run, "train")) < before + 5:
-        assert second.process.poll() is None and time.monotonic() < end, second.text()[-3000:]
-        time.sleep(0.05)
+    second.until(lambda: len(events(run, "train")) >= before + 5)
     first.process.send_signal(signal.SIGCONT)
     done = first.wait()
     assert done.code == 1 and f"another took its work over (host {socket.gethostname()}, process " in done.out
@@ -154,10 +106,7 @@ def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRe
     run = tmp_path / "run"
     succeed("local", 1, "prepare", recipe)
     first = start("local", 1, "train", recipe, "--arm", "sft")
-    end = time.monotonic() + TIMEOUT
-    while len(events(run, "train")) < 9:
-        assert first.process.poll() is None and time.monotonic() < end, first.text()[-3000:]
-        time.sleep(0.05)
+    first.until(lambda: len(events(run, "train")) >= 9)
     second = launch("local", 2, "train", recipe, "--arm", "sft")
     assert second.code == 2 and f"process {first.process.pid})" in second.out, second.out[-3000:]
     claim = run / "claims" / "train-sft.json"

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlantis_ds import stages
@@ -324,6 +324,7 @@ def test_chat_template_of_the_reference(models, ranks, tmp_path):
         Encoder(load_tokenizer(bare), config, examples.labels, as_turn=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e4), max_size=40), st.integers(1, 9))
 def test_shards_are_shared_out_once_and_evenly(costs, world_size):
     given_out = assign_shards(costs, world_size)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, WriteRecipe, launch, succeed
+from conftest import ROOT, WriteRecipe, events, launch, succeed
 from safetensors.torch import load_file
-from test_preemption import events
 
 from atlantis_ds.files import read_table, write_table
 

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENV, ROOT, WriteRecipe, events, launch, succeed
-from test_preemption import losses
-from test_services import job, need, run, wait_for
-from test_services import start as start_service
-from test_services import stop as stop_service
+from conftest import ENV, ROOT, WriteRecipe, events, launch, losses, succeed
+from services import job, need, run, start_service, stop_service, wait_for
 
 from atlantis_ds.errors import InputError
 from atlantis_ds.status import status

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from chat_templates import CHATML
 from conftest import WriteRecipe, launch, refuse, succeed
 
 from atlantis_ds.demo.grammar import grammar_corpus
@@ -50,7 +51,6 @@ def chat_model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """``base_model`` with a chat template."""
     import shutil
 
-    from test_chat import CHATML
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("chat") / "model"
