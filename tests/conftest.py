@@ -198,6 +198,28 @@ def succeed(kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT)
     return done.out
 
 
+def in_process(recipe: Path, *names: str) -> None:
+    """Do these stages (``prepare``, ``score``, ``merge``) on one rank in this process.
+
+    For tests that are not about their commands: starting a Python with torch for each takes longer than the stage.
+    """
+    from atlantis_ds import stages
+    from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
+    from atlantis_ds.config.loading import load_recipe
+    from atlantis_ds.run import Run
+    from atlantis_ds.run_folder import RunFolder
+
+    settings, environ = load_recipe(recipe), dict(os.environ)
+    run = Run(settings, RunFolder(Path(settings.runs_dir) / settings.name), start_ranks(settings.timeout_minutes))
+    try:
+        for name in names:
+            {"prepare": stages.prepare, "score": stages.score, "merge": stages.merge}[name](run)
+    finally:
+        stop_ranks()
+        os.environ.clear()
+        os.environ.update(environ)
+
+
 def grammar_pairs(encoder: Any, count: int, seed: int) -> list[Any]:
     """The first sentences of the demo grammar behind the relation prompt, each with its label, encoded."""
     from atlantis_ds.config.schema import Prompt

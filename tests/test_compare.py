@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import WriteRecipe, launch, refuse, succeed
+from conftest import WriteRecipe, in_process, launch, refuse, succeed
 
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.evaluate.compare import (
@@ -266,8 +266,7 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
     }
     recipe, run = tiny_recipe(tmp_path, changes), tmp_path / "run"
     refuse(launch("local", 1, "compare", recipe, "--part", "1/2"), "examples.json", "run the stage")
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, recipe)
+    in_process(recipe, "prepare", "score", "merge")
     # Two jobs of an array; then the whole, which trains nothing again.
     succeed("local", 1, "compare", recipe, "--part", "1/2")
     assert not (run / "compare").exists()
@@ -315,8 +314,7 @@ def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Pat
         "listed": {"weights": {"formula": "uniform"}, "drop_ids": str(bad)},
     }
     path = tiny_recipe(tmp_path, {"arms": arms})
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, path)
+    in_process(path, "prepare", "score", "merge")
     recipe, folder = load_recipe(path), RunFolder(tmp_path / "run")
     examples, run = load_examples(folder), Run(recipe, folder, Ranks.alone())
     ids = examples.train.ids.to_pylist()

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WriteRecipe, launch, refuse, succeed
+from conftest import WriteRecipe, in_process, launch, refuse, succeed
 
 from atlantis_ds.config.schema import Weights
 from atlantis_ds.weights import page
@@ -28,8 +28,7 @@ from atlantis_ds.weights.picture import plot_weights
 def run(tiny_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diagnose")
     recipe = tiny_recipe(folder, {"data.noise": {"kind": "uniform", "rate": 0.3}})
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, recipe)
+    in_process(recipe, "prepare", "score", "merge")
     succeed("local", 1, "diagnose", folder / "run")
     return folder / "run"
 

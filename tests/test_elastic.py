@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, WriteRecipe, events, launch, losses, refuse, start, stop_when, succeed
+from conftest import ROOT, WriteRecipe, events, in_process, launch, losses, refuse, start, stop_when, succeed
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def recipe_of(mode: str, tiny_recipe: WriteRecipe, folder: Path, **more: Any) ->
 
 def stopped_run(recipe: Path, ranks: int) -> int:
     """Prepare, train on so many ranks and stop on the way; the number of steps done."""
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     run = recipe.parent / "run"
     stop_when(start("local", ranks, "train", recipe, "--arm", "sft"), run, "train", STOP_AFTER, "SIGTERM")
     return len(losses(run))
@@ -58,7 +58,7 @@ SLOW = ("ZeRO-1", "LoRA, ZeRO-2", "bf16, ZeRO-0", "bf16, ZeRO-2", "offload, ZeRO
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=pytest.mark.slow) if m in SLOW else m for m in MODES])
 def test_losses_follow_on_another_number_of_ranks(mode: str, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     undisturbed = recipe_of(mode, tiny_recipe, tmp_path / "undisturbed")
-    succeed("local", 1, "prepare", undisturbed)
+    in_process(undisturbed, "prepare")
     succeed("local", 2, "train", undisturbed, "--arm", "sft")
     expected = losses(tmp_path / "undisturbed" / "run")
     for before, afters in ((2, (1, 3)), (1, (2,))):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, WriteRecipe, launch, refuse, succeed
+from conftest import ROOT, WriteRecipe, in_process, launch, refuse, succeed
 from families import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -242,7 +242,7 @@ def test_a_deepspeed_config_without_zero_is_stage_0(tiny_recipe: WriteRecipe, tm
     del config["zero_optimization"]
     (tmp_path / "plain.json").write_text(json.dumps(config))
     recipe = tiny_recipe(tmp_path, {"train.deepspeed": str(tmp_path / "plain.json"), "train.num_train_epochs": 1})
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     assert "5/5 steps" in succeed("local", 1, "train", recipe, "--arm", "sft")
 
 

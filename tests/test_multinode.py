@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, WriteRecipe, losses, succeed
+from conftest import ENV, ROOT, WriteRecipe, in_process, losses, succeed
 from services import need, start_service, stop_service
 
 
@@ -15,7 +15,7 @@ def recipes(tiny_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) 
     """The same prepared run three times; `local` is trained by --ranks 2."""
     found = {name: tiny_recipe(tmp_path_factory.mktemp(name)) for name in ("local", "deepspeed", "mpirun")}
     for path in found.values():
-        succeed("local", 1, "prepare", path)
+        in_process(path, "prepare")
     succeed("local", 2, "train", found["local"], "--arm", "sft")
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import WriteRecipe, succeed
+from conftest import WriteRecipe, in_process
 from pydantic import ValidationError
 
 from atlantis_ds.cluster.ranks import Ranks
@@ -167,8 +167,7 @@ def test_from_shards_as_from_all_scores_at_once(
 ) -> None:
     """Also where the noise is fitted on a sample, which takes some rows of each shard."""
     path = tiny_recipe(tmp_path, {"weights": {"formula": "posterior"}, "data.train_size": 300, "score.shard_size": 64})
-    succeed("local", 1, "prepare", path)
-    succeed("local", 1, "score", path)
+    in_process(path, "prepare", "score")
     recipe, folder = load_recipe(path), RunFolder(tmp_path / "run")
     run, examples = Run(recipe, folder, Ranks.alone()), load_examples(folder)
     scores = load_scores(run, examples)

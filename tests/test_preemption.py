@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import WriteRecipe, events, launch, losses, start, stop_when, succeed
+from conftest import WriteRecipe, events, in_process, launch, losses, start, stop_when, succeed
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRec
     undisturbed = tiny_recipe(tmp_path / "b", changes)
     run = tmp_path / "a" / "run"
     for path in (recipe, undisturbed):
-        succeed("local", 1, "prepare", path)
+        in_process(path, "prepare")
     succeed("local", 2, "train", undisturbed, "--arm", "sft")
     expected = losses(tmp_path / "b" / "run")
     assert len(expected) == 300
@@ -37,7 +37,7 @@ def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRec
 def test_scoring_leaves_a_long_shard_half_way(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     """One with thousands of labels or examples takes longer than a queue waits."""
     recipe = tiny_recipe(tmp_path, {"data.train_size": 1200, "score.shard_size": 1200})
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     job = start("local", 1, "score", recipe)
     job.until(lambda: "score large: all fast ways" in job.text())
     job.process.send_signal(signal.SIGTERM)
@@ -46,44 +46,44 @@ def test_scoring_leaves_a_long_shard_half_way(tiny_recipe: WriteRecipe, tmp_path
 
 
 def test_scoring_keeps_its_shards_and_goes_on(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    changes = {"data.train_size": 1200, "score.shard_size": 20}
+    changes = {"data.train_size": 600, "score.shard_size": 20}
     recipe = tiny_recipe(tmp_path, changes)
     run = tmp_path / "run"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     job = start("local", 2, "score", recipe)
     parts = run / "scores" / "parts"
     job.until(lambda: len(list(parts.glob("shard*"))) >= 4)
     job.process.send_signal(signal.SIGTERM)
     assert job.wait().code == 75
     done = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
-    assert 4 <= len(done) < 60 and not [path for path in done if path.suffix != ".parquet"]
-    assert f"0 of 60 shards done, of the others {len(done)} of 120 parts" in succeed("local", 1, "status", run)
+    assert 4 <= len(done) < 30 and not [path for path in done if path.suffix != ".parquet"]
+    assert f"0 of 30 shards done, of the others {len(done)} of 60 parts" in succeed("local", 1, "status", run)
     job = start("local", 2, "score", recipe)
-    job.until((parts / "shard-00059-of-00060.large.parquet").exists)
+    job.until((parts / "shard-00029-of-00030.large.parquet").exists)
     assert all(path.stat().st_mtime_ns == when for path, when in done.items() if path.exists())
     assert job.wait().code == 0
-    assert len(list((run / "scores").glob("shard-*.parquet"))) == 60
-    succeed("local", 1, "merge", recipe)
+    assert len(list((run / "scores").glob("shard-*.parquet"))) == 30
+    in_process(recipe, "merge")
 
 
 @pytest.mark.slow
 def test_parts_of_the_shards_make_the_whole(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     names = []
     for part in ("1/3", "3/3", "2/3"):
         out = succeed("local", 1, "score", recipe, "--part", part)
         names.append(len(list((tmp_path / "run" / "scores").glob("shard-*.parquet"))))
         assert "0 of 3 shards are done, 3 to do" in out or "0 of 2 shards are done, 2 to do" in out
     assert names == [3, 5, 8]
-    succeed("local", 1, "merge", recipe)
+    in_process(recipe, "merge")
 
 
 @pytest.mark.slow
 def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, "train.save_steps": 20})
     run = tmp_path / "run"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     first = start("local", 1, "train", recipe, "--arm", "sft")
     first.until(lambda: len(events(run, "train")) >= 30)
     first.process.send_signal(signal.SIGSTOP)
@@ -104,7 +104,7 @@ def test_second_job_is_refused_and_a_dead_one_is_taken_over(tiny_recipe: WriteRe
     often = {"train.save_steps": 2, "train.save_total_limit": 3}
     recipe = tiny_recipe(tmp_path, {"train.num_train_epochs": 2000, "train.eval_steps": 10**6, **often})
     run = tmp_path / "run"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     first = start("local", 1, "train", recipe, "--arm", "sft")
     first.until(lambda: len(events(run, "train")) >= 9)
     second = launch("local", 2, "train", recipe, "--arm", "sft")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, WriteRecipe, launch, succeed
+from conftest import Job, WriteRecipe, in_process, launch
 
 from atlantis_ds.cluster.ranks import free_port
 from atlantis_ds.cluster.watch import Seat
@@ -187,7 +187,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 def test_healthy_ranks_pass(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     done = launch("torchrun", 2, "preflight", recipe)
     found = report(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import ROOT, WriteRecipe, events, launch, succeed
+from conftest import ROOT, WriteRecipe, events, in_process, launch, succeed
 from safetensors.torch import load_file
 
 from atlantis_ds.files import read_table, write_table
@@ -21,8 +21,7 @@ pytestmark = pytest.mark.slow
 def merged(tiny_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     recipe = tiny_recipe(folder)
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, recipe)
+    in_process(recipe, "prepare", "score", "merge")
     return folder / "run"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENV, ROOT, WriteRecipe, events, launch, losses, succeed
+from conftest import ENV, ROOT, WriteRecipe, events, in_process, launch, losses, succeed
 from services import job, need, run, start_service, stop_service, wait_for
 
 from atlantis_ds.errors import InputError
@@ -229,7 +229,7 @@ def test_cancelled_element_of_the_array_is_done_later(
 ) -> None:
     recipe = tiny_recipe(tmp_path)
     scores = tmp_path / "run" / "scores"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     array = sbatch(slurm, tmp_path / "%a.log", "--array=1-4", "--time=10", "score.sbatch", recipe)
     wait_for(lambda: state(slurm, f"{array}_3") == "RUNNING", 60, lambda: run(slurm, "squeue"))
     run(slurm, "scancel", f"{array}_3")
@@ -259,8 +259,7 @@ def test_array_trains_every_arm_with_every_seed(
 ) -> None:
     recipe = tiny_recipe(tmp_path, {"seeds": [1, 2], "train.num_train_epochs": 1})
     where = tmp_path / "run"
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, recipe)
+    in_process(recipe, "prepare", "score", "merge")
     array = sbatch(slurm, tmp_path / "%a.log", "--array=1-4", "--time=10", "compare.sbatch", recipe)
     for element in (1, 2, 3, 4):
         log = tmp_path / f"{element}.log"
@@ -281,7 +280,7 @@ def test_array_trains_every_arm_with_every_seed(
 @pytest.mark.slow
 def test_lora_on_one_gpu(slurm: dict[str, str], tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, log = tiny_recipe(tmp_path, {"train.num_train_epochs": 1}), tmp_path / "lora.log"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     number = sbatch(slurm, log, "--time=10", "train_single_gpu_lora.sbatch", recipe, "--arm", "sft")
     assert ended(slurm, number, log) == "COMPLETED", text(log)
     assert "1 ranks x 2 micro-batches x 4), lora, " in text(log)
@@ -296,7 +295,7 @@ def test_preempted_training_requeues_and_loses_nothing(
     recipe, undisturbed = tiny_recipe(tmp_path / "a", changes), tiny_recipe(tmp_path / "b", changes)
     where, log = tmp_path / "a" / "run", tmp_path / "train.log"
     for path in (recipe, undisturbed):
-        succeed("local", 1, "prepare", path)
+        in_process(path, "prepare")
     number = sbatch(slurm, log, "--nodes=2", "--time=10", "train.sbatch", recipe, "--arm", "sft")
     for preempt in (
         ("srun", "--partition=urgent", "--nodes=2", "--exclusive", "--time=1", "true"),
@@ -321,7 +320,7 @@ def test_time_limit_requeues_and_cancelling_does_not(
 ) -> None:
     changes = {"train.num_train_epochs": 20000, "train.save_steps": 10**6, "train.eval_steps": 10**6}
     recipe, log = tiny_recipe(tmp_path, changes), tmp_path / "train.log"
-    succeed("local", 1, "prepare", recipe)
+    in_process(recipe, "prepare")
     options = ("--nodes=2", "--time=2", "--signal=B:USR2@30")
     number = sbatch(slurm, log, *options, "train.sbatch", recipe, "--arm", "sft")
     wait_for(lambda: text(log).count("going on from step") == 1, 240, lambda: text(log))

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from chat_templates import CHATML
-from conftest import WriteRecipe, launch, refuse, succeed
+from conftest import WriteRecipe, in_process, launch, refuse, succeed
 
 from atlantis_ds.demo.grammar import grammar_corpus
 
@@ -202,8 +202,7 @@ def test_chats(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe, chat_model
 def test_weights_alone_need_no_test_file(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe) -> None:
     data = {"train": str(files / "weak.csv"), "columns": {"label": "weak"}}
     recipe = tiny_recipe(tmp_path, {"data": data, "arms": {"sft": {"weights": {"formula": "uniform"}}}})
-    for stage in ("prepare", "score", "merge"):
-        succeed("local", 1, stage, recipe)
+    in_process(recipe, "prepare", "score", "merge")
     assert len(pq.read_table(tmp_path / "run" / "weights.parquet")) == 45
     assert "no test examples" in succeed("local", 1, "run", recipe)
     refuse(launch("local", 1, "evaluate", recipe), "data.test")
