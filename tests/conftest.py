@@ -28,7 +28,8 @@ ENV |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    # tools/bench has what probes and benchmarks measure alike.
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tools/bench"), os.environ.get("PYTHONPATH")])),
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `deepspeed` itself, and `ninja`
 }
 
@@ -43,6 +44,11 @@ def pytest_configure() -> None:
         leave(code)
 
     os._exit = leave_in_a_child
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is soon done comes first: tests without ranks."""
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is not None)
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,14 @@ def in_process(recipe: Path, *names: str) -> None:
         stop_ranks()
         os.environ.clear()
         os.environ.update(environ)
+
+
+def shared_data(name: str) -> Path:
+    """A file or folder of real data, tokenizers or model configs beside the repository; skips where it is absent."""
+    path = ROOT.parent / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"real data missing: ../shared/data/{name}")
+    return path
 
 
 def grammar_pairs(encoder: Any, count: int, seed: int) -> list[Any]:

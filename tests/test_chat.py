@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import CHATML, LLAMA, THINKING
+from conftest import shared_data
 
 from atlantis_ds.errors import InputError
 from atlantis_ds.lm.batch import collate, collate_to_train
@@ -72,12 +73,9 @@ def test_qwen2s_own_template(shared_qwen2: Any) -> None:
 
 @pytest.fixture
 def shared_qwen2() -> Any:
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers" / "qwen2"
-    if not folder.is_dir():
-        pytest.skip(f"data missing: {folder}")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(shared_data("tokenizers/qwen2"))
 
 
 def test_all_turns_carry_loss_and_nothing_between(tokenizer: Any) -> None:

@@ -123,11 +123,13 @@ def meet(*launcher: str, environ: dict[str, str] = ENVIRON, script: Path) -> lis
     return sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
 
 
+@pytest.mark.ranks
 def test_torchrun(tmp_path: Path) -> None:
     said = meet(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script=tmp_path / "meet.py")
     assert said == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
 
 
+@pytest.mark.ranks
 def test_mpirun(tmp_path: Path) -> None:
     need("mpirun")
     pytest.importorskip("mpi4py", reason="service missing: mpi4py")
@@ -143,6 +145,7 @@ def slurm() -> Iterator[dict[str, str]]:
     stop_service("slurm_down.sh", env["SLURM_STATE_DIR"])
 
 
+@pytest.mark.ranks
 def test_srun_on_two_nodes(slurm: dict[str, str], tmp_path: Path) -> None:
     srun = ("srun", "--nodes=2", "--ntasks-per-node=1", "--time=2", sys.executable)
     assert meet(*srun, environ=slurm, script=tmp_path / "meet.py") == ["rank 0 of 2 sum 3.0", "rank 1 of 2 sum 3.0"]
@@ -155,6 +158,7 @@ def wait_minutes(minutes: float, folder: Path) -> list[str]:
     return ["--set", f"runs_dir={folder}", "--set", f"timeout_minutes={minutes}"]
 
 
+@pytest.mark.ranks
 def test_rank_that_cannot_reach_the_master_says_where_and_all_end(tmp_path: Path) -> None:
     port = str(free_port())
     ports = [port, port, "9"]  # nobody listens at 9, and the two others wait for a third in vain
@@ -177,6 +181,7 @@ def test_rank_that_cannot_reach_the_master_says_where_and_all_end(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ranks
 def test_silent_master_is_given_up(tmp_path: Path) -> None:
     """A frozen rank 0, or another program at its port: it takes the connection and says nothing."""
     with socket.socket() as silent:

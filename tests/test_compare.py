@@ -299,6 +299,7 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
     assert pq.read_table(answers).num_rows == 14
 
 
+@pytest.mark.ranks
 def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     from atlantis_ds.cluster.ranks import Ranks
     from atlantis_ds.config.loading import load_recipe

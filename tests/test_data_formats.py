@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import shared_data
 
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.ingest import look_at_data
@@ -16,16 +17,7 @@ from atlantis_ds.data.rows import Found
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SEMEVAL = SHARED / "semeval2010_task8"
-CONLL04 = SHARED / "conll04"
 CONLL04_LABELS = {"Kill", "Live_In", "Located_In", "OrgBased_In", "Work_For"}
-
-
-def real(path: Path) -> Path:
-    if not path.exists():
-        pytest.skip(f"real data is not on this machine: {path.name}")
-    return path
 
 
 def recipe(**data) -> Recipe:
@@ -72,7 +64,7 @@ def assert_entities(found: Found, e1: str, e2: str) -> None:
 
 @pytest.mark.parametrize("name, count, most", [("TRAIN_FILE.TXT", 8000, 1410), ("TEST_FILE_FULL.TXT", 2717, 454)])
 def test_semeval_real_file(name, count, most):
-    path = real(SEMEVAL / name)
+    path = shared_data(f"semeval2010_task8/{name}")
     examples = semeval(path)
     assert len(examples) == len({e.id for e in examples}) == count
     counts = Counter(e.target for e in examples)
@@ -88,8 +80,12 @@ def test_semeval_real_file(name, count, most):
 
 
 def test_semeval_test_labels_are_the_official_key():
-    key = dict(line.split("\t") for line in real(SEMEVAL / "test_answer_key.txt").read_text().split("\n") if line)
-    examples = semeval(SEMEVAL / "TEST_FILE_FULL.TXT")
+    key = dict(
+        line.split("\t")
+        for line in shared_data("semeval2010_task8/test_answer_key.txt").read_text().split("\n")
+        if line
+    )
+    examples = semeval(shared_data("semeval2010_task8/TEST_FILE_FULL.TXT"))
     assert {e.id: e.target for e in examples} == {id: label.strip() for id, label in key.items()}
 
 
@@ -145,7 +141,7 @@ def test_missing_file_and_bad_encoding(tmp_path, format):
 
 @pytest.mark.parametrize("split, count, kill", [("train", 1283, 179), ("dev", 343, 42), ("test", 422, 47)])
 def test_conll04_real_file(split, count, kill):
-    path = real(CONLL04 / f"conll04_{split}.json")
+    path = shared_data(f"conll04/conll04_{split}.json")
     examples = spert(path, split)
     assert len(examples) == len({e.id for e in examples}) == count
     assert set(e.target for e in examples) == CONLL04_LABELS
@@ -176,7 +172,7 @@ def marked(found: Found) -> str:
 
 
 def test_conll04_negatives_are_unrelated_pairs_and_seeded():
-    path = real(CONLL04 / "conll04_test.json")
+    path = shared_data("conll04/conll04_test.json")
     related = {pair(e) for e in spert(path, "test")}
     examples = spert(path, "test", negatives=2, seed=3)
     negatives = [e for e in examples if e.target == "None"]
@@ -189,7 +185,7 @@ def test_conll04_negatives_are_unrelated_pairs_and_seeded():
 
 
 def test_conll04_label_set_is_that_of_train_with_none_last(tmp_path):
-    paths = {split: str(real(CONLL04 / f"conll04_{split}.json")) for split in ("train", "dev", "test")}
+    paths = {split: str(shared_data(f"conll04/conll04_{split}.json")) for split in ("train", "dev", "test")}
     made = prepare(recipe(format="spert", negatives=1, **paths), RunFolder(tmp_path / "r"))
     assert made.labels == [*sorted(CONLL04_LABELS), "None"]
     assert made.train.golds.null_count == 0
@@ -356,7 +352,7 @@ def content(examples: list[Found]) -> list[tuple]:
 
 
 def test_hub_semeval_equals_the_files(offline, tmp_path):
-    path = real(SEMEVAL / "TEST_FILE_FULL.TXT")
+    path = shared_data("semeval2010_task8/TEST_FILE_FULL.TXT")
     raw = re.findall(r'^\d+\t(".*")\r?\n(\S+)', path.read_text(encoding="utf-8"), flags=re.M)[:40]
     features = offline.Features(
         {"sentence": offline.Value("string"), "relation": offline.ClassLabel(names=SEMEVAL_LABELS)}
@@ -370,7 +366,7 @@ def test_hub_semeval_equals_the_files(offline, tmp_path):
 
 
 def test_hub_spert_equals_the_files(offline, tmp_path):
-    path = real(CONLL04 / "conll04_dev.json")
+    path = shared_data("conll04/conll04_dev.json")
     documents = json.loads(path.read_text())
     hub = write_hub(offline, tmp_path / "hub", {"train": documents, "validation": documents, "test": documents})
     read, expected = read_hub(hub, "dev", format="spert", negatives=1), spert(path, "dev", 1, 0)

@@ -315,6 +315,7 @@ def test_prepare_rows_with_own_dev_and_label_set(tmp_path):
     assert made.train.golds.null_count == 9 and set(made.train.correct) == {-1}
 
 
+@pytest.mark.ranks
 def test_prepare_says_what_it_left_out(tmp_path):
     data = jsonl_data(tmp_path, test=[("e0", "S3", "x"), ("e1", "s5", "x"), ("e2", "u", "y")])
     path = tmp_path / "recipe.yaml"

@@ -1,14 +1,13 @@
 """What the same text is, splits, folds and noise."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ENV, ROOT, shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +19,6 @@ from atlantis_ds.data.relation import read_semeval
 from atlantis_ds.data.splits import cut_dev, draws, group_folds, keep_apart, key_hash, subset, text_key
 from atlantis_ds.errors import InputError
 from atlantis_ds.run_folder import RunFolder
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SEMEVAL = SHARED / "semeval2010_task8"
-
 
 # --- the same text
 
@@ -109,9 +104,8 @@ def test_dev_is_the_same_texts_in_any_order_of_the_rows(drawn, size, seed, shuff
 
 
 def test_semeval_shared_sentences_are_dropped(tmp_path):
-    if not SEMEVAL.exists():
-        pytest.skip("real data is not on this machine: semeval2010_task8")
-    files = {"train": SEMEVAL / "TRAIN_FILE.TXT", "test": SEMEVAL / "TEST_FILE_FULL.TXT"}
+    semeval = shared_data("semeval2010_task8")
+    files = {"train": semeval / "TRAIN_FILE.TXT", "test": semeval / "TEST_FILE_FULL.TXT"}
     sentence = {name: {e.id: e.key for e in read_semeval(path, pytest.fail)} for name, path in files.items()}
     train, test = sentence["train"], sentence["test"]
     assert len(train) - len(set(train.values())) == 25
@@ -264,19 +258,18 @@ def test_a_wrong_response_is_another_text_of_those_drawn(responses, rate, seed):
 
 def test_draws_are_the_same_in_another_process():
     code = (
-        "from tests.test_data_splits import *\n"
+        "from test_data_splits import *\n"
         "from atlantis_ds.demo.grammar import grammar_corpus\n"
         "n = noisy(50, Noise(rate=0.4), seed=3)[1].tolist()\n"
         "d = split([f'{i} b' for i in range(30)], None, [], 9, 3)[1]\n"
         "r = noisy_responses(draws(3, 'noise', map(str, range(20))), str, Noise(rate=0.4)).tolist()\n"
         "print(json.dumps([n, d, r, [e.sentence for e in grammar_corpus(5, 0, 5, 3)]]))"
     )
-    root = str(Path(__file__).resolve().parents[1])
     runs = [
         subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": root},
-            cwd=root,
+            env=ENV | {"PYTHONHASHSEED": hash_seed},
+            cwd=ROOT / "tests",
             capture_output=True,
             text=True,
             check=True,

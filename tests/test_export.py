@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,19 +12,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import ENV, ROOT, in_process
 from hub_server import TOKEN, hub_on_loopback
 from safetensors import safe_open
 
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(ROOT),
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-}
+pytestmark = pytest.mark.ranks
 
 TEMPLATE = "{sentence}: {e2}"
 
@@ -77,8 +71,8 @@ def write_rows(path: Path, size: int, seed: int, label_of: dict[str, str]) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_on_two_ranks(place: Path, mode: str, base: Path, label_of: dict[str, str]) -> tuple[Path, RunFolder, str]:
-    """Run a recipe through on 2 ranks under ZeRO-3: its file, its run folder and its mode."""
+def write_recipe(place: Path, mode: str, base: Path, label_of: dict[str, str]) -> Path:
+    """A recipe in this folder; its run goes to runs/tiny beside it."""
     for seed, (split, size) in enumerate({"train": 64, "dev": 12, "test": 24}.items()):
         write_rows(place / f"{split}.jsonl", size, seed, label_of)
     model = {"model_name_or_path": str(base)}
@@ -104,6 +98,12 @@ def train_on_two_ranks(place: Path, mode: str, base: Path, label_of: dict[str, s
     }
     path = place / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train_on_two_ranks(place: Path, mode: str, base: Path, label_of: dict[str, str]) -> tuple[Path, RunFolder, str]:
+    """Run a recipe through on 2 ranks under ZeRO-3: its file, its run folder and its mode."""
+    path = write_recipe(place, mode, base, label_of)
     done = command("run", path, "--ranks", 2, "--force")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return path, RunFolder(place / "runs" / "tiny"), mode
@@ -115,10 +115,14 @@ def full(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 @pytest.fixture(scope="module")
-def lora(full: tuple[Path, RunFolder, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFolder, str]:
-    """Adapters on the full model, with two labels swapped: a lost adapter would show in the predictions."""
+def lora(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFolder, str]:
+    """Adapters on a trained model, with two labels swapped: a lost adapter would show in the predictions."""
+    recipe = write_recipe(tmp_path_factory.mktemp("base of lora"), "full", base_model, WORDS)
+    in_process(recipe, "prepare")
+    done = command("train", recipe, "--arm", "gold", "--set", "arms.gold={weights: {formula: uniform}}")
+    assert done.returncode == 0, done.stderr[-3000:]
     label_of = {word: SWAPPED[label] for word, label in WORDS.items()}
-    base = full[1].model("atlantis") / "last"
+    base = recipe.parent / "runs" / "tiny" / "model" / "gold" / "last"
     return train_on_two_ranks(tmp_path_factory.mktemp("lora"), "lora", base, label_of)
 
 

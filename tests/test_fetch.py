@@ -21,6 +21,8 @@ from atlantis_ds.config.schema import Model
 from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.lm.staging import _copy
 
+pytestmark = pytest.mark.ranks
+
 ID, ROWS = "me/tiny", "me/rows"
 NOT_FETCHED = {
     "pytorch_model.bin": b"pickle",

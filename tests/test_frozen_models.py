@@ -22,6 +22,8 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 
+pytestmark = pytest.mark.ranks
+
 SCORES = ["logp_large", "logp_small", "logp_reference"]
 
 

@@ -55,6 +55,7 @@ def test_arms_train_on_the_dev_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
     assert jobs["mixed"].ids(examples, np.array([37, 42, 0])) == [dev_ids[0], dev_ids[5], examples.train.ids[0].as_py()]
 
 
+@pytest.mark.ranks
 def test_training_on_the_dev_split(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     """`last` is SFT to the last bit until the dev examples come, with a learning rate that begins anew; `alone` is the
     training of a reference on dev."""

@@ -95,6 +95,7 @@ def test_labels_that_are_the_same_tokens_are_refused() -> None:
         Encoder(words(), CONFIG, ["yes", "是", "否"])
 
 
+@pytest.mark.ranks
 def test_labels_that_only_case_tells_apart_cannot_be_generated(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     data = {"task": "classification"}
     for split in ("train", "test"):
@@ -237,6 +238,7 @@ def test_check_survives_weights_that_are_none(content: bytes, base_model: Path, 
 # --- the machine
 
 
+@pytest.mark.ranks
 def test_a_deepspeed_config_without_zero_is_stage_0(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     config = json.loads((ROOT / "ds_configs" / "zero0.json").read_text())
     del config["zero_optimization"]

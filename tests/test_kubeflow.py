@@ -17,6 +17,8 @@ from services import wait_for
 
 from atlantis_ds.cluster.ranks import free_port
 
+pytestmark = pytest.mark.ranks
+
 NEEDED = ("--image", "registry.example/atlantis:1", "--claim", "data")
 
 

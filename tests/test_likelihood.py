@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
@@ -34,15 +35,12 @@ from atlantis_ds.lm.load import load_model, load_scorer
 from atlantis_ds.lm.tokens import _Task, write_part
 from atlantis_ds.train.engine import FEW, short_attention_in_fp32
 
-DATA = Path(__file__).parents[1] / "../shared/data"
 FAMILIES = ["qwen2-tied", "qwen2-untied", "t5-tied", "t5-untied"]
 
 
 @functools.cache
 def examples():
-    path = DATA / "semeval2010_task8" / "TRAIN_FILE.TXT"
-    if not path.is_file():
-        pytest.skip(f"the SemEval-2010 task 8 files are not at {path}")
+    path = shared_data("semeval2010_task8/TRAIN_FILE.TXT")
     rows = [*itertools.islice(read_semeval(path, BadRows(drop=False)), 200)]
     rows = sorted(rows, key=lambda row: len(row.fields["sentence"]))
     return [*rows[:3], *rows[60:140:10], *rows[-3:]]  # 14 sentences, from the shortest to the longest
@@ -59,10 +57,8 @@ def encode(encoder, rows, template=TEMPLATE, labels=None):
 
 @functools.cache
 def tokenizer_of(family):
-    path = DATA / "tokenizers" / ("qwen2" if family.startswith("qwen2") else "flan-t5")
-    if not path.is_dir():
-        pytest.skip(f"the real tokenizer is not at {path}")
-    return AutoTokenizer.from_pretrained(path)
+    name = "qwen2" if family.startswith("qwen2") else "flan-t5"
+    return AutoTokenizer.from_pretrained(shared_data(f"tokenizers/{name}"))
 
 
 def random_model(family):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ENV, ROOT, WriteRecipe, succeed
 
+pytestmark = pytest.mark.ranks
+
 TESTS = Path(__file__).parent
 SETTINGS = [(0, "full"), (2, "lora"), (3, "full"), (3, "lora")]
 

@@ -1,8 +1,8 @@
 import random
 import re
-from pathlib import Path
 
 import pytest
+from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -11,15 +11,12 @@ from atlantis_ds import metrics as m
 from atlantis_ds.data.relation import SEMEVAL_LABELS
 from atlantis_ds.errors import InputError
 
-SEMEVAL = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8"
 LABELS = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Entity-Origin(e2,e1)", "Other"]
 
 
 @pytest.fixture
 def cases():
-    if not SEMEVAL.is_dir():
-        pytest.skip(f"the SemEval-2010 Task 8 files are not at {SEMEVAL}")
-    return SEMEVAL / "scorer_cases"
+    return shared_data("semeval2010_task8/scorer_cases")
 
 
 def read_case(cases, number):
@@ -69,12 +66,11 @@ def test_case_4_of_the_scorer_is_the_badly_formed_file(cases):
         m.read_answers(cases / "proposed_answer4.txt")
 
 
-def test_the_real_test_key_scores_100_against_itself(cases, tmp_path):
-    key = m.read_answers(SEMEVAL / "test_answer_key.txt")
-    assert len(key) == 2717
+def test_a_key_scores_100_against_itself(tmp_path):
+    key = {str(at): label for at, label in enumerate(SEMEVAL_LABELS * 20)}
     result = m.metrics(SEMEVAL_LABELS, list(key), list(key.values()), list(key.values()))
     assert (result["macro_f1"], result["official"], result["accuracy"]) == (1.0, 100.0, 1.0)
-    assert (result["n"], result["unmapped"]) == (2717, 0)
+    assert (result["n"], result["unmapped"]) == (380, 0)
     m.write_answers(tmp_path / "answers.txt", list(key), list(key.values()))
     assert m.read_answers(tmp_path / "answers.txt") == key
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENV, ROOT, TIMEOUT, grammar_pairs, launch
+from conftest import ENV, ROOT, TIMEOUT, grammar_pairs, launch, shared_data
 
 from atlantis_ds.config.schema import Recipe, Train
 from atlantis_ds.errors import InputError
 from atlantis_ds.train.deepspeed_config import deepspeed_config
 
-DATA = ROOT.parent / "shared" / "data"
+pytestmark = pytest.mark.ranks
+
 TESTS = Path(__file__).parent
 CONFIGS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
 STORAGE = "qlora, bnb_4bit_quant_storage"
@@ -47,8 +48,7 @@ Launch = Callable[[str, int, tuple[tuple[str, str], ...]], Outcomes]
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models with real vocabularies and tokenizers."""
-    if not DATA.is_dir():
-        pytest.skip(f"no real tokenizers and shapes: {DATA} is absent")
+    configs, tokenizers = shared_data("model_configs"), shared_data("tokenizers")
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -65,7 +65,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {}
     for name, source in FAMILIES.items():
         qwen = bool(source)
-        config = AutoConfig.from_pretrained(DATA / "model_configs" / f"{source or 'flan-t5-small'}.config.json")
+        config = AutoConfig.from_pretrained(configs / f"{source or 'flan-t5-small'}.config.json")
         for key, value in (small_qwen if qwen else {**small_t5, "dropout_rate": 0.0}).items():
             setattr(config, key, value)
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             weights = {key: value.clone() for key, value in lm.state_dict().items() if "embed_tokens" not in key}
             weights["lm_head.weight"] = 0.05 * torch.randn_like(weights["lm_head.weight"])
             save_file(weights, path / "model.safetensors", {"format": "pt"})
-        AutoTokenizer.from_pretrained(DATA / "tokenizers" / ("qwen2" if qwen else "flan-t5")).save_pretrained(path)
+        AutoTokenizer.from_pretrained(tokenizers / ("qwen2" if qwen else "flan-t5")).save_pretrained(path)
     return paths
 
 

@@ -9,6 +9,8 @@ import pytest
 from conftest import ENV, ROOT, WriteRecipe, in_process, losses, succeed
 from services import need, start_service, stop_service
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def recipes(tiny_recipe: WriteRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

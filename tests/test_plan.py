@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ENV, ROOT
 
 from atlantis_ds.config.schema import Model, Score, Train
 from atlantis_ds.lm.size import model_shape
@@ -19,17 +19,9 @@ from atlantis_ds.plan.trace import activations, build_model, read_config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": str(ROOT),
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    # Freed blocks go back at once, so that resident memory is what is in use.
-    "MALLOC_MMAP_THRESHOLD_": "131072",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-}
+# Freed blocks go back at once, so that resident memory is what is in use.
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+MEASURED = ENV | {"DS_ACCELERATOR": "cpu", **FREE_AT_ONCE}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +87,7 @@ def test_memory_is_within_15_percent_of_a_real_run(
     settings |= {"train_batch_size": 8 * ranks, "per_device_train_batch_size": 8}
     line = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "tests" / "measure_memory.py")]
     line += [str(path), json.dumps(settings), "64"]
-    done = subprocess.run(line, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, env=MEASURED, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = max(int(peak) for peak in re.findall(r"PEAK (\d+)", done.stdout))
 
@@ -136,7 +128,7 @@ def test_memory_of_scoring_is_within_a_quarter_of_a_real_run(qwen2: Path, dtype:
         "200",
         str(labels),
     ]
-    done = subprocess.run(line, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, env=MEASURED, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     measured = int(re.findall(r"PEAK (\d+)", done.stdout)[0])
     sizes = sizes_of_folder(qwen2)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import WriteRecipe, events, in_process, launch, losses, start, stop_when, succeed
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.slow
 def test_training_preempted_five_times_has_the_same_losses(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

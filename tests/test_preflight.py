@@ -185,6 +185,7 @@ def report(folder: Path) -> dict[str, Any]:
     return {**found, "checks": {check["name"]: check for check in found["checks"]}}
 
 
+@pytest.mark.ranks
 def test_healthy_ranks_pass(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     in_process(recipe, "prepare")
@@ -265,6 +266,7 @@ def start_pair(
     return jobs
 
 
+@pytest.mark.ranks
 def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path) -> None:
     """Rank 1 on a node of its own: slow, its clock off, its copy of the model cut off, its $TMPDIR full.
 
@@ -298,6 +300,7 @@ def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("sick", "check", "words"),
     [
@@ -327,6 +330,7 @@ def test_a_rank_that_falls_out_ends_all_and_is_named(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["preflight.json"]
 
 
+@pytest.mark.ranks
 def test_a_rank_that_does_not_come_is_named(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, {"timeout_minutes": 0.05})
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}

@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import random
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -15,23 +14,20 @@ from atlantis_ds.evaluate import report
 from atlantis_ds.evaluate.answers import response_metrics
 from atlantis_ds.metrics import UNMAPPED, metrics, read_answers
 
-KEY = Path(__file__).parents[2] / "shared" / "data" / "semeval2010_task8" / "test_answer_key.txt"
 INFO = {"fingerprint": "0123456789abcdef", "arm": "sft", "method": "generate"}
 
 
 @pytest.fixture
 def semeval():
     """Ids, gold labels, and predictions of which a fifth is drawn at random, some of them unmapped."""
-    if not KEY.is_file():
-        pytest.skip(f"the SemEval-2010 Task 8 test key is not at {KEY}")
-    key = read_answers(KEY)
     draw = random.Random(0)
+    gold = draw.choices(SEMEVAL_LABELS, k=700)
     choices = [*SEMEVAL_LABELS, UNMAPPED]
-    predicted = [label if draw.random() < 0.8 else draw.choice(choices) for label in key.values()]
-    return list(key), list(key.values()), predicted
+    predicted = [label if draw.random() < 0.8 else draw.choice(choices) for label in gold]
+    return [str(at) for at in range(700)], gold, predicted
 
 
-def test_an_evaluation_on_the_real_test_set(tmp_path, semeval):
+def test_what_an_evaluation_writes(tmp_path, semeval):
     ids, gold, predicted = semeval
     folder = tmp_path / "eval" / "sft"
     expected = metrics(SEMEVAL_LABELS, ids, gold, predicted)

@@ -107,6 +107,7 @@ def watched_run(recipe: Path, run: Path, folder: Path) -> str:
     return done.out
 
 
+@pytest.mark.ranks
 def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, run = tiny_recipe(tmp_path, RUN), tmp_path / "run"
     first = watched_run(recipe, run, tmp_path)
@@ -165,6 +166,7 @@ def tail(out: str) -> str:
 # --- bad input
 
 
+@pytest.mark.ranks
 def test_bad_recipes_and_flags(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     flag = launch("local", 1, "run", recipe, "--rank", "2")
@@ -212,6 +214,7 @@ def test_an_arm_set_beside_the_default_ones(tiny_recipe: WriteRecipe, tmp_path: 
     assert {name: recipe.arms[name] for name in ("sft", "atlantis")} == load_recipe(path).arms
 
 
+@pytest.mark.ranks
 def test_missing_data_on_two_ranks_leaves_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     data = {"train": str(tmp_path / "absent.jsonl"), "test": str(tmp_path / "absent.jsonl")}
     recipe = tiny_recipe(tmp_path, {"data": data})

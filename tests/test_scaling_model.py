@@ -17,6 +17,8 @@ from atlantis_ds.plan.trace import read_config
 sys.path.insert(0, str(ROOT / "tools" / "bench"))
 from scaling_model import Collective, nccl_latency, read_model, traffic
 
+pytestmark = pytest.mark.ranks
+
 RANKS = 2
 # Smaller than the model, as DeepSpeed's own window is smaller than a large model: weights come and go.
 WINDOW = {

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from services import TOOLS, job, need, run, start_service, stop_service, wait_for
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:

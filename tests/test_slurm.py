@@ -18,6 +18,8 @@ from services import job, need, run, start_service, stop_service, wait_for
 from atlantis_ds.errors import InputError
 from atlantis_ds.status import status
 
+pytestmark = pytest.mark.ranks
+
 SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1")
 """The files ask for GPU nodes; what stands on sbatch's command line wins."""
 

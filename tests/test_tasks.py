@@ -14,6 +14,8 @@ from conftest import WriteRecipe, in_process, launch, refuse, succeed
 
 from atlantis_ds.demo.grammar import grammar_corpus
 
+pytestmark = pytest.mark.ranks
+
 ROWS = 60
 
 

@@ -220,6 +220,7 @@ def test_more_labels_than_max_labels(tmp_path):
     assert len(made(tmp_path, named, name="named").labels) == 21
 
 
+@pytest.mark.ranks
 def test_labels_that_differ_in_case_or_spaces_alone_are_noted(tmp_path):
     labels = ["Sports", "sports", "Live in", "LiveIn", "politics"]
     rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
@@ -646,6 +647,7 @@ def test_chats_and_single_prompts_are_not_mixed(tmp_path):
 BAD = ["{broken", '{"text": "no label", "label": 0.5}', '{"text": "", "label": "yes"}', "[1]"]
 
 
+@pytest.mark.ranks
 def test_bad_rows_are_dropped_where_the_recipe_says_so(tmp_path):
     lines = [json.dumps(row) for row in LABELLED]
     test = write(tmp_path / "test.jsonl", ['{"text": "new", "label": "no"}', '{"text": "other", "label": "maybe"}'])
@@ -712,6 +714,7 @@ def test_check_reads_every_split(tmp_path, split):
     assert said == f"{bad}:1: unknown label 'maybe'; the label set is no, yes"
 
 
+@pytest.mark.ranks
 def test_check_by_the_command_line(tmp_path):
     path = tmp_path / "recipe.yaml"
     tree = recipe({"train": write(tmp_path / "train.csv", LABELLED)}).model_dump(exclude_unset=True)

@@ -31,6 +31,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return values | {f"picture {tag}": [] for tag in tags["images"]}
 
 
+@pytest.mark.ranks
 def test_a_run_stands_in_tensorboard_and_mlflow_as_in_the_log(
     tiny_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
     )
 
 
+@pytest.mark.ranks
 def test_a_tracker_that_is_not_installed_is_refused_at_once(
     tiny_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

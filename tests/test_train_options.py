@@ -31,6 +31,7 @@ KINDS = {"apple": "fruit", "pear": "fruit", "oak": "tree", "elm": "tree", "cow":
 UNIFORM = {"arms": {"sft": {"weights": {"formula": "uniform"}}}}
 
 
+@pytest.mark.ranks
 def test_a_training_ends_when_the_dev_loss_rises_and_is_profiled(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     changes = {
         **UNIFORM,
@@ -61,6 +62,7 @@ def train_on_two_ranks(recipe: Path) -> None:
     succeed("local", 2, "train", recipe, "--arm", "sft")
 
 
+@pytest.mark.ranks
 def test_the_best_model_is_that_of_the_highest_dev_score(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     """Under ZeRO-3 with ranks of unequal share; the scores are those of the saved model, and training goes on alike."""
     draw = random.Random(0)
@@ -135,6 +137,7 @@ def test_how_often_is_evaluated_counts_where_it_can_end_a_training(
     assert (marks[0] == marks[1]) == (patience is None)
 
 
+@pytest.mark.ranks
 def test_steps_tell_what_they_do_with_the_machine(tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, {**UNIFORM, "train.logging_steps": 2})
     prepare(load_recipe(recipe), RunFolder(tmp_path / "run"))
@@ -147,6 +150,7 @@ def test_steps_tell_what_they_do_with_the_machine(tiny_recipe: WriteRecipe, base
     assert re.search(r"8/10 steps.*loss [\d.]+, dev [\d.]+, \d+ tokens/s, [\d.e-]+ TFLOP/s, [\d.]+ GiB", out)
 
 
+@pytest.mark.ranks
 def test_eager_attention_trains_to_the_same_model(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     losses = {}
     for kind in ("auto", "eager"):
@@ -171,6 +175,7 @@ def test_compiled_layers_train_to_the_same_model(tiny_recipe: WriteRecipe, tmp_p
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "change,message",
     [

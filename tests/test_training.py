@@ -19,6 +19,8 @@ from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, in_process, launch
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.train.step import micro_batch_rows
 
+pytestmark = pytest.mark.ranks
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden_losses.json"
 STEPS = 60

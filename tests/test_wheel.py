@@ -16,6 +16,8 @@ from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.errors import InputError
 from atlantis_ds.train.deepspeed_config import deepspeed_config
 
+pytestmark = pytest.mark.ranks
+
 KINDS: tuple[Kind, ...] = ("ds_configs", "slurm", "recipes")
 PACKED = ("atlantis_ds", "setup.py", "pyproject.toml", "README.md", "LICENSE", *KINDS)
 

@@ -1,4 +1,4 @@
-"""Resident memory of a benchmark's own process, as Linux counts it."""
+"""Resident memory of the process that asks, as Linux counts it."""
 
 from pathlib import Path
 
