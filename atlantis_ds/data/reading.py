@@ -80,14 +80,14 @@ def read_new_rows(recipe: Recipe, paths: str) -> Iterator[tuple[Row, Found]]:
 def _asked(data: Data, row: Row) -> Found:
     """A prompt that waits for its response: all columns, or a chat that ends with someone else's turn."""
     columns, values = data.columns, row.values
-    id = _id(columns, values)
-    if messages := _messages(columns, values):
+    id = row_id(columns, values)
+    messages, response = response_columns(columns, values)
+    if messages:
         turns = whole_turns(values.get(messages))
         if not turns or turns[-1]["role"] == "assistant":
             raise BadRow("the chat is empty or ends with the assistant: there is nothing to answer")
         prompt = json.dumps(turns, ensure_ascii=False)
         return Found(row.where, id, {"messages": prompt}, prompt, None, None, number=row.number)
-    response = _said(columns, values)
     fields = _text_fields(columns, values, skip=(response,) if response else ())
     return Found(row.where, id, fields, None, None, None, number=row.number)
 
