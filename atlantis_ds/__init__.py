@@ -2,6 +2,43 @@
 
 The way of the data is the architecture, one room for each step:
 data (examples) → lm (label log-likelihoods) → weights (scores and weights) → train → evaluate.
+
+From Python: the functions of ``api.py``, which stand here under their own names.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from atlantis_ds.api import (
+        compare_runs,
+        diagnose,
+        label_log_likelihoods,
+        weighted_dataset,
+        weights_from_scores,
+    )
+
+__all__ = [
+    "__version__",
+    "compare_runs",
+    "diagnose",
+    "label_log_likelihoods",
+    "weighted_dataset",
+    "weights_from_scores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions of ``api.py``, imported when they are first asked for: `check` is to stay light."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from atlantis_ds import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

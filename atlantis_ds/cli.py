@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
@@ -18,8 +19,8 @@ from atlantis_ds.bundled import find
 from atlantis_ds.cluster.preemption import remove_stale_stop, watch_signals
 from atlantis_ds.cluster.ranks import Ranks, end_rank
 from atlantis_ds.errors import InputError, Preempted, RunError
-from atlantis_ds.run import Run
-from atlantis_ds.run_folder import RunFolder, no_run
+from atlantis_ds.run import Run, open_run
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.trackers import close_trackers, refuse_missing_trackers
 
 if TYPE_CHECKING:
@@ -309,12 +310,12 @@ def diagnose(run: RunPath) -> None:
     from atlantis_ds.weights.diagnostics import diagnosis_table
     from atlantis_ds.weights.page import write_diagnosis
 
-    settings, folder = _run_of(run)
-    console.print(diagnosis_table(write_diagnosis(Run(settings, folder, Ranks.alone()))))
-    written = folder.root / "diagnosis"
+    opened = _run_of(run)
+    console.print(diagnosis_table(write_diagnosis(opened)))
+    written = opened.folder.root / "diagnosis"
     print(f"page: {written / 'diagnosis.html'}\nlikely label errors: {written / 'label_errors.csv'}")
-    command, *options = _after_evaluate(settings, folder)
-    _next(command, folder.recipe, *options)
+    command, *options = _after_evaluate(opened.recipe, opened.folder)
+    _next(command, opened.folder.recipe, *options)
 
 
 @app.command()
@@ -334,14 +335,11 @@ def relabel(
     """
     import json
 
-    from atlantis_ds.config.loading import load_recipe
     from atlantis_ds.weights.corrections import relabel
 
-    folder = RunFolder(run)
-    if not folder.recipe.is_file():
-        raise no_run(run)
-    recipe = load_recipe(folder.recipe)
-    done = relabel(Run(recipe, folder, Ranks.alone()), file, out)
+    opened = _run_of(run)
+    recipe, folder = opened.recipe, opened.folder
+    done = relabel(opened, file, out)
     print(f"relabel: {done.changed} changed, {done.dropped} dropped, {done.kept} kept as they were")
     settings = [f"name={recipe.name}-corrected", *(["data.hub_id=null"] if recipe.data.hub_id else [])]
     for split, path in done.files.items():
@@ -351,6 +349,30 @@ def relabel(
         settings.append(f"data.labels={json.dumps(done.labels, ensure_ascii=False)}")
     changes = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
     print(f"next, all stages in a run folder of their own: atlantis-ds run {shlex.quote(str(folder.recipe))} {changes}")
+
+
+@app.command()
+def weights(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .jsonl, .parquet or .csv.")],
+    messages: Annotated[
+        bool, typer.Option("--messages", help="Write prompt and target as one chat, a list of messages.")
+    ] = False,
+) -> None:
+    """Write the training examples with their weights, for other trainers.
+
+    Reads examples/ and the weights. Writes OUT, an example a line or row: id, prompt, target and weight (mean 1), or
+    id, messages and weight. docs/python.md shows what other trainers do with it.
+
+    Example: atlantis-ds weights runs/demo weighted.jsonl
+    """
+    from atlantis_ds.files import refuse_unknown_format, write_rows
+    from atlantis_ds.weights.joined import weighted_table
+
+    refuse_unknown_format(out)
+    table = weighted_table(_run_of(run).folder, messages)
+    write_rows(out, table)
+    print(f"{len(table)} weighted examples: {out}")
 
 
 @app.command()
@@ -490,14 +512,14 @@ def predict(
 
     Example: atlantis-ds predict runs/demo new.jsonl --arm atlantis --out labelled.csv
     """
-    settings, folder = _run_of(run)
+    opened = _run_of(run)
     target = out or Path(f"{Path(file).name.split('.')[0]}.{arm}.jsonl")
     _start_local(ranks)
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
     from atlantis_ds.evaluate.new_rows import predict_file
 
-    started = start_ranks(settings.timeout_minutes)
-    predict_file(Run(settings, folder, started), arm, file, target)
+    started = start_ranks(opened.recipe.timeout_minutes)
+    predict_file(replace(opened, ranks=started), arm, file, target)
     if started.is_main:
         print(f"predictions: {target}")
     stop_ranks()
@@ -655,8 +677,8 @@ def status(
     for what, state in status(folder.root):
         print(f"{what:20} {state}")
     if folder.recipe.is_file() and not (folder.root / "slurm" / "jobs.json").exists():
-        settings, _ = _run_of(run)
-        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in settings.arms)
+        arms = open_run(folder.root).recipe.arms
+        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in arms)
         _next("run" if unfinished else "compare", folder.recipe)
 
 
@@ -766,14 +788,9 @@ def _folder_of(run: Path) -> RunFolder:
     return _load(run, [])[1] if is_recipe else RunFolder(run)
 
 
-def _run_of(run: Path) -> tuple[Recipe, RunFolder]:
+def _run_of(run: Path) -> Run:
     """A run by its folder or by its recipe, with the recipe as the run has kept it."""
-    from atlantis_ds.config.loading import load_recipe
-
-    folder = _folder_of(run)
-    if not folder.recipe.is_file():
-        raise no_run(folder.root)
-    return load_recipe(folder.recipe), folder
+    return open_run(_folder_of(run).root)
 
 
 def _text_of(path: Path, key: str) -> str:

@@ -7,6 +7,7 @@ a fingerprint of all that it was made from; a stage whose output has the right f
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -119,6 +120,46 @@ def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
 
     table = table.replace_schema_metadata({"atlantis_ds": json.dumps(info, sort_keys=True)})
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+"""What `write_rows` writes, by the suffix of the file."""
+
+
+def write_rows(path: Path, table: pa.Table) -> None:
+    """Write a table for people and other programs: a JSON object a line, CSV, or Parquet, by the suffix of ``path``.
+
+    In CSV, lists are JSON. Numbers are written so that they are read back as they were.
+
+    Raises:
+        InputError: another suffix.
+    """
+    import pyarrow.parquet as pq
+
+    refuse_unknown_format(path)
+
+    def write(temporary: Path) -> None:
+        if path.suffix == ".parquet":
+            pq.write_table(table, temporary)
+            return
+        rows = (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist())
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".jsonl":
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+                return
+            writer = csv.DictWriter(file, table.column_names, lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                lists = {name: value for name, value in row.items() if isinstance(value, list | dict)}
+                writer.writerow(row | {name: json.dumps(value, ensure_ascii=False) for name, value in lists.items()})
+
+    write_atomic(path, write)
+
+
+def refuse_unknown_format(path: Path) -> None:
+    """Raises InputError where `write_rows` does not know the suffix: to be asked before long work."""
+    if path.suffix not in FORMATS:
+        raise InputError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
 
 
 def read_table(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.events import append_log
 from atlantis_ds.progress import console
-from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.run_folder import RunFolder, no_run
 from atlantis_ds.trackers import tell_trackers
 
 if TYPE_CHECKING:
@@ -37,3 +38,22 @@ class Run:
     def of_round(self, number: int) -> Run:
         """The same run in an earlier round of its reference."""
         return replace(self, folder=RunFolder(self.folder.root, number))
+
+
+def open_run(root: str | Path, overrides: list[str] | None = None) -> Run:
+    """A run that is there, for one rank alone: what looks into a run, and starts no process group.
+
+    Args:
+        root: the run's folder.
+        overrides: of its recipe, as ``--set`` has them.
+
+    Raises:
+        InputError: there is no run, or its recipe is broken.
+    """
+    from atlantis_ds.cluster.ranks import Ranks
+    from atlantis_ds.config.loading import load_recipe
+
+    folder = RunFolder(Path(root))
+    if not folder.recipe.is_file():
+        raise no_run(folder.root)
+    return Run(load_recipe(folder.recipe, overrides), folder, Ranks.alone())

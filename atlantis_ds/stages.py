@@ -14,7 +14,7 @@ from atlantis_ds.data.examples import SPLITS, Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.data.prepare import refuse_other_data
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, read_table, write_text
+from atlantis_ds.files import read_json, write_text
 from atlantis_ds.progress import console
 from atlantis_ds.run import Run
 
@@ -264,6 +264,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
             weights must be there, and nothing is compared.
     """
     from atlantis_ds.evaluate.compare_report import comparison_table
+    from atlantis_ds.evaluate.outcomes import trained_arm
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
     from atlantis_ds.train.jobs import arm_job
     from atlantis_ds.train.trainer import fit
@@ -287,7 +288,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
             fit(run, examples, job)
             metrics = evaluate_arm(run, job.name)
         if run.ranks.is_main and part[1] == 1:
-            trained.append(_trained(run, arm, seed, job.name, metrics))
+            trained.append(trained_arm(run, arm, seed, job.name, metrics))
             comparison = _compare(run, examples, trained)
     if run.ranks.is_main:
         if part[1] == 1:
@@ -300,32 +301,15 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     run.ranks.barrier()
 
 
-def _trained(run: Run, arm: str, seed: int, name: str, metrics: dict[str, Any]) -> Trained:
-    from atlantis_ds.evaluate.compare import Trained
-    from atlantis_ds.train.jobs import training_summary
-
-    column = "predicted" if run.recipe.task != "response" else _metric(run)
-    outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
-    summary = training_summary(run.folder, name)
-    return Trained(arm, seed, outcomes, metrics, summary["seconds"], summary.get("hardware", ""), summary["versions"])
-
-
-def _metric(run: Run) -> str:
-    """What arms are compared by."""
-    if run.recipe.task != "response":
-        return "macro_f1"
-    return "exact_match" if run.recipe.evaluate.answer else "token_f1"
-
-
 def _compare(run: Run, examples: Examples, trained: list[Trained]) -> dict[str, Any]:
     from atlantis_ds.evaluate.compare import compare_arms
     from atlantis_ds.evaluate.compare_report import data_facts
+    from atlantis_ds.evaluate.outcomes import apart_of, metric_of
     from atlantis_ds.evaluate.predict import gold_of_test
-    from atlantis_ds.metrics import label_apart
 
-    apart = label_apart(examples.labels, run.recipe.data.negative_label) if examples.labels else None
-    data = data_facts(run.recipe.data, examples)
-    return compare_arms(run.recipe, run.folder, gold_of_test(examples), trained, _metric(run), apart, data)
+    recipe, gold = run.recipe, gold_of_test(examples)
+    data = data_facts(recipe.data, examples)
+    return compare_arms(recipe, run.folder, gold, trained, metric_of(recipe), apart_of(recipe, examples), data)
 
 
 def evaluate(run: Run, arms: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from atlantis_ds.config.schema import DEFAULT_ARMS, Recipe
+from atlantis_ds.config.schema import DEFAULT_ARMS, Recipe, Weights
 from atlantis_ds.errors import InputError
 
 
@@ -35,9 +35,19 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
-        more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:])})" if len(problems) > 1 else ""
-        raise InputError(f"{path}: {problems[0]}{more}") from None
+        raise InputError(f"{path}: {_problems(error)}") from None
+
+
+def weights_section(options: dict[str, Any]) -> Weights:
+    """The recipe's ``weights`` section with these keys, the others at their defaults.
+
+    Raises:
+        InputError: one line that names the key.
+    """
+    try:
+        return Weights.model_validate(options)
+    except ValidationError as error:
+        raise InputError(_problems(error, "weights")) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,8 +111,15 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(getattr(error, "problem", error)).split())
 
 
-def _explain(error: Any) -> str:
-    location, kind = error["loc"], error["type"]
+def _problems(error: ValidationError, *section: str) -> str:
+    """What pydantic found in a recipe, or in a section of one, on one line."""
+    problems = [_explain((*section, *item["loc"]), item) for item in error.errors()]
+    more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:])})" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}"
+
+
+def _explain(location: tuple[Any, ...], error: Any) -> str:
+    kind = error["type"]
     key = ".".join(str(part) for part in location) or "recipe"
     if kind == "extra_forbidden":
         known = _known_keys(location[:-1])

@@ -38,8 +38,8 @@ class Trained:
     outcomes: Sequence[Any]
     """[n], in the order of the gold answers: the predicted labels for macro_f1; else the metric of each example."""
     metrics: Mapping[str, Any]
-    seconds: float
-    """Training time."""
+    seconds: float | None
+    """Training time; None where it is not known."""
     hardware: str = ""
     """What it was trained on; empty where that was not recorded."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -55,10 +55,7 @@ def compare_arms(
     apart: str | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare what is trained so far; write ``compare/`` in the run folder.
-
-    Differences are taken to plain fine-tuning, to plain GCE, and to plain fine-tuning with the dev examples among the
-    others, where the recipe has such arms; the arm with gold labels says how much there is to gain.
+    """Compare what is trained so far, with the peers of ``peers_of``; write ``compare/`` in the run folder.
 
     Args:
         gold, trained, metric, apart: see ``comparison``.
@@ -68,21 +65,7 @@ def compare_arms(
         see ``comparison``; and ``name`` of the recipe, ``data``, ``versions`` (package -> versions), ``fingerprint``
         of the examples and evaluations, and ``weights_warnings``, those of ``weights.json``.
     """
-
-    def plain(loss: str, gold: bool = False, dev: str | None = None) -> list[str]:
-        return [
-            name
-            for name, arm in recipe.arms.items()
-            if (arm.weights or recipe.weights).formula == "uniform"
-            and (arm.loss or recipe.train.loss, arm.gold) == (loss, gold)
-            and not arm.drop_ids
-            and arm.dev == dev
-        ][:1]
-
-    sft = plain("cross_entropy")
-    upper = plain("cross_entropy", gold=True) if sft else []
-    peers = [*sft, *plain("gce"), *plain("cross_entropy", dev="mixed")]
-    found = comparison(gold, trained, peers, next(iter(upper), None), metric, apart)
+    found = comparison(gold, trained, *peers_of(recipe), metric, apart)
     missing = len(recipe.seeds) * len(recipe.arms) - len(trained)
     if missing > 0:
         found["warnings"].append(f"not finished: {missing} of {missing + len(trained)} trainings are missing")
@@ -97,6 +80,28 @@ def compare_arms(
     }
     write_comparison(folder.root / "compare", found)
     return found
+
+
+def peers_of(recipe: Recipe) -> tuple[list[str], str | None]:
+    """The arms to compare with, and the one that says how much there is to gain.
+
+    Differences are taken to plain fine-tuning, to plain GCE, and to plain fine-tuning with the dev examples among the
+    others, where the recipe has such arms; the arm with gold labels is the upper one.
+    """
+
+    def plain(loss: str, gold: bool = False, dev: str | None = None) -> list[str]:
+        return [
+            name
+            for name, arm in recipe.arms.items()
+            if (arm.weights or recipe.weights).formula == "uniform"
+            and (arm.loss or recipe.train.loss, arm.gold) == (loss, gold)
+            and not arm.drop_ids
+            and arm.dev == dev
+        ][:1]
+
+    sft = plain("cross_entropy")
+    upper = plain("cross_entropy", gold=True) if sft else []
+    return [*sft, *plain("gce"), *plain("cross_entropy", dev="mixed")], next(iter(upper), None)
 
 
 def _versions(trained: Sequence[Trained]) -> dict[str, str]:
@@ -131,10 +136,10 @@ def comparison(
     Returns:
         ``n`` (test examples), ``replicates``, ``metric``, ``peers``, ``upper``, and ``arms``: for each arm ``arm``,
         ``runs``, the mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other
-        ``FIGURES`` (None where a run lacks it), ``seconds`` (mean training time), ``differences`` (peer -> ``mean``,
-        ``low`` and ``high`` of the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the way from
-        SFT to ``upper``, over the seeds that the three share; None where the interval of the whole way does not leave
-        out 0).
+        ``FIGURES`` (None where a run lacks it), ``seconds`` (mean training time, or None), ``differences`` (peer ->
+        ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the
+        way from SFT to ``upper``, over the seeds that the three share; None where the interval of the whole way does
+        not leave out 0).
 
         ``seeds``; ``runs``, a row an arm and seed: ``arm``, ``seed``, its ``FIGURES`` and ``seconds``; ``labels``, None
         for responses, else a row a label of the gold ones, without direction: ``label``, ``support``, ``apart``
@@ -151,7 +156,7 @@ def comparison(
     rows = []
     for arm, of_arm in runs.items():
         figures = {name: [run.metrics[name] for run in of_arm.values()] for name in FIGURES[metric]}
-        means = {name: None if None in values else _mean(values) for name, values in figures.items()}
+        means = {name: _mean_of_all(values) for name, values in figures.items()}
         rows.append(
             {
                 "arm": arm,
@@ -159,7 +164,7 @@ def comparison(
                 metric: means.pop(metric),
                 "sd": float(np.std(figures[metric], ddof=1)) if len(of_arm) > 1 else None,
                 **means,
-                "seconds": _mean([run.seconds for run in of_arm.values()]),
+                "seconds": _mean_of_all([run.seconds for run in of_arm.values()]),
                 "differences": {
                     peer: _difference(of_arm, runs[peer], replicates)
                     for peer in peers
@@ -202,7 +207,7 @@ def _label_rows(
             "label": label,
             "support": support,
             "apart": label == apart,
-            "f1": {arm: _mean([figures[label]["f1"] for figures in of_arm]) for arm, of_arm in found.items()},
+            "f1": {arm: _mean_of_all([figures[label]["f1"] for figures in of_arm]) for arm, of_arm in found.items()},
         }
         for label, support in Counter(truth).most_common()
     ]
@@ -294,5 +299,6 @@ def _with_interval(values: np.ndarray, seeds: int) -> dict[str, float]:
     return {"mean": float(values[0]), "low": float(low), "high": float(high), "seeds": seeds}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None

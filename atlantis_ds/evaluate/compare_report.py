@@ -141,7 +141,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             *(_interval(row["differences"].get(peer), "+.3f") for peer in peers),
             _interval(row["gap_closed"], ".0%"),
             str(row["runs"]),
-            f"{row['seconds'] / 60:.1f}",
+            "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
         )
     table.caption = "\n".join(comparison["warnings"]) or None
     return table

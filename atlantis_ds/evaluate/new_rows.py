@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,12 @@ from atlantis_ds.data.rows import BadRow, Found
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.generate import generate_greedy
 from atlantis_ds.evaluate.predict import label_sums, load_checked, trained_model
-from atlantis_ds.files import write_atomic, write_table
+from atlantis_ds.files import refuse_unknown_format, write_rows
 from atlantis_ds.lm.check import sample_rows
 from atlantis_ds.lm.encode import Encoded, Encoder
 from atlantis_ds.lm.load import give_memory_back, load_config, load_tokenizer
 from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
-
-WRITERS = (".jsonl", ".csv", ".parquet")
 
 
 def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
@@ -43,8 +39,7 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
     Raises:
         InputError: the arm is not trained, or a row cannot be read or is longer than the model reads.
     """
-    if out.suffix not in WRITERS:
-        raise InputError(f"--out {out}: its name must end in {', '.join(WRITERS)}")
+    refuse_unknown_format(out)
     examples = load_examples(run.folder)
     model = trained_model(run, arm)
     truncate = run.recipe.data.on_too_long == "truncate_prompt"
@@ -71,7 +66,7 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
     parts = run.ranks.gather((list(mine), said))
     if run.ranks.is_main:
         found = {row: answer for numbers, answers in parts for row, answer in zip(numbers, answers)}
-        _write(out, [{**values, **found[row]} for row, values in enumerate(rows)])
+        write_rows(out, _table([{**values, **found[row]} for row, values in enumerate(rows)]))
 
 
 def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
@@ -122,24 +117,13 @@ def _pair(run: Run, examples: Examples, encoder: Encoder, template: str, found: 
     return next(encoder.pairs([prompt], [examples.labels[0]]))
 
 
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    writers: dict[str, Callable[[Path], None]] = {
-        ".jsonl": lambda path: _write_json_lines(path, rows),
-        ".csv": lambda path: _write_csv(path, rows),
-    }
-    if out.suffix == ".parquet":
-        write_table(out, pa.Table.from_pylist(rows), {})
-    else:
-        write_atomic(out, writers[out.suffix])
-
-
-def _write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def _table(rows: list[dict[str, Any]]) -> pa.Table:
+    """The rows as columns; one whose values are of several kinds as JSON texts, null where a row lacks it."""
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except pa.ArrowException:
+            columns[name] = pa.array([None if value is None else json.dumps(value, default=str) for value in values])
+    return pa.table(columns)

@@ -29,7 +29,7 @@ import numpy as np
 
 from atlantis_ds.config import schema as recipe
 from atlantis_ds.errors import InputError
-from atlantis_ds.weights.posterior import fit_noise, log_posterior
+from atlantis_ds.weights.posterior import fit_noise, log_posterior, sample_rows
 
 MIN_PSIS = 25
 """Fewest weights that PSIS can be fitted to: the tail, a fifth of them, needs five points."""
@@ -73,7 +73,8 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
     """
     if options.base_formula == "posterior":
         large, small, reference = label_set_evidence(scores, options)
-        noise = fit_noise(reference, large - small, scores.labels, seed)
+        some = sample_rows(len(reference), reference.shape[1], seed)
+        noise = fit_noise(reference[some], (large - small)[some], scores.labels[some], seed)
         return shuffled(log_posterior(reference, large - small, scores.labels, noise), options, seed)
     return combine(evidence(scores, options), scores.labels, options, seed)
 

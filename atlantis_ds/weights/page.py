@@ -17,6 +17,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json, write_atomic, write_json, write_text
 from atlantis_ds.pages.page import page
 from atlantis_ds.run import Run
+from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.advice import CLASS_RATIO, noun
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
 from atlantis_ds.weights.arms import WEIGHTS_VERSION, lowest_first, read_weights
@@ -45,14 +46,7 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     """
     folder = run.folder
     examples = load_examples(folder)
-    diagnosis = read_json(folder.weights_info)
-    table, info = read_weights(folder)
-    if diagnosis.get("version") != WEIGHTS_VERSION:
-        raise InputError(f"{folder.weights_info}: written by another version; run `merge` again")
-    if info["fingerprint"] != diagnosis["fingerprint"]:
-        raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
-    if not table["id"].cast(pa.string()).equals(examples.train.ids):
-        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+    table, diagnosis = read_diagnosis(folder, examples)
     weights = table["weight"].to_numpy()
     order = lowest_first(weights, table["log_weight"].to_numpy())
     target = folder.root / "diagnosis"
@@ -66,6 +60,23 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     write_text(target / "diagnosis.html", _page(run.recipe.name, diagnosis, lowest, highest, pictures, of_groups))
     write_json(target / "diagnosis.json", diagnosis)
     return diagnosis
+
+
+def read_diagnosis(folder: RunFolder, examples: Examples) -> tuple[pa.Table, dict[str, Any]]:
+    """``weights.parquet`` (see ``read_weights``) and ``weights.json``, which must belong together.
+
+    Raises:
+        InputError: one is missing, or they are not those of the run's scores and examples.
+    """
+    diagnosis = read_json(folder.weights_info)
+    table, info = read_weights(folder)
+    if diagnosis.get("version") != WEIGHTS_VERSION:
+        raise InputError(f"{folder.weights_info}: written by another version; run `merge` again")
+    if info["fingerprint"] != diagnosis["fingerprint"]:
+        raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
+    if not table["id"].cast(pa.string()).equals(examples.train.ids):
+        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+    return table, diagnosis
 
 
 def _lowest_of_groups(

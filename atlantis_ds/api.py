@@ -1,0 +1,250 @@
+"""What to use from Python, for a notebook or another trainer: each function is what a command does, without its files.
+
+Bad input raises ``atlantis_ds.errors.InputError``, one line that says what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atlantis_ds.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+
+def weights_from_scores(
+    scores: str | Path | Mapping[str, Any] | pa.Table, labels: Any = None, *, seed: int = 0, **options: Any
+) -> np.ndarray:
+    """Weights from scores, as ``merge`` makes them.
+
+    Args:
+        scores: a run folder; its examples, labels and seed are then the run's, and known pairs of its dev split count
+            in ``posterior``. Or columns by the names that score shards have, as a mapping of arrays or a pyarrow
+            Table: ``logp_large``, ``logp_small``, ``logp_reference`` (float64 [n], natural log, sums over a target's
+            tokens), with ``length="mean"`` also ``tokens_*`` (int [n]), with ``eos=True`` also ``eos_*`` (float64 [n]).
+            ``formula="posterior"`` and ``calibrate="label_set"`` take ``label_set_logp_*`` and the like: [n, K], one
+            number a label. Only the models of the formula are needed; ``posterior`` needs the reference, and takes the
+            base ratio as evidence where all three are there.
+        labels: int or str [n], the label of each example; beside a label set its number in it. None where no option
+            looks at labels.
+        seed: of ``shuffled`` weights, and of the bootstrap and the sample of ``posterior``; not beside a run folder.
+        options: keys of the recipe's ``weights`` section (``formula``, ``power``, ``scope``, …). Those that are not
+            given are the run's own, or without a run folder the defaults of the section, whatever the task.
+
+    Returns:
+        float64 [n], mean 1, in the order of the scores.
+
+    Raises:
+        InputError: an option that is unknown or cannot work, a column that is missing, of another shape or not finite,
+            or a run folder whose scores ``merge`` would refuse.
+    """
+    if isinstance(scores, str | Path):
+        if labels is not None or seed:
+            raise InputError("labels and seed: a run folder has its own")
+        return _weights_of_run(scores, options)
+    from atlantis_ds.config.loading import weights_section
+    from atlantis_ds.weights.columns import scores_of_columns
+    from atlantis_ds.weights.formulas import log_weights, stabilise
+
+    section = weights_section(options)
+    found = scores_of_columns(scores, labels, section)
+    return stabilise(log_weights(found, section, seed), found.labels, section)
+
+
+def _weights_of_run(root: str | Path, options: Mapping[str, Any]) -> np.ndarray:
+    from atlantis_ds.data.examples import load_examples
+    from atlantis_ds.run import open_run
+    from atlantis_ds.weights.arms import read_log_weights
+    from atlantis_ds.weights.formulas import stabilise
+
+    run = open_run(root, [f"weights.{key}={json.dumps(value)}" for key, value in options.items()])
+    examples, section = load_examples(run.folder), run.recipe.weights
+    return stabilise(read_log_weights(run, examples, section).values, examples.train.codes, section)
+
+
+def diagnose(
+    weights: str | Path | Sequence[float] | np.ndarray, labels: Sequence[str] | None = None, gold: Any = None
+) -> dict[str, Any]:
+    """Whether weights can be trusted.
+
+    Args:
+        weights: a run folder, for what ``merge`` found of it; or weights, float64 [n], at least 0 and not all 0.
+        labels: str [n], the labels trained on, for the shares of classes; None for responses. Not beside a run folder.
+        gold: str or None [n], the true labels or None where they are not known; needs ``labels``.
+
+    Returns:
+        what ``diagnosis.json`` holds for a run folder; for weights the part of it that they are enough for. See
+        ``weights.diagnostics.diagnose`` for the keys; ``warnings`` are plain sentences.
+
+    Raises:
+        InputError: the run has no weights, or not those of its scores; or lengths differ, or weights are bad.
+    """
+    if isinstance(weights, str | Path):
+        from atlantis_ds.data.examples import load_examples
+        from atlantis_ds.run import open_run
+        from atlantis_ds.weights.page import read_diagnosis
+
+        if labels is not None or gold is not None:
+            raise InputError("labels and gold: a run folder has its own")
+        folder = open_run(weights).folder
+        return read_diagnosis(folder, load_examples(folder))[1]
+    return _diagnosis_of_weights(weights, labels, gold)
+
+
+def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from atlantis_ds.weights import diagnostics
+    from atlantis_ds.weights.facts import WeightFacts
+
+    values = np.asarray(weights, dtype=np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all() or not (values >= 0).all() or not values.any():
+        raise InputError("weights: they must be numbers [n], finite, at least 0 and not all 0")
+    if gold is not None and labels is None:
+        raise InputError("gold: give `labels`, too: what is right is told from the two")
+    for name, given in (("labels", labels), ("gold", gold)):
+        if given is not None and len(given) != len(values):
+            raise InputError(f"{name}: {len(given)} for {len(values)} weights")
+    facts = WeightFacts()
+    if labels is not None:
+        names, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+        right = None
+        if gold is not None:
+            right = np.array([-1 if true is None else int(label == true) for label, true in zip(labels, gold)])
+        facts = WeightFacts(codes, names.tolist(), correct=right)
+    with np.errstate(divide="ignore"):
+        log_weight = np.maximum(np.log(values), -1e4)
+    return diagnostics.diagnose(values, log_weight, facts)
+
+
+def compare_runs(
+    runs: str | Path | Mapping[str, Sequence[str | Path]],
+    *,
+    peers: Sequence[str] | None = None,
+    upper: str | None = None,
+    metric: str = "macro_f1",
+    negative_label: str | None = None,
+) -> dict[str, Any]:
+    """Differences between arms with 95% intervals, as ``compare`` gives them.
+
+    Args:
+        runs: a run folder, for all its arms that are evaluated; the other arguments are then its recipe's. Or for each
+            arm its predictions, one file a seed, in the same order for every arm: JSON Lines, JSON, CSV, TSV, Parquet
+            or Arrow with ``id``, ``gold`` and ``predicted``, or folders ``eval/ARM`` of run folders. All must have the
+            same test examples.
+        peers: the arms to take differences to; without it the first one.
+        upper: the arm trained on gold labels, which says how much there is to gain (``gap_closed``).
+        metric: ``macro_f1`` (directions collapsed), or for responses ``exact_match`` or ``token_f1``.
+        negative_label: the label that says "none of the others": no class of its own in macro-F1.
+
+    Returns:
+        see ``evaluate.compare.comparison``; ``seconds`` is None for files.
+
+    Raises:
+        InputError: nothing is evaluated, an arm or metric is unknown, or a file is missing, broken, or has other test
+            examples.
+    """
+    from atlantis_ds.evaluate.compare import FIGURES, comparison, peers_of
+    from atlantis_ds.evaluate.outcomes import apart_of, evaluated_arms, metric_of, read_arms
+    from atlantis_ds.metrics import label_apart
+
+    if isinstance(runs, str | Path):
+        from atlantis_ds.data.examples import load_examples
+        from atlantis_ds.evaluate.predict import gold_of_test
+        from atlantis_ds.run import open_run
+
+        run = open_run(runs)
+        recipe, examples = run.recipe, load_examples(run.folder)
+        of_recipe = (*peers_of(recipe), metric_of(recipe), apart_of(recipe, examples))
+        return comparison(gold_of_test(examples), evaluated_arms(run), *of_recipe)
+    if metric not in FIGURES:
+        raise InputError(f"metric: {metric!r} is none of {', '.join(FIGURES)}")
+    chosen = [*runs][:1] if peers is None else [*peers]
+    if unknown := [arm for arm in (*chosen, upper) if arm is not None and arm not in runs]:
+        raise InputError(f"peers and upper: there is no arm {unknown[0]!r}; the arms are {', '.join(runs)}")
+    gold, trained = read_arms(runs, metric, negative_label)
+    return comparison(gold, trained, chosen, upper, metric, label_apart(set(gold), negative_label))
+
+
+def label_log_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    eos: bool = False,
+    dtype: str = "auto",
+    tokens_per_batch: int = 4096,
+) -> np.ndarray:
+    """log p(label | prompt) of every label behind every prompt, by the one function that scoring, training and ranking
+    have, in the fast ways that a check on a few of the prompts finds right for this model.
+
+    Prompt and label are tokenised apart; behind a causal prompt stands a line end, which must not be in the texts.
+
+    Args:
+        model: a transformers model in memory, causal or encoder-decoder, bare or wrapped by peft; it stays where and
+            as it is. Or a folder or Hugging Face id: it is loaded onto the first GPU, or the CPU.
+        tokenizer: its tokenizer; None beside a folder or id, to load the model's own.
+        prompts: n texts.
+        labels: K different texts.
+        eos: count the end-of-sequence token after a label, as ranking does.
+        dtype: of a model that is loaded, as ``score.dtype`` of a recipe: ``auto``, ``float32`` or ``bfloat16``.
+        tokens_per_batch: token budget of one batch, padding included.
+
+    Returns:
+        float64 [n, K], natural log, sums over a label's tokens; the LM head gives fp32 in any case.
+
+    Raises:
+        InputError: no prompt or label, one without tokens or too long, labels of the same tokens, a model or tokenizer
+            that cannot be loaded, or a model whose scores change with the padding.
+    """
+    from atlantis_ds.lm.label_set import score_label_set
+
+    if isinstance(model, str | Path):
+        import torch
+
+        from atlantis_ds.config.schema import Model
+        from atlantis_ds.lm.load import dtype_on, load_scorer, load_tokenizer
+
+        source = Model(model_name_or_path=str(model))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+        model = load_scorer(source, dtype_on(dtype, device), device)
+    sums = score_label_set(model, tokenizer, prompts, labels, tokens_per_batch)
+    return sums.sum(axis=2) if eos else sums[:, :, 0]
+
+
+def weighted_dataset(run: str | Path, dataset: Dataset | None = None, *, messages: bool = False) -> Dataset:
+    """A dataset with the weights of a run in a column ``weight``.
+
+    Args:
+        run: a run folder, after ``merge``.
+        dataset: rows with a column ``id``, joined by it, in any order; all other columns are kept. None: the run's own
+            training examples.
+        messages: of the run's own examples: one column ``messages`` in place of ``prompt`` and ``target``, a user's
+            turn and the assistant's, or the turns that they are.
+
+    Returns:
+        the rows of ``dataset`` in their order, with ``weight`` (float64, mean 1); without it ``id``, ``prompt``,
+        ``target`` (text, or of a chat lists of {role, content} turns) and ``weight``.
+
+    Raises:
+        InputError: the run has no weights, or the ids of the dataset are not those of its training examples.
+    """
+    from datasets import Dataset
+
+    from atlantis_ds.run import open_run
+    from atlantis_ds.weights.joined import weighted_table, weights_of_ids
+
+    folder = open_run(run).folder
+    if dataset is None:
+        return Dataset(weighted_table(folder, messages))
+    if "id" not in dataset.column_names or "weight" in dataset.column_names:
+        raise InputError(f"dataset: it needs a column `id`, and no `weight`; it has {', '.join(dataset.column_names)}")
+    return dataset.add_column("weight", weights_of_ids(folder, dataset["id"]))

@@ -1,0 +1,135 @@
+"""What arms made of the test examples, as ``comparison`` takes it: from a run folder, or from files of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlantis_ds.config.schema import Recipe
+from atlantis_ds.data.examples import Examples
+from atlantis_ds.data.sources import read_rows
+from atlantis_ds.errors import InputError
+from atlantis_ds.evaluate.answers import exact_match, token_f1
+from atlantis_ds.evaluate.compare import FIGURES, Trained
+from atlantis_ds.files import read_json, read_table
+from atlantis_ds.metrics import label_apart, metrics
+from atlantis_ds.run import Run
+from atlantis_ds.train.jobs import training_summary
+
+Predictions = dict[str, tuple[str, str]]
+"""Gold and predicted text of each test example, by its id."""
+
+
+def metric_of(recipe: Recipe) -> str:
+    """What arms are compared by."""
+    if recipe.task != "response":
+        return "macro_f1"
+    return "exact_match" if recipe.evaluate.answer else "token_f1"
+
+
+def apart_of(recipe: Recipe, examples: Examples) -> str | None:
+    """The label that is no class of its own, see ``metrics.label_apart``; None for responses."""
+    return label_apart(examples.labels, recipe.data.negative_label) if examples.labels else None
+
+
+def trained_arm(run: Run, arm: str, seed: int, name: str, figures: dict[str, Any]) -> Trained:
+    """What was evaluated into ``eval/NAME``, with its ``figures`` of ``metrics.json``."""
+    column = "predicted" if run.recipe.task != "response" else metric_of(run.recipe)
+    outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
+    summary = training_summary(run.folder, name)
+    return Trained(arm, seed, outcomes, figures, summary["seconds"], summary.get("hardware", ""), summary["versions"])
+
+
+def evaluated_arms(run: Run) -> list[Trained]:
+    """All arms of a run with the seeds of ``compare`` that are evaluated by now, or else with the one of ``run``.
+
+    Raises:
+        InputError: none is.
+    """
+    recipe = run.recipe
+    of_seeds = [(arm, seed, f"{arm}-seed{seed}") for arm in recipe.arms for seed in recipe.seeds]
+    for names in (of_seeds, [(arm, recipe.seed, arm) for arm in recipe.arms]):
+        done = [(*name, run.folder.evaluation(name[2]) / "metrics.json") for name in names]
+        if found := [(arm, seed, name, path) for arm, seed, name, path in done if path.exists()]:
+            return [trained_arm(run, arm, seed, name, read_json(path)) for arm, seed, name, path in found]
+    raise InputError(f"{run.folder.root / 'eval'}: no arm is evaluated yet; run `evaluate` or `compare` first")
+
+
+def read_arms(
+    arms: Mapping[str, Sequence[str | Path]], metric: str, negative_label: str | None
+) -> tuple[list[str], list[Trained]]:
+    """Read the predictions of arms.
+
+    Args:
+        arms: for each arm the files of its runs, or folders ``eval/ARM`` of a run folder; see ``api.compare_runs``.
+        metric: one of ``FIGURES``.
+        negative_label: the recipe's ``data.negative_label``.
+
+    Returns:
+        gold, n texts, and an entry an arm and run, its outcomes in the order of gold.
+
+    Raises:
+        InputError: a file is missing or broken, lacks a column, or has other test examples than the first one.
+    """
+    found = {(arm, run): Path(path) for arm, paths in arms.items() for run, path in enumerate(paths)}
+    if empty := [arm for arm, paths in arms.items() if not len(paths)]:
+        raise InputError(f"arm {empty[0]}: give a file of predictions for each of its runs")
+    first: Predictions | None = None
+    trained = []
+    for (arm, run), path in found.items():
+        predictions = _read(path / "predictions.parquet" if path.is_dir() else path)
+        first = predictions if first is None else first
+        _refuse_other_examples(path, predictions, first)
+        gold, predicted = [gold for gold, _ in first.values()], [predictions[id][1] for id in first]
+        trained.append(_trained(arm, run, [*first], gold, predicted, metric, negative_label))
+    if first is None:
+        raise InputError("there are no arms to compare")
+    return [gold for gold, _ in first.values()], trained
+
+
+def _read(path: Path) -> Predictions:
+    def refuse(where: str, what: str) -> None:
+        raise InputError(f"{where}: {what}")
+
+    predictions: Predictions = {}
+    for row in read_rows([path], refuse):
+        if missing := {"id", "gold", "predicted"} - row.values.keys():
+            raise InputError(f"{row.where}: there is no column {min(missing)!r}; predictions have id, gold, predicted")
+        id = str(row.values["id"])
+        if id in predictions:
+            raise InputError(f"{row.where}: id {id} comes more than once")
+        predictions[id] = (str(row.values["gold"]), str(row.values["predicted"] or ""))  # CSV: nothing is None
+    if not predictions:
+        raise InputError(f"{path}: there are no predictions in it")
+    return predictions
+
+
+def _refuse_other_examples(path: Path, predictions: Predictions, first: Predictions) -> None:
+    if other := sorted(predictions.keys() ^ first.keys()):
+        raise InputError(f"{path}: other test examples than those of the first file, such as id {other[0]}")
+    if other := [id for id in first if predictions[id][0] != first[id][0]]:
+        raise InputError(f"{path}: id {other[0]} has another gold answer than in the first file")
+
+
+def _trained(
+    arm: str,
+    run: int,
+    ids: list[str],
+    gold: list[str],
+    predicted: list[str],
+    metric: str,
+    negative_label: str | None,
+) -> Trained:
+    figures: dict[str, Any]
+    if metric == "macro_f1":
+        figures = metrics(sorted(set(gold)), ids, gold, predicted, negative_label)
+        return Trained(arm, run, predicted, figures, None)
+    of_each = {
+        name: [measure(*pair) for pair in zip(gold, predicted)]
+        for name, measure in (("exact_match", exact_match), ("token_f1", token_f1))
+    }
+    figures = dict.fromkeys(FIGURES[metric]) | {name: float(np.mean(values)) for name, values in of_each.items()}
+    return Trained(arm, run, of_each[metric], figures, None)

@@ -1,0 +1,68 @@
+"""Log-likelihoods of a label set for prompts and a model in memory, outside any run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlantis_ds.errors import InputError
+from atlantis_ds.lm.check import check_scoring, sample_rows
+from atlantis_ds.lm.encode import Encoded, Encoder
+from atlantis_ds.lm.likelihood import score_choices
+from atlantis_ds.lm.load import wide_head
+
+
+def score_label_set(
+    lm: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], tokens_per_batch: int
+) -> np.ndarray:
+    """log p of every label behind every prompt, by the functions and the check of ``score``.
+
+    Args:
+        lm: a transformers model, bare or wrapped by peft; it is left in the mode it was in.
+        tokenizer: its tokenizer, with a fast form.
+        prompts: n texts.
+        labels: K different texts.
+        tokens_per_batch: token budget of one batch, padding included.
+
+    Returns:
+        float64 [n, K, 2]: label tokens, end-of-sequence token.
+
+    Raises:
+        InputError: no prompt or label, one without tokens or too long, or a model whose scores depend on padding.
+    """
+    if not (len(prompts) and len(labels)):
+        raise InputError("prompts and labels: there must be one of each at least")
+    encoder = Encoder(tokenizer, lm.config, labels)
+    label_set, end = encoder.label_set or [], tokenizer.eos_token_id
+    ids = encoder.prompt_ids(list(prompts))
+    longest = max(label_set, key=len)
+    pairs = [Encoded(prompt, longest, end) for prompt in ids]
+    for row, pair in enumerate(pairs):
+        encoder.refuse_foreign_tokens(pair, str(row))
+        if over := encoder.excess(pair):
+            raise InputError(f"prompt {row}: {over} tokens longer, with the longest label, than the model reads")
+    samples = [pairs[row] for row in sample_rows(np.array([len(pair) for pair in pairs]))]
+    with _scoring(lm):
+        ways = check_scoring(lm, samples, label_set, end, prefix=True)
+        return np.asarray(score_choices(lm, ids, label_set, end, tokens_per_batch, ways=ways).numpy())
+
+
+@contextmanager
+def _scoring(lm: Any) -> Iterator[None]:
+    """Within it a model is in eval mode and gives fp32 logits, as one from ``load_scorer``; then it is as it was."""
+    head, modes = lm.get_output_embeddings(), [(module, module.training) for module in lm.modules()]
+    narrow = head.weight.dtype != torch.float32
+    lm.eval()
+    if narrow:
+        lm.set_output_embeddings(wide_head(head, head.weight.device))
+    try:
+        yield
+    finally:
+        if narrow:
+            lm.set_output_embeddings(head)
+        for module, training in modes:
+            module.training = training

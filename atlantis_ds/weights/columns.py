@@ -1,0 +1,117 @@
+"""Scores from columns in memory, named as in the score shards, for those who have no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from atlantis_ds.config.schema import Weights
+from atlantis_ds.errors import InputError
+from atlantis_ds.weights.formulas import Scores
+from atlantis_ds.weights.shards import COLUMNS, LABEL_SET
+
+MODELS = {
+    "product": COLUMNS,
+    "ratio": ("large", "small"),
+    "influence": ("small", "reference"),
+    "reference": ("reference",),
+    "posterior": ("reference",),
+    "uniform": (),
+}
+"""The models that a formula cannot do without."""
+
+
+def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, options: Weights) -> Scores:
+    """The scores that a formula needs; what it does not look at is 0.
+
+    Args:
+        columns: see ``api.weights_from_scores``.
+        labels: int or str [n]; None where no option looks at them.
+        options: the recipe's ``weights``.
+
+    Raises:
+        InputError: a column or the labels are missing, of another length, or not finite.
+    """
+    names = set(columns.column_names if isinstance(columns, pa.Table) else columns)
+    of_set = options.base_formula == "posterior" or options.calibrate == "label_set"
+    own = not of_set or (options.base_formula != "posterior" and any(f"logp_{model}" in names for model in COLUMNS))
+    wanted = {prefix: _wanted(names, prefix, options) for prefix in ([LABEL_SET] * of_set + [""] * own)}
+    arrays = {prefix: {name: _column(columns, prefix + name) for name in found} for prefix, found in wanted.items()}
+    lengths = {prefix + name: len(array) for prefix, found in arrays.items() for name, array in found.items()}
+    codes = None if labels is None else np.asarray(labels)
+    if codes is not None:
+        lengths["labels"] = len(codes)
+    if len(set(lengths.values())) != 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "nothing is given"
+        raise InputError(f"scores: columns and labels must have one length: {told}")
+    n = next(iter(lengths.values()))
+    if codes is None:
+        if of_set or options.scope == "per_label" or options.calibrate != "none":
+            raise InputError("labels: these weights.* options look at the label of each example; give them, [n]")
+        codes = np.zeros(n, dtype=np.int64)
+    if not of_set:
+        return _scores(arrays[""], (n,), codes)
+    shape = _shape_of_set(arrays[LABEL_SET], codes)
+    every = _scores(arrays[LABEL_SET], shape, np.arange(shape[1]))
+    given = {name: array[np.arange(n), codes] for name, array in arrays[LABEL_SET].items()}
+    return _scores(arrays.get("", given), (n,), codes, every)
+
+
+def _wanted(names: set[str], prefix: str, options: Weights) -> list[str]:
+    """Names, without the prefix, of the columns to read."""
+    formula = options.base_formula
+    models = list(MODELS[formula])
+    if formula == "posterior" and all(f"{prefix}logp_{model}" in names for model in COLUMNS):
+        models = list(COLUMNS)  # how much the base ratio is worth is for the fit to say
+    kinds = ["logp", *["eos"] * options.eos, *["tokens"] * (options.length == "mean")]
+    wanted = [f"{kind}_{model}" for model in models for kind in kinds]
+    if missing := [prefix + name for name in wanted if prefix + name not in names]:
+        raise InputError(f"scores: weights.formula: {formula} needs the columns {', '.join(missing)}")
+    return wanted
+
+
+def _column(columns: Mapping[str, Any] | pa.Table, name: str) -> np.ndarray:
+    """A column as float64 [n], or [n, K] where it is of the label set."""
+    column = columns[name]
+    try:
+        if isinstance(column, (pa.Array, pa.ChunkedArray)) and pa.types.is_list(column.type):
+            values = pc.list_flatten(column).to_numpy().reshape(len(column), -1)
+        else:
+            values = np.asarray(column)
+        values = values.astype(np.float64)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"scores: {name}: not numbers, or rows of different lengths: {error}") from None
+    if values.ndim != (2 if name.startswith(LABEL_SET) else 1):
+        shape = "[n, K], one number a label" if name.startswith(LABEL_SET) else "[n]"
+        raise InputError(f"scores: {name}: has the shape {values.shape}; it must be {shape}")
+    if len(bad := np.argwhere(~np.isfinite(values))):
+        raise InputError(f"scores: {name}: row {bad[0][0]} is not finite")
+    return values
+
+
+def _shape_of_set(arrays: dict[str, np.ndarray], codes: np.ndarray) -> tuple[int, int]:
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) > 1:
+        raise InputError(f"scores: columns of the label set have other shapes: {sorted(shapes)}")
+    (shape,) = shapes
+    if codes.dtype.kind not in "iu" or (len(codes) and not (codes.min() >= 0 and codes.max() < shape[1])):
+        raise InputError(f"labels: beside a label set of {shape[1]} they must be whole numbers from 0 into it")
+    return int(shape[0]), int(shape[1])
+
+
+def _scores(
+    arrays: dict[str, np.ndarray], shape: tuple[int, ...], labels: np.ndarray, every: Scores | None = None
+) -> Scores:
+    def array(kind: str, model: str) -> np.ndarray:
+        return arrays.get(f"{kind}_{model}", np.zeros(shape))
+
+    return Scores(
+        **{model: array("logp", model) for model in COLUMNS},
+        **{f"{kind}_{model}": array(kind, model) for model in COLUMNS for kind in ("tokens", "eos")},
+        labels=labels,
+        label_set=every,
+    )
