@@ -63,7 +63,7 @@ def _weights_of_run(root: str | Path, options: Mapping[str, Any]) -> np.ndarray:
     from atlantis_ds.weights.arms import read_log_weights
     from atlantis_ds.weights.formulas import stabilise
 
-    run = open_run(root, [f"weights.{key}={json.dumps(value)}" for key, value in options.items()])
+    run = open_run(root, [f"weights.{key}={json.dumps(value, default=float)}" for key, value in options.items()])
     examples, section = load_examples(run.folder), run.recipe.weights
     return stabilise(read_log_weights(run, examples, section).values, examples.train.codes, section)
 
@@ -124,7 +124,7 @@ def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any)
 
 
 def compare_runs(
-    runs: str | Path | Mapping[str, Sequence[str | Path]],
+    runs: str | Path | Mapping[str, str | Path | Sequence[str | Path]],
     *,
     peers: Sequence[str] | None = None,
     upper: str | None = None,

@@ -59,7 +59,7 @@ def evaluated_arms(run: Run) -> list[Trained]:
 
 
 def read_arms(
-    arms: Mapping[str, Sequence[str | Path]], metric: str, negative_label: str | None
+    arms: Mapping[str, str | Path | Sequence[str | Path]], metric: str, negative_label: str | None
 ) -> tuple[list[str], list[Trained]]:
     """Read the predictions of arms.
 
@@ -74,8 +74,9 @@ def read_arms(
     Raises:
         InputError: a file is missing or broken, lacks a column, or has other test examples than the first one.
     """
-    found = {(arm, run): Path(path) for arm, paths in arms.items() for run, path in enumerate(paths)}
-    if empty := [arm for arm, paths in arms.items() if not len(paths)]:
+    files = {arm: [paths] if isinstance(paths, str | Path) else [*paths] for arm, paths in arms.items()}
+    found = {(arm, run): Path(path) for arm, paths in files.items() for run, path in enumerate(paths)}
+    if empty := [arm for arm, paths in files.items() if not paths]:
         raise InputError(f"arm {empty[0]}: give a file of predictions for each of its runs")
     first: Predictions | None = None
     trained = []
@@ -101,6 +102,8 @@ def _read(path: Path) -> Predictions:
         id = str(row.values["id"])
         if id in predictions:
             raise InputError(f"{row.where}: id {id} comes more than once")
+        if row.values["gold"] in (None, ""):
+            raise InputError(f"{row.where}: id {id} has no gold answer; leave it out of all files")
         predictions[id] = (str(row.values["gold"]), str(row.values["predicted"] or ""))  # CSV: nothing is None
     if not predictions:
         raise InputError(f"{path}: there are no predictions in it")

@@ -36,6 +36,8 @@ def score_label_set(
     """
     if not (len(prompts) and len(labels)):
         raise InputError("prompts and labels: there must be one of each at least")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"labels: {next(label for label in labels if list(labels).count(label) > 1)!r} comes twice")
     encoder = Encoder(tokenizer, lm.config, labels)
     label_set, end = encoder.label_set or [], tokenizer.eos_token_id
     ids = encoder.prompt_ids(list(prompts))

@@ -26,7 +26,7 @@ MODELS = {
 
 
 def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, options: Weights) -> Scores:
-    """The scores that a formula needs; what it does not look at is 0.
+    """The scores that a formula needs; what it does not look at is 0, and one token.
 
     Args:
         columns: see ``api.weights_from_scores``.
@@ -107,7 +107,7 @@ def _scores(
     arrays: dict[str, np.ndarray], shape: tuple[int, ...], labels: np.ndarray, every: Scores | None = None
 ) -> Scores:
     def array(kind: str, model: str) -> np.ndarray:
-        return arrays.get(f"{kind}_{model}", np.zeros(shape))
+        return arrays.get(f"{kind}_{model}", np.full(shape, float(kind == "tokens")))
 
     return Scores(
         **{model: array("logp", model) for model in COLUMNS},

@@ -36,15 +36,15 @@ def weighted_table(folder: RunFolder, messages: bool = False) -> pa.Table:
     weights = read_diagnosis(folder, examples)[0]
     texts = examples.train.table.select(["prompt", "target"])
     if examples.chat or messages:
-        parts = [_turns(batch, examples.chat, messages) for batch in texts.to_batches(ROWS_AT_ONCE)]
+        parts = [as_turns(batch, examples.chat, messages) for batch in texts.to_batches(ROWS_AT_ONCE)]
         texts = pa.concat_tables(parts)
     return pa.table(
         {"id": weights["id"], **{name: texts[name] for name in texts.column_names}, "weight": weights["weight"]}
     )
 
 
-def _turns(batch: pa.RecordBatch, chat: bool, messages: bool) -> pa.Table:
-    """Prompts and targets as turns."""
+def as_turns(batch: pa.RecordBatch, chat: bool, messages: bool) -> pa.Table:
+    """Prompts and targets of examples as lists of {role, content} turns: two columns, or one of ``messages``."""
 
     def turns(column: str, role: str) -> list[list[dict[str, str]]]:
         texts = batch[column].to_pylist()
