@@ -30,11 +30,11 @@ from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.errors import InputError
 from atlantis_ds.evaluate.report import write_evaluation
-from atlantis_ds.files import read_table, write_json, write_table
+from atlantis_ds.files import read_table, write_json, write_rows, write_table
 from atlantis_ds.metrics import metrics
 from atlantis_ds.run import Run, open_run
 from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.joined import as_turns, weighted_table, write_weighted
+from atlantis_ds.weights.joined import as_turns, weighted_table
 from atlantis_ds.weights.page import write_diagnosis
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512, "pretrain_epochs": 0}
@@ -350,7 +350,7 @@ def test_weights_are_joined_by_id(place: Path) -> None:
 def test_the_command_writes_what_the_dataset_holds(place: Path, tmp_path: Path) -> None:
     data = [*ds.weighted_dataset("runs/demo")]
     for suffix in ("jsonl", "parquet", "csv"):
-        write_weighted(weighted_table(open_run("runs/demo").folder), tmp_path / f"out.{suffix}")
+        write_rows(tmp_path / f"out.{suffix}", weighted_table(open_run("runs/demo").folder))
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == data
     assert pq.read_table(tmp_path / "out.parquet").to_pylist() == data
     with (tmp_path / "out.csv").open(newline="") as file:

@@ -40,7 +40,9 @@ def trained_arm(run: Run, arm: str, seed: int, name: str, figures: dict[str, Any
     column = "predicted" if run.recipe.task != "response" else metric_of(run.recipe)
     outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
     summary = training_summary(run.folder, name)
-    return Trained(arm, seed, outcomes, figures, summary["seconds"], summary.get("hardware", ""), summary["versions"])
+    return Trained(
+        arm, seed, outcomes, figures, summary["seconds"], summary.get("hardware", ""), summary.get("versions", {})
+    )
 
 
 def evaluated_arms(run: Run) -> list[Trained]:
