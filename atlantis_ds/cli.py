@@ -302,7 +302,7 @@ def diagnose(run: RunPath) -> None:
 
     Reads examples/, scores/ and the weights. Writes diagnosis/: diagnosis.html (one page with everything in it),
     diagnosis.json, weights.png, and label_errors.csv, the training examples with the lowest weights first, each with
-    the label that the reference model would give.
+    the label that the reference model would give and an empty column for the right one (see `relabel`).
 
     Example: atlantis-ds diagnose runs/demo
     """
@@ -475,7 +475,7 @@ def compare(
 
     Reads what the recipe names; does the stages before training where they are missing, and skips what is finished.
     With --dry-run it does nothing, and says what it would train, and for how long.
-    Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.json, .csv and .png, runs.csv).
+    Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.html, .json, .csv and .png, runs.csv).
 
     Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
     """

@@ -281,6 +281,11 @@ def test_compare_stopped_and_gone_on(tiny_recipe: WriteRecipe, tmp_path: Path) -
     assert len(found["hardware"]) == 1
     assert found["peers"] == ["sft", "gce"] and all(row["runs"] == 2 for row in found["arms"])
     assert (run / "compare" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert found["seeds"] == [0, 7] and len(found["runs"]) == 8 and not found["warnings"]
+    assert found["data"]["train"] == 37 and found["data"]["noise"] == pytest.approx(11 / 37)
+    assert "torch" in found["versions"] and len(found["fingerprint"]) == 16
+    text = (run / "compare" / "comparison.html").read_text(encoding="utf-8")
+    assert "macro-F1" in text and found["fingerprint"] in text and found["hardware"][0] in text
     assert "gap" in out and all(arm in out for arm in ARMS)
 
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -79,6 +79,14 @@ for kind in {KINDS}:
     assert all(carried[name].read_bytes() == here[name].read_bytes() for name in here)
 
 
+def test_wheel_carries_the_pages(installed: Path) -> None:
+    here, there = (
+        {path.name: path.read_bytes() for path in (root / "atlantis_ds" / "pages").iterdir() if path.is_file()}
+        for root in (ROOT, installed)
+    )
+    assert here == there and {"base.html", "style.css", "sort.js"} < here.keys()
+
+
 def test_every_file_has_a_name_of_its_own() -> None:
     for kind in KINDS:
         files = [path for path in (ROOT / kind).rglob("*") if path.is_file()]

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the Slurm and ssh tests need (Debian or Ubuntu, as root); starts nothing.
+# Installs what the Slurm, ssh and page tests need (Debian or Ubuntu, as root); starts nothing.
 # Says in one line what it did. Ends with 0 where it may not install: the tests then skip.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 
 missing=()
 # command=package
-for pair in slurmctld=slurmctld slurmd=slurmd srun=slurm-client munged=munge sshd=openssh-server pdsh=pdsh; do
+for pair in slurmctld=slurmctld slurmd=slurmd srun=slurm-client munged=munge sshd=openssh-server pdsh=pdsh \
+    chromium=chromium pdftotext=poppler-utils; do
     command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
 done
 

@@ -69,7 +69,9 @@ def picture(figure: Figure, name: str, says: str) -> str:
 
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            file, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        )
     root = ElementTree.fromstring(file.getvalue())
     for parent in root.iter():
         for child in parent.findall(f"{{{SVG}}}style") + parent.findall(f"{{{SVG}}}metadata"):

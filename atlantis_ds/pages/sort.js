@@ -1,11 +1,18 @@
 // A click on the head of a column sorts the rows of its table: numbers as numbers, empty cells last.
 document.querySelectorAll("table.sortable th").forEach((head) => {
-  const button = document.createElement("button");
-  button.type = "button";
+  // Not a <button>: with one in it Chromium does not print the head again on each page.
+  const button = document.createElement("span");
+  button.role = "button";
+  button.tabIndex = 0;
   button.append(...head.childNodes);
   head.append(button);
   head.setAttribute("aria-sort", "none");
   button.addEventListener("click", () => sort(head));
+  button.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    sort(head);
+  });
 });
 
 function sort(head) {
