@@ -174,7 +174,7 @@ def _answers_as_it_was_evaluated(source: Path, drop: str, folder: Path, arm: str
     assert pq.read_table(folder / "out.parquet")["predicted"].to_pylist() == evaluated
 
 
-@pytest.mark.parametrize("train_on", ["last", "all"])
+@pytest.mark.parametrize("train_on", [pytest.param("last", marks=pytest.mark.slow), "all"])
 def test_chats(files: Path, tmp_path: Path, tiny_recipe: WriteRecipe, chat_model: Path, train_on: str) -> None:
     model = {"model_name_or_path": str(chat_model)}
     recipe = tiny_recipe(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WriteRecipe, events, launch, refuse, succeed
+from conftest import WriteRecipe, events, succeed
 
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import Ranks
@@ -25,6 +25,8 @@ from atlantis_ds.lm.size import model_shape
 from atlantis_ds.metrics import macro_f1
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.train.deepspeed_config import deepspeed_config
+from atlantis_ds.train.engine import _check_machine
 from atlantis_ds.train.jobs import arm_job
 
 KINDS = {"apple": "fruit", "pear": "fruit", "oak": "tree", "elm": "tree", "cow": "animal", "dog": "animal"}
@@ -175,7 +177,6 @@ def test_compiled_layers_train_to_the_same_model(tiny_recipe: WriteRecipe, tmp_p
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -187,6 +188,6 @@ def test_compiled_layers_train_to_the_same_model(tiny_recipe: WriteRecipe, tmp_p
 def test_kernels_that_cannot_work_are_refused(
     tiny_recipe: WriteRecipe, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
-    recipe = tiny_recipe(tmp_path, {**UNIFORM, **change})
-    prepare(load_recipe(recipe), RunFolder(tmp_path / "run"))
-    refuse(launch("local", 1, "train", recipe, "--arm", "sft"), message)
+    train = load_recipe(tiny_recipe(tmp_path, change)).train
+    with pytest.raises(InputError, match=message):
+        _check_machine(train, deepspeed_config(train, world_size=1), torch.device("cpu"))
