@@ -57,6 +57,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.ranks
 def test_page_holds_everything(run: Path) -> None:
     found = Page((run / "diagnosis" / "diagnosis.html").read_text(encoding="utf-8"))
     assert not found.open
@@ -71,6 +72,7 @@ def test_page_holds_everything(run: Path) -> None:
     assert [int(row["label"]) for row in lengths] == sorted(int(row["label"]) for row in lengths)
 
 
+@pytest.mark.ranks
 def test_list_of_likely_label_errors(run: Path) -> None:
     with (run / "diagnosis" / "label_errors.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -92,6 +94,7 @@ def test_list_of_likely_label_errors(run: Path) -> None:
     assert any(row["target"] != row["gold"] for row in rows)
 
 
+@pytest.mark.ranks
 def test_what_it_refuses(run: Path, tmp_path: Path) -> None:
     refuse(launch("local", 1, "diagnose", tmp_path / "nothing"), "nothing: no run here", "no recipe.yaml")
     listed = run / "diagnosis" / "label_errors.csv"

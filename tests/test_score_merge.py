@@ -32,6 +32,8 @@ from atlantis_ds.weights import merge as merge_module
 from atlantis_ds.weights import score as score_module
 from atlantis_ds.weights.score import assign_shards
 
+pytestmark = pytest.mark.ranks
+
 TRAIN, SHARD = 44, 10
 SHARDS = [f"shard-{i:05d}-of-00005.parquet" for i in range(5)]
 
