@@ -1,0 +1,203 @@
+"""The commands of a run: all stages, or one. Each works under any launcher."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from atlantis_ds.cli.app import (
+    Force,
+    NumberOfRanks,
+    Overrides,
+    Part,
+    RecipeFile,
+    after_evaluate,
+    after_prepare,
+    app,
+    load,
+    on_ranks,
+    part_of,
+    say_next,
+    start_local,
+)
+from atlantis_ds.cluster.ranks import Ranks
+from atlantis_ds.errors import InputError
+from atlantis_ds.run import Run
+
+PANEL = "A run"
+
+
+@app.command(rich_help_panel=PANEL)
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    force: Force = False,
+) -> None:
+    """Do all stages; skip what is finished and valid.
+
+    Reads what the recipe names. Writes the whole run folder runs/NAME, and ends with a table of the arms.
+
+    Example: atlantis-ds run recipes/demo.yaml --ranks 2
+    """
+    load(recipe, overrides)  # a bad recipe ends here, before any rank starts
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    on_ranks(
+        recipe,
+        overrides,
+        lambda run: stages.run(run, force),
+        lambda run: ["diagnose"] if run.recipe.weighted else ["compare"],
+    )
+
+
+@app.command(rich_help_panel=PANEL)
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    part: Part = "1/1",
+    force: Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the trainings, with time and memory; do none.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="For --dry-run: number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="For --dry-run: A100, H100, H200, L4 or 4090.")] = "H100",
+) -> None:
+    """Train and evaluate every arm with every seed; give differences with intervals.
+
+    Reads what the recipe names; does the stages before training where they are missing, and skips what is finished.
+    With --dry-run it does nothing, and says what it would train, and for how long.
+    Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.html, .json, .csv and .png, runs.csv).
+
+    Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
+    """
+    loaded = load(recipe, overrides)
+    if dry_run:
+        from atlantis_ds.plan.trainings import show_trainings
+
+        show_trainings(*loaded, gpus, gpu)
+        return say_next("compare", recipe, overrides=overrides)
+    numbers = part_of(part)
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    on_ranks(recipe, overrides, lambda run: stages.compare(run, numbers, force), lambda run: ["diagnose"])
+
+
+@app.command(rich_help_panel=PANEL)
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Write the examples and their tokens.
+
+    Reads the data files (or hub dataset) of the recipe, and the models' tokenizers where they are at hand. Writes
+    examples/ and tokens/ in the run folder, and base/ where the recipe builds its own demo models.
+
+    Example: atlantis-ds prepare recipes/demo.yaml --ranks 2
+    """
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    on_ranks(recipe, overrides, stages.prepare, lambda run: after_prepare(run.recipe))
+
+
+@app.command(rich_help_panel=PANEL)
+def score(
+    recipe: RecipeFile,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    part: Part = "1/1",
+) -> None:
+    """Score all training examples under the frozen models.
+
+    Reads examples/ and the models (model/reference* where the reference is fine-tuned). Writes scores/, one Parquet
+    file a shard; a rerun does only the shards that are missing.
+
+    Example: torchrun --nproc-per-node 8 -m atlantis_ds score recipes/semeval_qwen2_1.5b.yaml
+    """
+    numbers = part_of(part)
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    on_ranks(recipe, overrides, lambda run: stages.score(run, numbers), lambda run: ["merge"])
+
+
+@app.command(rich_help_panel=PANEL)
+def merge(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Merge the score shards into one weight per example.
+
+    Reads examples/ and scores/. Writes weights.parquet, weights.json (diagnostics) and weights.png.
+
+    Example: atlantis-ds merge recipes/demo.yaml --set weights.temper=0.5
+    """
+    from atlantis_ds.progress import console
+    from atlantis_ds.weights.diagnostics import diagnosis_table
+    from atlantis_ds.weights.merge import merge
+
+    settings, folder = load(recipe, overrides)
+    console.print(diagnosis_table(merge(Run(settings, folder, Ranks.alone()))))
+    print(f"weights: {folder.weights_plot}")
+    say_next("diagnose", folder.root)
+
+
+@app.command(rich_help_panel=PANEL)
+def train(
+    recipe: RecipeFile,
+    arm: Annotated[str, typer.Option(help="Arm of the recipe, or `reference`.")] = "atlantis",
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Of a reference: train the I-th of N parts of its folds, and no more.")
+    ] = "1/1",
+    of_round: Annotated[
+        int | None,
+        typer.Option("--round", metavar="R", min=1, help="Of a reference: this round alone, and the weights it gives."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Train one arm with DeepSpeed; resume where a checkpoint is.
+
+    Reads examples/, weights.parquet and the large model. Writes checkpoints/ARM while it runs and model/ARM/last (and
+    model/ARM/best where there is a dev split) as safetensors. `--arm reference` trains the reference instead, in all
+    its rounds, and scores and merges between them.
+
+    Example: deepspeed --num_gpus 8 --module atlantis_ds train recipes/semeval_qwen2_7b_zero3.yaml --arm sft
+    """
+    numbers = part_of(part)
+    if arm != "reference" and (numbers[1] > 1 or of_round):
+        raise InputError(f"--part and --round are for --arm reference, not for {arm}")
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    after = ["score"] if arm == "reference" else ["evaluate", "--arm", arm]
+    on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force, numbers, of_round), lambda run: after)
+
+
+@app.command(rich_help_panel=PANEL)
+def evaluate(
+    recipe: RecipeFile,
+    arm: Annotated[list[str] | None, typer.Option(help="Arm to evaluate; without it all arms.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    ranks: NumberOfRanks = 1,
+) -> None:
+    """Predict the test examples and compute the metrics.
+
+    Reads examples/ and model/ARM. Writes eval/ARM/ (metrics.json, predictions.parquet, answers.txt for the official
+    scorer, confusion.png) and eval/comparison.csv.
+
+    Example: atlantis-ds evaluate recipes/demo.yaml --arm sft --arm atlantis --ranks 2
+    """
+    start_local(ranks)
+    from atlantis_ds import stages
+
+    on_ranks(
+        recipe,
+        overrides,
+        lambda run: stages.evaluate(run, arm or list(run.recipe.arms)),
+        lambda run: after_evaluate(run.recipe, run.folder),
+    )
