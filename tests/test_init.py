@@ -6,13 +6,15 @@ import csv
 import json
 import os
 import pty
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, Done, launch, refuse, succeed
+from conftest import ENV, Done, WriteRecipe, launch, refuse, succeed
 
 from atlantis_ds.config.describe import SCHEMA_FILE, json_schema, reference_page
 from atlantis_ds.config.loading import load_recipe
@@ -127,8 +129,32 @@ def test_what_the_rows_do_not_tell_is_asked_or_wanted(tmp_path: Path) -> None:
     assert "label: y" in recipe.read_text() and "model_name_or_path: some/model" in recipe.read_text()
 
 
-def in_a_terminal(arguments: list[str], answers: list[str]) -> Done:
-    """Run a command in a terminal of its own, and type an answer whenever it waits with a prompt."""
+def test_status_watches_until_it_is_interrupted(tmp_path: Path) -> None:
+    run = tmp_path / "demo"
+    run.mkdir()
+    (run / "recipe.yaml").write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
+    watched = in_a_terminal(["status", str(run), "--watch"], [], interrupt_after=b"train atlantis")
+    assert watched.code == 0 and "not yet" in watched.out and "Traceback" not in watched.out, watched.out
+    assert f"next: atlantis-ds run {run}/recipe.yaml" in succeed("local", 1, "status", run)
+
+
+def test_a_comparison_is_told_before_it_begins(tmp_path: Path, tiny_recipe: WriteRecipe) -> None:
+    """What is finished counts no more, and nothing is written."""
+    recipe = tiny_recipe(tmp_path, {"seeds": [0, 1, 2]})
+    evaluated = tmp_path / "run" / "eval" / "sft-seed1"
+    evaluated.mkdir(parents=True)
+    (evaluated / "metrics.json").write_text("{}")
+    said = succeed("local", 1, "compare", recipe, "--dry-run", "--gpus", "2", "--gpu", "A100")
+    assert re.search(r"train and evaluate sft, 3 seeds +│ 1 +│ 2 ", said)
+    assert re.search(r"train and evaluate atlantis, 3 seeds +│ 0 +│ 3 ", said)
+    assert "score" in said and "train reference" not in said  # it needs no training
+    assert "2 x A100" in said and "full with zero3.json" in said and f"next: atlantis-ds compare {recipe}" in said
+    assert [*(tmp_path / "run").iterdir()] == [tmp_path / "run" / "eval"]
+    refuse(launch("local", 1, "compare", recipe, "--dry-run", "--gpu", "P4"), "--gpu P4", "A100")
+
+
+def in_a_terminal(arguments: list[str], answers: list[str], interrupt_after: bytes | None = None) -> Done:
+    """Run a command in a terminal of its own; type an answer whenever it waits with a prompt, or interrupt it."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "atlantis_ds", *arguments]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, cwd=ROOT)
@@ -142,6 +168,9 @@ def in_a_terminal(arguments: list[str], answers: list[str]) -> Done:
         said += more
         if todo and said.rstrip().endswith(b":"):
             os.write(ours, todo.pop(0).encode())
+        if interrupt_after and interrupt_after in said:
+            process.send_signal(signal.SIGINT)
+            interrupt_after = None
     os.close(ours)
     return Done(process.wait(10), said.decode())
 

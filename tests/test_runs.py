@@ -35,11 +35,12 @@ def test_killed_scoring_is_finished_by_other_numbers_of_ranks(tiny_recipe: Write
     examples, shard = 600, 10
     changes = {"data.train_size": examples, "score.shard_size": shard, "score.tokens_per_batch": 1024}
     whole = tiny_recipe(tmp_path / "whole", changes)
-    succeed("local", 1, "prepare", whole)
+    said = succeed("local", 1, "prepare", whole)
+    assert f"next: atlantis-ds score {whole}" in said
     killed = tiny_recipe(tmp_path / "killed", changes)
     shutil.copytree(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
-    succeed("torchrun", 2, "score", whole)
-    succeed("local", 1, "merge", whole)
+    assert succeed("torchrun", 2, "score", whole).count(f"next: atlantis-ds merge {whole}") == 1
+    assert f"next: atlantis-ds diagnose {whole.parent / 'run'}" in succeed("local", 1, "merge", whole)
     expected = tables(tmp_path / "whole" / "run")
     assert len(expected) == examples // shard + 1
 
@@ -149,7 +150,8 @@ def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     # One arm alone: the other stays in the table as long as it was evaluated in the same way.
     table, generate = run / "eval" / "comparison.csv", ["--set", "evaluate.method=generate"]
     joint = table.read_text()
-    succeed("local", 1, "evaluate", recipe, "--arm", "sft", *generate)
+    said = succeed("local", 1, "evaluate", recipe, "--arm", "sft", *generate)
+    assert f"next: atlantis-ds compare {recipe} {' '.join(map(str, generate))}" in said
     assert table.read_text() == joint and joint.count("\n") == 3
     succeed("local", 1, "evaluate", recipe, "--arm", "sft")
     assert table.read_text().count("\n") == 2
