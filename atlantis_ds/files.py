@@ -109,9 +109,26 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+        raise InputError(f"{path}: no such file; run `{stage_of(path)}` first") from None
     except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error}); remove it and run the stage again") from None
+        raise InputError(f"{path}: broken JSON ({error}); remove it and run `{stage_of(path)}` again") from None
+
+
+STAGES = {
+    "examples": "prepare",
+    "tokens": "prepare",
+    "scores": "score",
+    "weights.parquet": "merge",
+    "weights.json": "merge",
+    "model": "train",
+    "eval": "evaluate",
+}
+"""Files and folders of the run folder, and the command that writes them."""
+
+
+def stage_of(path: Path) -> str:
+    """The command that writes a file of the run folder."""
+    return next((STAGES[part] for part in reversed(path.parts) if part in STAGES), "run")
 
 
 def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
@@ -184,10 +201,10 @@ def read_table(
         table = pq.read_table(path, columns=columns, read_dictionary=dictionaries, page_checksum_verification=True)
         return table.replace_schema_metadata(None), table_info(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+        raise InputError(f"{path}: no such file; run `{stage_of(path)}` first") from None
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: broken Parquet file ({reason}); remove it and run the stage again") from None
+        reason, stage = str(error).splitlines()[0], stage_of(path)
+        raise InputError(f"{path}: broken Parquet file ({reason}); remove it and run `{stage}` again") from None
 
 
 def table_info(path: Path) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path) -> None:
     refuse(launch("local", 1, "relabel", tmp_path / "nothing", listed), "nothing: no run here")
     (run / "weights.json").rename(tmp_path / "weights.json")
     try:
-        refuse(launch("local", 1, "diagnose", run), "weights.json", "run the stage that writes it")
+        refuse(launch("local", 1, "diagnose", run), "weights.json", "run `merge` first")
     finally:
         (tmp_path / "weights.json").rename(run / "weights.json")
 

@@ -228,10 +228,10 @@ def test_missing_data_on_two_ranks_leaves_nothing(tiny_recipe: WriteRecipe, tmp_
 @pytest.mark.slow
 def test_arms_that_cannot_be_trained(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, run = tiny_recipe(tmp_path, {"weights": {"formula": "product", "power": 50.0}}), tmp_path / "run"
-    refuse(launch("local", 1, "train", recipe), "examples.json", "run the stage that writes it first")
+    refuse(launch("local", 1, "train", recipe), "examples.json", "run `prepare` first")
     succeed("local", 1, "prepare", recipe)
     refuse(launch("local", 2, "train", recipe, "--arm", "nope"), "--arm nope", "sft, atlantis", "reference")
-    refuse(launch("local", 1, "train", recipe), "weights.parquet", "run the stage that writes it first")
+    refuse(launch("local", 1, "train", recipe), "weights.parquet", "run `merge` first")
     succeed("local", 1, "score", recipe)
     out = succeed("local", 1, "merge", recipe)
     assert "ESS" in out or "ffective sample size" in out

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from atlantis_ds.config.schema import Task
 from atlantis_ds.data.rows import GROUPS
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, write_atomic
+from atlantis_ds.files import read_json, stage_of, write_atomic
 from atlantis_ds.run_folder import RunFolder
 
 SPLITS = ("train", "dev", "test")
@@ -178,10 +178,10 @@ def map_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         return table.replace_schema_metadata(None), json.loads((table.schema.metadata or {})[b"atlantis_ds"])
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the stage that writes it first") from None
+        raise InputError(f"{path}: no such file; run `{stage_of(path)}` first") from None
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: broken Arrow file ({reason}); remove it and run the stage again") from None
+        raise InputError(f"{path}: broken Arrow file ({reason}); remove it and run `{stage_of(path)}` again") from None
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], info: dict[str, Any]) -> None:
