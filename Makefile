@@ -18,9 +18,10 @@ demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
 
 # All checks run, whichever of them fail. .venv/bin on the PATH: the tests call ninja, mpirun and the like by name.
+two := -n 2 --dist loadgroup
 lint := 'ruff check' 'ruff format --check' 'mypy atlantis_ds'
-test: checks := tools/install_test_services.sh $(lint) 'pytest -m "not slow"'
-test-fast: checks := $(lint) 'pytest -m "not slow and not ranks"'
+test: checks := tools/install_test_services.sh $(lint) 'pytest $(two) -m "not slow"'
+test-fast: checks := $(lint) 'pytest $(two) -m "not slow and not ranks"'
 test test-fast: .venv/.installed
 	@export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; failed=; \
 	for check in $(checks); do \

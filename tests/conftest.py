@@ -47,8 +47,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is soon done comes first: tests without ranks."""
+    """What is soon done comes first: tests without ranks. A file is done by one worker, for its fixtures; and so are
+    all files that start Slurm, as two clusters on one host would give their jobs the same ports."""
     items.sort(key=lambda item: item.get_closest_marker("ranks") is not None)
+    for item in items:
+        name = item.path.name
+        slurm = name in ("test_cluster.py", "test_services.py", "test_slurm.py")
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else name))
 
 
 @dataclass(frozen=True)
