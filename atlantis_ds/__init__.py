@@ -1,9 +1,9 @@
 """Importance-weighted fine-tuning of language models at cluster scale.
 
-The way of the data is the architecture, one room for each step:
-data (examples) → lm (label log-likelihoods) → weights (scores and weights) → train → evaluate.
+The packages follow the data, one for each step: data (examples) → lm (label log-likelihoods) → weights (scores and
+weights) → train → evaluate.
 
-From Python: the functions of ``api.py``, which stand here under their own names.
+To use it from Python, call the functions of ``api.py``, which can be imported from here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of ``api.py``, imported when they are first asked for: `check` is to stay light."""
+    """The functions of ``api.py``, imported at first use, so that `check` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from atlantis_ds import api

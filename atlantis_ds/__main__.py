@@ -1,4 +1,4 @@
-"""``python -m atlantis_ds``: the command line in the form that every launcher can start."""
+"""``python -m atlantis_ds``: the command line, in a form that every launcher can start."""
 
 from atlantis_ds.cli import main
 

@@ -1,4 +1,4 @@
-"""The ways in which a run ends early on purpose, and their exit codes."""
+"""The errors that end a run on purpose, and their exit codes."""
 
 
 class InputError(Exception):
@@ -6,8 +6,8 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """A fault in the middle of a run; what was finished stays finished. Exit code 1."""
+    """A fault during a run; finished work is kept. Exit code 1."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved where it is: the same command goes on from there. Exit code 75."""
+    """The run was asked to stop and has saved: the same command resumes it. Exit code 75."""

@@ -62,7 +62,7 @@ def test_prompt_fields_and_options():
     assert render_prompt(template, e, Prompt(template=template), ["a", "b"]) == text
     first = Prompt(template="One of {options}.\n{sentence}")
     assert render_prompt(first.template, e, first, ["a", "b(e1,e2)"]) == f"One of a, b(e1,e2).\n{e['sentence']}"
-    with pytest.raises(ValueError, match="drop one"):
+    with pytest.raises(ValueError, match="remove one"):
         Prompt(template="{options} {sentence}", label_options=True)
     with_options = render_prompt(template, e, Prompt(template=template, label_options=True), ["a", "b(e1,e2)"])
     assert with_options == text + "\nOptions: a, b(e1,e2)"

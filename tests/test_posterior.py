@@ -187,7 +187,7 @@ def test_from_shards_as_from_all_scores_at_once(
     ("changes", "said"),
     [
         ({"score.label_set": False}, "`weights.formula: posterior` needs `score.label_set: true`"),
-        ({"weights.calibrate": "label_mean"}, "the posterior compares labels by itself"),
+        ({"weights.calibrate": "label_mean"}, "the posterior already compares labels"),
     ],
 )
 def test_what_the_posterior_needs(changes: dict[str, Any], said: str, tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

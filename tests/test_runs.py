@@ -189,7 +189,7 @@ def test_bad_recipes_and_flags(tiny_recipe: WriteRecipe, tmp_path: Path) -> None
         ("weights.clip=[2,3]", "lo <= 1 <= hi"),
         ("train.num_train_epochs=.inf", "finite"),
         ("seed=99999999999999999999999", "less than"),
-        ("seeds=[0,1,0]", "one stands twice"),
+        ("seeds=[0,1,0]", "contains a duplicate"),
         ("arms.gold={gold: true}", "weights: {formula: uniform}"),
         ("weights={calibrate: label_set}", "score.label_set: true"),
         ("arms.a={weights: {calibrate: label_set}}", "arms.a.weights.calibrate"),

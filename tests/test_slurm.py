@@ -117,8 +117,8 @@ def test_what_a_site_wants_goes_into_every_job(tiny_recipe: WriteRecipe, base_mo
     assert "qos" not in found["train-sft"]
     assert (found["train-sft"]["time"], found["score"]["time"], found["prepare"]["time"]) == ("6", "7", "7")
     for bad, said in (
-        ("dependency=1", "`dependency` is decided by the chain of jobs"),
-        ("--qos=x", "'--qos' is no long option of sbatch"),
+        ("dependency=1", "`dependency` is set by the chain of jobs"),
+        ("--qos=x", "'--qos' is not a long option of sbatch"),
         ("trian.qos=x", "--sbatch trian.qos=x: no such stage; there are all, prepare, "),
         ("comment=it's", "cannot hold quotes"),
     ):

@@ -1,4 +1,4 @@
-"""The command line: the only folder that reads one. Heavy imports stand inside the commands that need them."""
+"""The command line: only this folder reads one. Heavy imports are inside the commands that need them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Run a command; errors become one line and an exit code: 2 bad input, 1 a fault in the run, 75 preempted."""
     arguments = sys.argv[1:]
-    # The `deepspeed` launcher puts this in front of every program's own arguments.
+    # The `deepspeed` launcher puts this before every program's own arguments.
     sys.argv[1:] = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     try:
         try:
@@ -44,7 +44,7 @@ def main() -> None:
     except Preempted as error:
         _end(f"preempted: {error}", 75)
     except OSError as error:
-        _end(f"fault: {error}", 1)  # a full disk, a read-only folder: what was finished stays finished
+        _end(f"fault: {error}", 1)  # a full disk, a read-only folder: finished work is kept
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except RuntimeError as error:
@@ -52,8 +52,8 @@ def main() -> None:
 
         if not lost_a_rank(error):
             raise
-        _end(f"fault: another rank has gone ({str(error).splitlines()[0][:200]}); its own message says why", 1)
-    except SystemExit as ended:  # the command line ends so, also when all is well
+        _end(f"fault: another rank has died ({str(error).splitlines()[0][:200]}); its own output says why", 1)
+    except SystemExit as ended:  # the command line always ends like this, also without an error
         if "RANK" not in os.environ or not isinstance(ended.code, int):
             raise
         end_rank(ended.code)
@@ -62,9 +62,9 @@ def main() -> None:
 def _end(line: str, code: int) -> NoReturn:
     main_rank = os.environ.get("RANK", "0") == "0"
     if code == 75 and not main_rank:
-        end_rank(code)  # all ranks have agreed and saved; one of them says so
+        end_rank(code)  # all ranks have agreed to stop and have saved; only rank 0 says so
     if not main_rank:
-        # Mostly all ranks meet the same error: leave rank 0 the time to say it, and the launcher to end the rest.
+        # Usually all ranks raise the same error: give rank 0 time to print it, and the launcher time to end the others.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(5)
     print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the commands share: arguments, recipes and runs, ranks, the line that says what comes next."""
+"""Shared by the commands: arguments, recipes and runs, ranks, the line with the next command."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. --set train.learning_rate=1e-5."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the recipe, e.g. --set train.learning_rate=1e-5."
+    ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Train on weights whose effective sample size is below 10 %.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Train even if the effective sample size of the weights is below 10 %.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, e.g. runs/demo, or its recipe.")]
-Part = Annotated[str, typer.Option(metavar="I/N", help="Do the I-th of N parts, for N jobs that share the work.")]
+Part = Annotated[str, typer.Option(metavar="I/N", help="Do only part I of N, for N jobs that share the work.")]
 NumberOfRanks = Annotated[
-    int, typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher did.")
+    int,
+    typer.Option("--ranks", metavar="N", min=1, help="Start N ranks on this machine, unless a launcher already did."),
 ]
 
 
@@ -51,13 +56,13 @@ def load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
 
 
 def folder_of(run: Path) -> RunFolder:
-    """A run folder, given as itself or by its recipe."""
+    """The run folder, from its own path or from its recipe."""
     is_recipe = not run.is_dir() and run.suffix in (".yaml", ".yml")
     return load(run, [])[1] if is_recipe else RunFolder(run)
 
 
 def run_of(run: Path) -> Run:
-    """A run by its folder or by its recipe, with the recipe as the run has kept it."""
+    """The run of a run folder or a recipe, with the copy of the recipe that is in the run folder."""
     return open_run(folder_of(run).root)
 
 
@@ -79,14 +84,14 @@ def start_local(ranks: int) -> None:
 def on_ranks(
     recipe: Path, overrides: list[str], stage: Callable[[Run], None], after: Callable[[Run], Sequence[str]]
 ) -> None:
-    """Do a stage on all ranks; ``after`` gives the command that goes on, and its options."""
+    """Do a stage on all ranks; ``after`` returns the next command and its options."""
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 
     settings, folder = load(recipe, overrides)
     ranks = start_ranks(settings.timeout_minutes)
     watch_signals()
     if ranks.is_main and remove_stale_stop(folder):
-        print(f"{folder.stop}: from before this job, removed")
+        print(f"{folder.stop}: left from an earlier job, removed")
     run = Run(settings, folder, ranks)
     stage(run)
     if ranks.is_main:
@@ -96,20 +101,20 @@ def on_ranks(
 
 
 def say_next(command: str, *arguments: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Say the command that goes on from here. In a Slurm job the chain goes on by itself."""
+    """Print the next command, except in a Slurm job: there the chain continues by itself."""
     if "SLURM_JOB_ID" not in os.environ:
         options = [part for override in overrides for part in ("--set", override)]
         print(f"next: atlantis-ds {shlex.join([command, *map(str, arguments), *options])}")
 
 
 def after_prepare(settings: Recipe) -> list[str]:
-    """The command that goes on after `prepare`, and its options."""
+    """The next command after `prepare`, and its options."""
     if not settings.weighted:
         return ["train", "--arm", next(iter(settings.arms))]
     return ["train", "--arm", "reference"] if settings.models.reference.kind == "finetuned" else ["score"]
 
 
 def after_evaluate(settings: Recipe, folder: RunFolder) -> list[str]:
-    """An arm that is not trained yet, or the comparison."""
+    """The command for an arm that is not trained yet, or `compare`."""
     left = [arm for arm in settings.arms if not (folder.model(arm) / "training.json").exists()]
     return ["train", "--arm", left[0]] if left else ["compare"]

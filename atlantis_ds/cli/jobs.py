@@ -1,4 +1,4 @@
-"""The commands that hand a run to a scheduler."""
+"""The commands that submit a run to a scheduler."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ PANEL = "Jobs"
 def submit(
     recipe: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes for training; as many array elements for scoring.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a node, one rank each; 0: none.")] = 1,
-    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node where there are no GPUs.")] = 1,
-    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPU cores a rank.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes for training, and array elements for scoring.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node, one rank each; 0: none.")] = 1,
+    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per node, if there are no GPUs.")] = 1,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="CPU cores per rank.")] = 8,
     time: Annotated[
         str | None,
-        typer.Option(
-            help="Time limit of a job on GPUs, 04:00:00 if not set; longer work is requeued.", show_default=False
-        ),
+        typer.Option(help="Time limit of a GPU job, 04:00:00 if not set; longer work is requeued.", show_default=False),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm partition; without it the cluster's default.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition; the cluster's default if not set.")] = None,
     sbatch: Annotated[
         list[str],
         typer.Option(
             metavar="[STAGE.]KEY[=VALUE]",
-            help="Option of sbatch for all jobs, or those of a stage: account=abc, prepare.partition=cpu, exclusive.",
+            help="Option of sbatch for all jobs or for one stage: account=abc, prepare.partition=cpu, exclusive.",
         ),
     ] = [],  # noqa: B006
     prologue: Annotated[
-        Path | None, typer.Option(help="File of shell lines for the top of every job: modules, conda, a container.")
+        Path | None, typer.Option(help="File with shell lines for the top of every job: modules, conda, a container.")
     ] = None,
-    array_limit: Annotated[int | None, typer.Option(min=1, help="Elements of an array that run at one time.")] = None,
+    array_limit: Annotated[
+        int | None, typer.Option(min=1, help="Most array elements that run at the same time.")
+    ] = None,
     preflight: Annotated[
-        bool, typer.Option("--preflight", help="Look at the nodes of the training first; where that fails, all ends.")
+        bool, typer.Option("--preflight", help="Test the nodes for training first; if a test fails, stop the chain.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the job files; write and submit nothing.")] = False,
 ) -> None:
     """Submit all stages to Slurm as a chain of jobs.
 
-    Reads the recipe (its `slurm` section holds what your site wants of every job) and the sbatch files of slurm/.
-    Writes them filled in, and the recipe as it is now, to slurm/ in the run folder, where the logs go too; prints the
-    job ids. While jobs of the run are queued, it submits nothing and says which.
+    Reads the recipe (its `slurm` section has the options that your site requires) and the sbatch files in slurm/.
+    Writes the filled-in files and a copy of the recipe to slurm/ in the run folder, where the logs go, too. Prints the
+    job ids. While jobs of the run are queued, it submits nothing and names them.
 
     Example: atlantis-ds submit recipes/semeval_qwen2_7b_zero3.yaml --nodes 4 --gpus-per-node 8 --sbatch account=abc
     """
@@ -87,20 +87,24 @@ def _text_of(path: Path, key: str) -> str:
 @app.command(rich_help_panel=PANEL)
 def kubeflow(
     recipe: RecipeFile,
-    image: Annotated[str, typer.Option(help="Container image with this package in it.")],
-    claim: Annotated[str, typer.Option(help="PersistentVolumeClaim with data and models, which gets the run folder.")],
-    mount: Annotated[str, typer.Option(help="Where it is mounted: the recipe's paths are relative to it.")] = "/work",
-    nodes: Annotated[int, typer.Option(min=1, help="Pods.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs a pod, one rank each; 0: none.")] = 1,
-    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a pod where there are no GPUs.")] = 1,
-    grace: Annotated[int, typer.Option(min=1, help="Seconds that a pod may take to save when it is stopped.")] = 180,
-    comparison: Annotated[bool, typer.Option("--compare", help="Run `compare`, not `run`.")] = False,
+    image: Annotated[str, typer.Option(help="Container image that contains this package.")],
+    claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim with the data and models; the run folder is written to it.")
+    ],
+    mount: Annotated[
+        str, typer.Option(help="Mount point of the claim; the recipe's paths are relative to it.")
+    ] = "/work",
+    nodes: Annotated[int, typer.Option(min=1, help="Number of pods.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per pod, one rank each; 0: none.")] = 1,
+    tasks_per_node: Annotated[int, typer.Option(min=1, help="Ranks per pod, if there are no GPUs.")] = 1,
+    grace: Annotated[int, typer.Option(min=1, help="Seconds that a pod has to save when it is stopped.")] = 180,
+    comparison: Annotated[bool, typer.Option("--compare", help="Run `compare` instead of `run`.")] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Print a job for Kubernetes: a TrainJob of the Kubeflow Trainer.
 
-    Reads the recipe; writes nothing. The job runs all stages, on all its nodes; when it is stopped, or loses a node, it
-    is made again and goes on.
+    Reads the recipe; writes nothing. The job runs all stages on all its nodes. If it is stopped, or loses a node, it is
+    created again and resumes.
 
     Example: atlantis-ds kubeflow RECIPE --image IMAGE --claim data --nodes 2 --gpus-per-node 8 | kubectl apply -f -
     """

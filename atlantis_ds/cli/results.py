@@ -1,4 +1,4 @@
-"""The commands that look at a run, or take something out of it."""
+"""The commands that inspect a run, or use its results."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from atlantis_ds.cli.app import (
 from atlantis_ds.errors import InputError
 from atlantis_ds.run import open_run
 
-PANEL = "What a run has made"
+PANEL = "Results of a run"
 
 
 @app.command(rich_help_panel=PANEL)
 def status(
     run: RunPath,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Update every two seconds, until Ctrl-C.")] = False,
 ) -> None:
-    """Show how far a run is.
+    """Show the progress of a run.
 
-    Reads the run folder, and asks Slurm for the jobs that `submit` started. Writes nothing.
+    Reads the run folder, and asks Slurm about the jobs that `submit` started. Writes nothing.
 
     Example: atlantis-ds status runs/demo --watch
     """
@@ -56,9 +56,9 @@ def status(
 def diagnose(run: RunPath) -> None:
     """Say whether the weights of a run can be trusted, and which labels look wrong.
 
-    Reads examples/, scores/ and the weights. Writes diagnosis/: diagnosis.html (one page with everything in it),
-    diagnosis.json, weights.png, and label_errors.csv, the training examples with the lowest weights first, each with
-    the label that the reference model would give and an empty column for the right one (see `relabel`).
+    Reads examples/, scores/ and the weights. Writes diagnosis/: diagnosis.html (a self-contained page), diagnosis.json,
+    weights.png and label_errors.csv. That file lists the training examples, those with the lowest weights first, each
+    with the label that the reference model would give and an empty column for the right label (see `relabel`).
 
     Example: atlantis-ds diagnose runs/demo
     """
@@ -77,15 +77,17 @@ def diagnose(run: RunPath) -> None:
 @app.command(rich_help_panel=PANEL)
 def relabel(
     run: RunPath,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="label_errors.csv, its column `corrected` filled in.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="label_errors.csv with its column `corrected` filled in.")
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write here, not to diagnosis/train_corrected.*.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Output file, instead of diagnosis/train_corrected.*.")
     ] = None,
 ) -> None:
-    """Write the training data of a run again, with the labels that people have corrected.
+    """Write the training data of a run again, with labels that people have corrected.
 
     Reads the recipe and examples/ of the run, its training files and FILE. Writes a file for `data.train` of a new run;
-    your own files stay as they are. See docs/your-data.md.
+    your own files are not changed. See docs/your-data.md.
 
     Example: atlantis-ds relabel runs/demo my_corrections.csv --out train_corrected.jsonl
     """
@@ -104,7 +106,7 @@ def relabel(
     if done.labels:
         settings.append(f"data.labels={json.dumps(done.labels, ensure_ascii=False)}")
     changes = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-    print(f"next, all stages in a run folder of their own: atlantis-ds run {shlex.quote(str(folder.recipe))} {changes}")
+    print(f"next, all stages in a new run folder: atlantis-ds run {shlex.quote(str(folder.recipe))} {changes}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -117,8 +119,8 @@ def weights(
 ) -> None:
     """Write the training examples with their weights, for other trainers.
 
-    Reads examples/ and the weights. Writes OUT, an example a line or row: id, prompt, target and weight (mean 1), or
-    id, messages and weight. docs/python.md shows what other trainers do with it.
+    Reads examples/ and the weights. Writes OUT, one example per line or row: id, prompt, target and weight (mean 1), or
+    id, messages and weight. docs/python.md shows how to use it in other trainers.
 
     Example: atlantis-ds weights runs/demo weighted.jsonl
     """
@@ -136,18 +138,18 @@ def predict(
     run: RunPath,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Rows to predict; they need no label.")],
     arm: Annotated[
-        str, typer.Option(help="Arm whose model predicts; of `compare` with its seed: sft-seed0.")
+        str, typer.Option(help="Arm whose model predicts; for a model from `compare`, with its seed: sft-seed0.")
     ] = "atlantis",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="File to write: .jsonl, .csv or .parquet.", show_default=False)
     ] = None,
     ranks: NumberOfRanks = 1,
 ) -> None:
-    """Label new rows with a trained arm, or answer them.
+    """Label new rows, or generate responses, with a trained arm.
 
-    Reads model/ARM of the run, and the rows of FILE, which have the columns of the training data. Writes these rows
-    with the likeliest label (`predicted`), its probability, and that of every label; or with the response. Without
-    --out the file is FILE's name with .ARM.jsonl.
+    Reads model/ARM of the run and the rows of FILE, which has the columns of the training data. Writes these rows with
+    the most likely label (`predicted`), its probability, and the probability of every label; or with the response.
+    Without --out, the file is FILE's name with .ARM.jsonl.
 
     Example: atlantis-ds predict runs/demo new.jsonl --arm atlantis --out labelled.csv
     """
@@ -170,21 +172,20 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
     arm: Annotated[str, typer.Option(help="Arm whose model to export.")] = "atlantis",
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Take the newest checkpoint of a training that has not ended.")
+        bool, typer.Option("--unfinished", help="Use the newest checkpoint of a training run that has not finished.")
     ] = False,
     push_to: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload OUT to this repository of the Hugging Face hub, too."),
+        typer.Option(metavar="OWNER/NAME", help="Also upload OUT to this repository on the Hugging Face hub."),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Write a trained model as one folder for plain transformers.
 
-    Reads model/ARM (the checkpoint that `evaluate` takes). Merges an adapter into its base model, in host memory;
-    copies a full model. Writes OUT: safetensors, tokenizer, configs, model card.
-    With --unfinished it reads checkpoints/ARM instead, and writes no card.
-    With --push-to it makes the repository where it is not there (private), and uploads OUT as one commit, as the user
-    of `hf auth login` or HF_TOKEN. The card holds the recipe, with its paths.
+    Reads model/ARM (the checkpoint that `evaluate` uses). Merges an adapter into its base model, in host memory; copies
+    a full model. Writes OUT: safetensors, tokenizer, configs, model card. With --unfinished it reads checkpoints/ARM
+    instead, and writes no card. With --push-to it creates the repository (private) if it does not exist, and uploads
+    OUT as one commit, as the user of `hf auth login` or HF_TOKEN. The card contains the recipe with its paths.
 
     Example: atlantis-ds export recipes/conll04_qwen2_7b_lora.yaml --arm atlantis merged/
     """
@@ -192,7 +193,7 @@ def export(
 
     settings, folder = load(recipe, overrides)
     if push_to and unfinished:
-        raise InputError("--push-to: not with --unfinished: a model that is still in training has no card")
+        raise InputError("--push-to cannot be used with --unfinished: a model that is still in training has no card")
     if unfinished:
         export_unfinished(settings, folder, arm, out)
         address = None

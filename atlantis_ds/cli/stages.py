@@ -1,4 +1,4 @@
-"""The commands of a run: all stages, or one. Each works under any launcher."""
+"""The commands that run all stages or one stage. Each works under any launcher."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def run(
     ranks: NumberOfRanks = 1,
     force: Force = False,
 ) -> None:
-    """Do all stages; skip what is finished and valid.
+    """Do all stages; skip those that are finished and valid.
 
-    Reads what the recipe names. Writes the whole run folder runs/NAME, and ends with a table of the arms.
+    Reads the files that the recipe names. Writes the run folder runs/NAME, and prints a table of the arms at the end.
 
     Example: atlantis-ds run recipes/demo.yaml --ranks 2
     """
-    load(recipe, overrides)  # a bad recipe ends here, before any rank starts
+    load(recipe, overrides)  # a bad recipe fails here, before any rank starts
     start_local(ranks)
     from atlantis_ds import stages
 
@@ -61,16 +61,16 @@ def compare(
     part: Part = "1/1",
     force: Force = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the trainings, with time and memory; do none.")
+        bool, typer.Option("--dry-run", help="List the training runs, with time and memory; train nothing.")
     ] = False,
     gpus: Annotated[int, typer.Option(min=1, help="For --dry-run: number of GPUs.")] = 1,
     gpu: Annotated[str, typer.Option(help="For --dry-run: A100, H100, H200, L4 or 4090.")] = "H100",
 ) -> None:
     """Train and evaluate every arm with every seed; give differences with intervals.
 
-    Reads what the recipe names; does the stages before training where they are missing, and skips what is finished.
-    With --dry-run it does nothing, and says what it would train, and for how long.
-    Writes model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.html, .json, .csv and .png, runs.csv).
+    Reads the files that the recipe names. Runs the stages before training if they are missing, and skips what is
+    finished. With --dry-run it trains nothing: it lists the training runs and estimates their time. Writes
+    model/ARM-seedS and eval/ARM-seedS, and compare/ (comparison.html, .json, .csv and .png, runs.csv).
 
     Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
     """
@@ -95,8 +95,8 @@ def prepare(
 ) -> None:
     """Write the examples and their tokens.
 
-    Reads the data files (or hub dataset) of the recipe, and the models' tokenizers where they are at hand. Writes
-    examples/ and tokens/ in the run folder, and base/ where the recipe builds its own demo models.
+    Reads the data files (or hub dataset) of the recipe, and the models' tokenizers if they are available. Writes
+    examples/ and tokens/ in the run folder, and base/ if the recipe builds its own demo models.
 
     Example: atlantis-ds prepare recipes/demo.yaml --ranks 2
     """
@@ -115,8 +115,8 @@ def score(
 ) -> None:
     """Score all training examples under the frozen models.
 
-    Reads examples/ and the models (model/reference* where the reference is fine-tuned). Writes scores/, one Parquet
-    file a shard; a rerun does only the shards that are missing.
+    Reads examples/ and the models (model/reference* if the reference is fine-tuned). Writes scores/, one Parquet file
+    per shard. If you run it again, it computes only the missing shards.
 
     Example: torchrun --nproc-per-node 8 -m atlantis_ds score recipes/semeval_qwen2_1.5b.yaml
     """
@@ -152,25 +152,27 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     ranks: NumberOfRanks = 1,
     part: Annotated[
-        str, typer.Option(metavar="I/N", help="Of a reference: train the I-th of N parts of its folds, and no more.")
+        str, typer.Option(metavar="I/N", help="For --arm reference: train only part I of N of its folds.")
     ] = "1/1",
     of_round: Annotated[
         int | None,
-        typer.Option("--round", metavar="R", min=1, help="Of a reference: this round alone, and the weights it gives."),
+        typer.Option(
+            "--round", metavar="R", min=1, help="For --arm reference: do only this round, and the weights from it."
+        ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Train one arm with DeepSpeed; resume where a checkpoint is.
+    """Train one arm with DeepSpeed; resume from a checkpoint if there is one.
 
-    Reads examples/, weights.parquet and the large model. Writes checkpoints/ARM while it runs and model/ARM/last (and
-    model/ARM/best where there is a dev split) as safetensors. `--arm reference` trains the reference instead, in all
-    its rounds, and scores and merges between them.
+    Reads examples/, weights.parquet and the large model. Writes checkpoints/ARM during training, and model/ARM/last
+    (and model/ARM/best if there is a dev split) as safetensors. `--arm reference` trains the reference instead, in all
+    its rounds, and scores and merges between the rounds.
 
     Example: deepspeed --num_gpus 8 --module atlantis_ds train recipes/semeval_qwen2_7b_zero3.yaml --arm sft
     """
     numbers = part_of(part)
     if arm != "reference" and (numbers[1] > 1 or of_round):
-        raise InputError(f"--part and --round are for --arm reference, not for {arm}")
+        raise InputError(f"--part and --round are only for --arm reference, not for {arm}")
     start_local(ranks)
     from atlantis_ds import stages
 
@@ -181,7 +183,7 @@ def train(
 @app.command(rich_help_panel=PANEL)
 def evaluate(
     recipe: RecipeFile,
-    arm: Annotated[list[str] | None, typer.Option(help="Arm to evaluate; without it all arms.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Arm to evaluate; all arms if not set.")] = None,
     overrides: Overrides = [],  # noqa: B006
     ranks: NumberOfRanks = 1,
 ) -> None:

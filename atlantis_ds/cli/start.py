@@ -1,4 +1,4 @@
-"""The commands before a run: a recipe, and whether it will work."""
+"""The commands before a run: write a recipe, and check whether it will work."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ def init(
     group: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="What made the label: a rule, an annotator, a source.")
     ] = None,
-    text: Annotated[list[str], typer.Option(metavar="COLUMN", help="A column of the prompt; may be repeated.")] = [],  # noqa: B006
+    text: Annotated[list[str], typer.Option(metavar="COLUMN", help="A column for the prompt; may be repeated.")] = [],  # noqa: B006
     task: Annotated[str | None, typer.Option(help="classification, relation or response.")] = None,
     test: Annotated[Path | None, typer.Option(metavar="FILE", help="File with the test examples.")] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Model to fine-tune: a folder or a Hugging Face id.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Recipe to write; without it DATA's name.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Recipe to write; if not set, DATA's name with .yaml.")
+    ] = None,
 ) -> None:
     """Write a first recipe for a data file.
 
-    Reads the first rows of DATA and guesses what its columns are. Asks what they do not tell, in a terminal; elsewhere
-    it wants the flag. Writes a commented recipe that `check` accepts.
+    Reads the first rows of DATA and guesses what its columns mean. If they are not clear, it asks in a terminal;
+    elsewhere you must give the option. Writes a commented recipe that `check` accepts.
 
     Example: atlantis-ds init train.csv --label weak_label --test test.csv
     """
@@ -65,9 +67,9 @@ def init(
 
 
 def _ask(flag: str, question: str, answers: list[str]) -> str:
-    """One of the answers: asked for in a terminal, else an error that names the flag."""
+    """One of the answers: ask in a terminal, else raise an error that names the option."""
     if not sys.stdin.isatty():
-        raise InputError(f"--{flag} is needed: {question[0].lower()}{question[1:]} There are {', '.join(answers)}")
+        raise InputError(f"--{flag} is needed: {question[0].lower()}{question[1:]} Choose from {', '.join(answers)}")
     from rich.prompt import Prompt
 
     return Prompt.ask(question, choices=answers)
@@ -75,11 +77,13 @@ def _ask(flag: str, question: str, answers: list[str]) -> str:
 
 @app.command(rich_help_panel=PANEL)
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="A page to read instead: docs/recipe.md.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the documentation page instead (docs/recipe.md).")
+    ] = False,
 ) -> None:
-    """Print what may stand in a recipe, as a JSON schema.
+    """Print the JSON schema of a recipe.
 
-    Reads and writes nothing. Editors complete and check a recipe whose first line names the schema:
+    Reads and writes nothing. Editors complete and check a recipe if its first line names the schema:
     # yaml-language-server: $schema=recipe.schema.json
 
     Example: atlantis-ds schema > recipe.schema.json
@@ -95,9 +99,9 @@ def schema(
 def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     """Validate a recipe on a login node.
 
-    Reads the recipe and its DeepSpeed config, looks whether the files and model folders it names are there, and reads
-    the first rows of each data file. Says which models and data sets of the hub are not in its cache; with
-    HF_HUB_OFFLINE=1 that is an error. Loads no model, imports no torch, uses no network, writes nothing.
+    Reads the recipe and its DeepSpeed config, checks that the files and model folders exist, and reads the first rows
+    of each data file. Lists models and data sets that are not in the hub's cache; with HF_HUB_OFFLINE=1 this is an
+    error. Loads no model, does not import torch, uses no network, writes nothing.
 
     Example: atlantis-ds check recipes/demo.yaml --set train.learning_rate=1e-5
     """
@@ -124,26 +128,26 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> bool:
-    """A line for each model and data set of the hub that is not in its cache; offline that is an error."""
+    """Print a line for each model and data set that is not in the hub's cache; offline, raise an error instead."""
     from atlantis_ds import hub
 
     missing = [r for r in hub.repositories(settings) if hub.cached(hub.at_fetched_commit(folder, r)) is None]
     for repository in missing:
-        print(f"{repository.key}: {repository} is not in the hub's cache; `atlantis-ds fetch {recipe}` brings it")
+        print(f"{repository.key}: {repository} is not in the hub's cache; `atlantis-ds fetch {recipe}` downloads it")
     if missing and hub.offline():
         raise InputError(
             f"{recipe}: HF_HUB_OFFLINE is set, but {', '.join(map(str, missing))} cannot be read without the hub; run "
-            f"`atlantis-ds fetch {recipe}` where there is internet"
+            f"`atlantis-ds fetch {recipe}` on a machine with internet access"
         )
     return bool(missing)
 
 
 ASSUMED_PROMPT = 512
-"""Tokens of the longest prompt, where nothing is tokenised yet."""
+"""Tokens of the longest prompt, if nothing is tokenised yet."""
 
 
 def _say_what_scoring_takes(settings: Recipe) -> None:
-    """For each model whose folder is at hand; `plan` knows the real lengths."""
+    """For each model whose folder exists; `plan` uses the real lengths."""
     from atlantis_ds.data.ingest import known_labels
     from atlantis_ds.plan.scoring import CHARACTERS_A_TOKEN, scoring_memory, sizes_of_folder
 
@@ -164,11 +168,11 @@ def fetch(
     ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Bring models and data sets of the Hugging Face hub, for nodes without internet.
+    """Download models and data sets from the Hugging Face hub, for nodes without internet.
 
-    Reads the recipe. Writes what it takes from the hub into its cache (HF_HUB_CACHE, or hub/ in HF_HOME): safetensors,
-    configs and tokenizers, each file checked by its hash; and fetched.json in the run folder, with commits, sizes and
-    hashes. What is there and whole is not fetched again. With HF_HUB_OFFLINE=1 jobs then load just this.
+    Reads the recipe. Writes the files that it needs to the hub's cache (HF_HUB_CACHE, or hub/ in HF_HOME): safetensors,
+    configs and tokenizers, each checked by its hash. Writes fetched.json in the run folder, with commits, sizes and
+    hashes. Complete files are not downloaded again. With HF_HUB_OFFLINE=1, jobs then load exactly these files.
 
     Example: atlantis-ds fetch recipes/semeval_qwen2_7b_zero3.yaml --out /shared/hub
     """
@@ -187,13 +191,13 @@ def plan(
     recipe: RecipeFile,
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: A100, H100, H200, L4 or 4090.")] = "H100",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file, too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Estimate memory, micro-batch and hours of every mode.
 
     Reads the recipe, its data and the configs of its models: a folder with config.json, or a config file, is enough.
-    Needs no GPU and no weights; writes nothing but the file of --json.
+    Needs no GPU and no model weights; writes only the file given with --json.
 
     Example: atlantis-ds plan recipes/semeval_qwen2_7b_zero3.yaml --gpus 8 --gpu A100
     """
@@ -209,12 +213,11 @@ def preflight(
     overrides: Overrides = [],  # noqa: B006
     ranks: NumberOfRanks = 1,
 ) -> None:
-    """Find on the nodes of a job, in minutes, what would make it fail or crawl.
+    """Test the nodes of a job, in minutes, for anything that would make it fail or run slowly.
 
-    Reads the recipe, its models and, where `prepare` has run, the lengths of its examples. Compares versions, clocks
-    and speed of all ranks, the network between them, memory, disks and model files, and tries an optimizer step of the
-    real shape. Prints a table, writes preflight.json into the run folder, and ends with exit code 1 where a check
-    fails.
+    Reads the recipe, its models and, if `prepare` has run, the lengths of its examples. Checks versions, clocks and
+    speed of all ranks, the network between them, memory, disks and model files, and runs an optimizer step of the real
+    shape. Prints a table, writes preflight.json to the run folder, and ends with exit code 1 if a check fails.
 
     Example: srun atlantis-ds preflight recipes/semeval_qwen2_7b_zero3.yaml
     """
@@ -224,7 +227,7 @@ def preflight(
     from atlantis_ds.preflight.preflight import MEETING_MINUTES
     from atlantis_ds.preflight.preflight import preflight as check_nodes
 
-    # Signals are not watched, as other commands do: there is nothing to save.
+    # Unlike in other commands, signals are not watched: there is nothing to save.
     started = start_ranks(min(settings.timeout_minutes, MEETING_MINUTES))
     check_nodes(Run(settings, folder, started))
     if started.is_main:
