@@ -51,7 +51,7 @@ def test_each_launcher_is_understood() -> None:
 def test_a_rank_takes_the_only_gpu_it_sees() -> None:
     assert [gpu_of(local, 8) for local in range(8)] == list(range(8))
     assert [gpu_of(local, 1) for local in range(4)] == [0, 0, 0, 0]  # --gpus-per-task=1: each task sees its own
-    with pytest.raises(InputError, match=r"local rank 2 on .*, where 2 GPUs are visible: start one rank a GPU"):
+    with pytest.raises(InputError, match=r"local rank 2 on .*, where 2 GPUs are visible: start one rank per GPU"):
         gpu_of(2, 2)
 
 
@@ -196,5 +196,5 @@ def test_silent_master_is_given_up(tmp_path: Path) -> None:
             timeout=180,
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"rank 1 of 2 on {socket.gethostname()} did not meet the others" in done.stderr
-    assert f"127.0.0.1:{place['MASTER_PORT']} within 0.05 minutes: it took the connection" in done.stderr
+    assert f"rank 1 of 2 on {socket.gethostname()} could not connect to the others" in done.stderr
+    assert f"127.0.0.1:{place['MASTER_PORT']} within 0.05 minutes: it accepted the connection" in done.stderr

@@ -294,5 +294,5 @@ def test_ranks_of_mpich_and_intel_mpi_are_not_all_rank_0() -> None:
     assert (place.rank, place.world_size, place.local_rank) == (1, 2, 1)
     with pytest.raises(InputError, match="set MASTER_ADDR"):
         find_place(hydra)
-    with pytest.raises(InputError, match="by no launcher that is known"):
+    with pytest.raises(InputError, match="by an unknown launcher"):
         find_place({"PMIX_RANK": "1"})

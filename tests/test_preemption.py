@@ -94,7 +94,7 @@ def test_suspended_job_leaves_the_work_to_the_one_that_took_it_over(tiny_recipe:
     second.until(lambda: len(events(run, "train")) >= before + 5)
     first.process.send_signal(signal.SIGCONT)
     done = first.wait()
-    assert done.code == 1 and f"another took its work over (host {socket.gethostname()}, process " in done.out
+    assert done.code == 1 and f"another job took over its work (host {socket.gethostname()}, process " in done.out
     assert "Traceback" not in done.out, done.out[-3000:]
     assert str(second.process.pid) in (run / "claims" / "train-sft.json").read_text()
     stop_when(second, run, "train", len(events(run, "train")) + 5, "STOP")

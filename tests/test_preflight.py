@@ -304,14 +304,14 @@ def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_pa
 @pytest.mark.parametrize(
     ("sick", "check", "words"),
     [
-        ("die", "matmul", "has gone or stands still"),
+        ("die", "matmul", "has died or hangs"),
         pytest.param(
             "oom",
             "train step",
             "batch_size: 4 and examples of 512 tokens; set train.per_device_train_batch_size: 2 ",
             marks=pytest.mark.slow,
         ),
-        pytest.param("stop", "matmul", "has gone or stands still", marks=pytest.mark.slow),
+        pytest.param("stop", "matmul", "has died or hangs", marks=pytest.mark.slow),
         pytest.param("sleep", "all-reduce", "did not come to its end in 15 s", marks=pytest.mark.slow),
     ],
 )

@@ -119,8 +119,8 @@ def test_what_a_site_wants_goes_into_every_job(tiny_recipe: WriteRecipe, base_mo
     for bad, said in (
         ("dependency=1", "`dependency` is set by the chain of jobs"),
         ("--qos=x", "'--qos' is not a long option of sbatch"),
-        ("trian.qos=x", "--sbatch trian.qos=x: no such stage; there are all, prepare, "),
-        ("comment=it's", "cannot hold quotes"),
+        ("trian.qos=x", "--sbatch trian.qos=x: no such stage; the stages are all, prepare, "),
+        ("comment=it's", "cannot contain quotes"),
     ):
         done = cli(ENV, "submit", recipe, "--dry-run", "--sbatch", bad)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,1 +1,1 @@
-"""Where a run stands: ranks, launchers, the queue."""
+"""Where a run executes: ranks, launchers, the queue."""

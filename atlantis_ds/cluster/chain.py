@@ -1,4 +1,4 @@
-"""A recipe as a chain of jobs: what each runs, on how many nodes, and after which others. Any scheduler can take it."""
+"""A recipe as a chain of jobs: command, number of nodes and dependencies of each job, for any scheduler."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ ON_CPUS: tuple[Stage, ...] = ("prepare", "merge")
 class Job:
     name: str
     stage: Stage
-    """The command of `atlantis-ds` that it runs on the recipe."""
+    """The `atlantis-ds` command that it runs on the recipe."""
     options: tuple[str, ...] = ()
-    """Of that command."""
+    """Options of that command."""
     after: tuple[str, ...] = ()
     """Names of the jobs that must have succeeded."""
     nodes: int = 1
     elements: int = 1
-    """Of a job array, each on nodes of its own; where there are several, element I of N is told ``--part I/N``."""
+    """Elements of a job array, each on its own nodes; if there are several, element I of N gets ``--part I/N``."""
 
 
 def chain(recipe: Recipe, nodes: int, preflight: bool = False) -> list[Job]:
-    """All stages of a recipe, each job behind those it waits for.
+    """All stages of a recipe, each job after the jobs that it waits for.
 
     Args:
-        nodes: for each training; scoring has as many elements of one node each.
-        preflight: look at the nodes of the long jobs before the first of them.
+        nodes: nodes for each training job; scoring has the same number of elements, with one node each.
+        preflight: test the nodes before the first long job.
     """
     jobs = [Job("prepare", "prepare")]
     if preflight:
@@ -47,7 +47,7 @@ def chain(recipe: Recipe, nodes: int, preflight: bool = False) -> list[Job]:
 
 
 def _reference_jobs(recipe: Recipe) -> list[tuple[str, tuple[str, ...], int]]:
-    """(name, options, elements): the folds of each round as an array, and between rounds what makes the weights."""
+    """(name, options, elements): the folds of each round as an array, and between rounds the jobs for the weights."""
     reference = recipe.models.reference
     if reference.kind == "checkpoint":
         return []

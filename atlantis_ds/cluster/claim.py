@@ -1,9 +1,9 @@
-"""One job at a time does one piece of work in a run folder.
+"""Ensures that only one job at a time does a piece of work in a run folder.
 
-The claim is a small file that its owner rewrites every few seconds. Nothing is locked (NFS and Lustre break locks), no
-clocks are compared: another job looks whether the file changes, and takes over the claim of a dead one. A job that only
-stood still (suspended by the queue, or on a file server that did not answer) finds the other's claim when it wakes, and
-ends.
+The claim is a small file that its owner rewrites every few seconds. There are no file locks (they are unreliable on NFS
+and Lustre), and no clocks are compared: another job watches whether the file changes, and takes over the claim of a
+dead job. If a job was only suspended (by the queue, or by a file server that did not answer), it finds the other job's
+claim when it continues, and ends.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ PATIENCE_SECONDS = 3 * BEAT_SECONDS
 
 @contextlib.contextmanager
 def claimed(folder: RunFolder, work: str, ranks: Ranks) -> Iterator[None]:
-    """Hold the claim on ``work``, a word such as ``train-sft``, for this job; rank 0 does it for all.
+    """Hold the claim on ``work``, a word such as ``train-sft``, for this job; rank 0 does this for all ranks.
 
     Raises:
-        InputError: another job that is alive holds it; its host and process are named.
+        InputError: another running job holds it; the message names its host and process.
     """
     path = folder.root / "claims" / f"{work}.json"
     other = _take(path) if ranks.is_main else None
     if other := ranks.broadcast(other):
-        raise InputError(f"{path}: another job is doing this ({other}); wait for it, or choose another `name`")
+        raise InputError(f"{path}: another job is doing this work ({other}); wait for it, or choose another `name`")
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
     if ranks.is_main:
@@ -52,10 +52,10 @@ def claimed(folder: RunFolder, work: str, ranks: Ranks) -> Iterator[None]:
 
 
 def _take(path: Path) -> str | None:
-    """Take the claim, from a dead owner if need be; or name the living one."""
+    """Take the claim, if necessary from a dead owner; or return the name of the living owner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with contextlib.suppress(FileExistsError):  # O_EXCL is atomic on NFS too
+        with contextlib.suppress(FileExistsError):  # O_EXCL is also atomic on NFS
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             try:
                 os.write(descriptor, _owner(0).encode())
@@ -67,7 +67,7 @@ def _take(path: Path) -> str | None:
             return None
         if other := _living_owner(path):
             return other
-        with contextlib.suppress(FileNotFoundError):  # of several that see a dead owner, one gets to rename it
+        with contextlib.suppress(FileNotFoundError):  # if several jobs see a dead owner, only one can rename the file
             grave = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
             os.rename(path, grave)
             grave.unlink()
@@ -82,7 +82,7 @@ def _living_owner(path: Path) -> str | None:
     except ProcessLookupError:
         return None
     except (ValueError, KeyError, TypeError):
-        pass  # half written: look whether it goes on
+        pass  # incomplete: check whether it is still being written
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         time.sleep(BEAT_SECONDS / 10)
@@ -96,7 +96,7 @@ def _name(text: str) -> str | None:
         owner = json.loads(text)
         return f"host {owner['host']}, process {owner['pid']}"
     except (ValueError, KeyError, TypeError):
-        return None  # gone, or being written: the caller looks again
+        return None  # gone, or being written: the caller tries again
 
 
 def _read(path: Path) -> str:
@@ -107,7 +107,7 @@ def _read(path: Path) -> str:
 
 
 def _machine() -> str:
-    """This host and its process numbers: containers on one host count their processes apart."""
+    """This host and its process namespace: containers on one host number their processes separately."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -131,7 +131,7 @@ def _beat(path: Path, stop: threading.Event) -> None:
 
 
 def _end_if_lost(path: Path) -> None:
-    """End this process at once where another job has taken the claim over: the run folder is the other's to write."""
+    """End this process at once if another job has taken over the claim: only the other may write to the run folder."""
     try:
         owner = json.loads(_read(path))
         lost = (owner["machine"], owner["pid"]) != (_machine(), os.getpid())
@@ -139,5 +139,5 @@ def _end_if_lost(path: Path) -> None:
         return  # gone, or being written
     if lost:
         other = f"host {owner['host']}, process {owner['pid']}"
-        print(f"fault: {path}: while this job stood still, another took its work over ({other})", file=sys.stderr)
+        print(f"fault: {path}: while this job was suspended, another job took over its work ({other})", file=sys.stderr)
         end_rank(1)

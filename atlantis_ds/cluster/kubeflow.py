@@ -1,7 +1,7 @@
-"""A recipe as a job for Kubernetes: a TrainJob of the Kubeflow Trainer (v2), which the user applies with kubectl.
+"""A recipe as a Kubernetes job: a TrainJob of the Kubeflow Trainer (v2), which the user applies with kubectl.
 
-All stages run in one job, on all of its nodes. A job that is stopped, or whose node goes away, is made again, and goes
-on from what is in the run folder.
+All stages run in one job, on all of its nodes. A job that is stopped, or loses a node, is created again and resumes
+from the run folder.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ import yaml
 from atlantis_ds.config.schema import Recipe
 
 STOPPED = 75
-"""Exit code of ranks that were asked to stop, and have saved."""
+"""Exit code of ranks that were asked to stop and have saved."""
 RESTARTS = 3
-"""Times that a job which fails otherwise, as with a node that dies, is made again."""
+"""How often a job that fails in another way, such as by a dead node, is created again."""
 
 
 @dataclass(frozen=True)
 class Pods:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     image: str
     claim: str
     """PersistentVolumeClaim that all pods share: data, models and the run folder."""
     mount: str
-    """Where it is mounted: the working directory, to which the recipe's paths are relative."""
+    """Its mount point: the working directory, to which the recipe's paths are relative."""
     nodes: int
     gpus_per_node: int
-    """0: ask for none."""
+    """0: request none."""
     ranks_per_node: int
     grace_seconds: int
-    """How long a pod may take to save when it is asked to stop."""
+    """Seconds that a pod has to save when it is asked to stop."""
 
 
 def kubeflow_job(recipe: Recipe, stage: str, pods: Pods) -> list[dict[str, Any]]:
     """The objects to apply: the recipe as a ConfigMap, a TrainingRuntime, and the TrainJob that uses it.
 
     Args:
-        stage: the command of `atlantis-ds` that it runs: ``run`` or ``compare``.
+        stage: the `atlantis-ds` command that it runs: ``run`` or ``compare``.
     """
     name = re.sub(r"[^a-z0-9]+", "-", recipe.name.lower()).strip("-")[:50].rstrip("-")
     text = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
@@ -67,7 +67,7 @@ def kubeflow_job(recipe: Recipe, stage: str, pods: Pods) -> list[dict[str, Any]]
 
 
 def _job_set(name: str, stage: str, pods: Pods) -> dict[str, Any]:
-    """Of one job with a pod a node. A pod that was stopped, or taken from its node, costs none of the restarts."""
+    """For one job with one pod per node. A pod that was stopped, or evicted from its node, is not counted as a restart."""
     stopped = [
         {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [STOPPED]}},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -78,7 +78,7 @@ def _job_set(name: str, stage: str, pods: Pods) -> dict[str, Any]:
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
     job = {
-        "backoffLimit": 0,  # a rank that is started again alone does not meet the others
+        "backoffLimit": 0,  # a single rank that is restarted alone cannot join the others
         "podFailurePolicy": {"rules": stopped},
         "template": {"spec": _pod(name, stage, pods)},
     }
@@ -95,13 +95,13 @@ def _pod(name: str, stage: str, pods: Pods) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "node",
         "image": pods.image,
-        # torchrun would turn every exit code into 1, 75 too: the ranks are started by the package itself.
+        # torchrun would turn every exit code into 1, including 75, so the package starts the ranks itself.
         "command": command,
         "workingDir": pods.mount,
         "volumeMounts": [
             {"name": "work", "mountPath": pods.mount},
             {"name": "recipe", "mountPath": "/recipe"},
-            {"name": "shm", "mountPath": "/dev/shm"},  # of the 64 MiB that are usual, NCCL runs out
+            {"name": "shm", "mountPath": "/dev/shm"},  # the usual 64 MiB are not enough for NCCL
         ],
     }
     if pods.gpus_per_node:

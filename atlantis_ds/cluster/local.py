@@ -1,4 +1,4 @@
-"""Start ranks on this machine when no launcher did: ``run --ranks N``; on each pod of a Kubeflow job, too."""
+"""Starts ranks on this machine if no launcher did: for ``run --ranks N``, and on each pod of a Kubeflow job."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from atlantis_ds.errors import InputError
 def run_ranks(arguments: list[str], ranks: int) -> int:
     """Run ``python -m atlantis_ds ARGUMENTS`` on N local ranks.
 
-    torchrun would do, but it turns every exit code into 1: here the first rank that fails decides the exit code,
-    the others are ended, and signals are passed on. Where the Kubeflow Trainer has told this pod its place (PET_NNODES
-    and what belongs to it), the N ranks are those of this pod.
+    torchrun would work, but it turns every exit code into 1. Here the first rank that fails decides the exit code, the
+    others are ended, and signals are passed on. If the Kubeflow Trainer has set this pod's variables (PET_NNODES and
+    those that belong to it), the N ranks are those of this pod.
 
     Returns:
         0, or the exit code of the first rank that failed.
@@ -33,7 +33,7 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        # DeepSpeed compiles the ops it needs (CPU Adam) with the `ninja` that it finds on PATH.
+        # DeepSpeed compiles the ops that it needs (CPU Adam) with the `ninja` on PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     processes = [
@@ -61,10 +61,10 @@ def run_ranks(arguments: list[str], ranks: int) -> int:
 
 
 def _pod(environ: Mapping[str, str]) -> tuple[int, int, str, str]:
-    """(pods, this pod, address and port of the master): of a Kubeflow job, else this machine alone.
+    """(pods, this pod, address and port of the master) of a Kubeflow job, or else of this machine alone.
 
     Raises:
-        InputError: PET_NNODES is set, and not all that belongs to it is.
+        InputError: PET_NNODES is set, but not all variables that belong to it.
     """
     if "PET_NNODES" not in environ:
         return 1, 0, "127.0.0.1", str(free_port())
@@ -83,7 +83,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         failed = [code for code in codes if code]
         if failed:
             _end(processes)
-            # A rank that fails of itself (code > 0) tells more than one that a signal ended.
+            # A rank that failed by itself (code > 0) is more informative than one that was ended by a signal.
             if own := [code for code in failed if code > 0]:
                 return own[0]
             rank = codes.index(failed[0])

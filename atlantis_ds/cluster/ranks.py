@@ -1,4 +1,4 @@
-"""Who am I among the ranks of this job, and how the ranks meet."""
+"""The rank of this process in the job, and how the ranks connect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """One rank's place in the job, as its launcher told it."""
+    """The place of one rank in the job, as given by the launcher."""
 
     rank: int
     world_size: int
@@ -40,7 +40,7 @@ class Ranks:
 
     @classmethod
     def alone(cls) -> Ranks:
-        """The one rank of a command that starts no process group, such as ``merge``; it exchanges nothing."""
+        """The only rank of a command that starts no process group, such as ``merge``; it does not communicate."""
         return cls(0, 1, None)  # type: ignore[arg-type]
 
     @property
@@ -49,10 +49,10 @@ class Ranks:
 
     @property
     def hardware(self) -> str:
-        """What computes here: the GPU's name, or the widest instructions of the CPU that matrix products can use.
+        """The hardware: the name of the GPU, or the widest CPU instructions that matrix products can use.
 
-        Other hardware rounds otherwise, and the same recipe and seed train to other weights there. All ranks are taken
-        to have the same.
+        Other hardware rounds differently, so the same recipe and seed lead to other model weights there. All ranks are
+        assumed to have the same hardware.
         """
         import torch
 
@@ -96,7 +96,7 @@ class Ranks:
 _NAMED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
-"""Of MPICH and Intel MPI (Hydra)."""
+"""Variables of MPICH and Intel MPI (Hydra)."""
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
@@ -107,15 +107,15 @@ def launched(environ: Mapping[str, str]) -> bool:
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """Find this rank's place under torchrun, ``deepspeed``, ``mpirun`` or ``srun``; alone, rank 0 of 1.
+    """Find this rank's place under torchrun, ``deepspeed``, ``mpirun`` or ``srun``; without a launcher, rank 0 of 1.
 
-    torchrun and ``deepspeed`` name it in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and win: they may
-    run below srun themselves. Under mpirun the ranks agree on the master through mpi4py. Under srun the master is the
-    first host of the step's node list, and the port follows from job and step. MASTER_ADDR and MASTER_PORT, where both
-    are set, decide in any case.
+    torchrun and ``deepspeed`` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which take precedence,
+    because these launchers may run under srun themselves. Under mpirun, the ranks agree on the master through mpi4py.
+    Under srun, the master is the first host of the step's node list, and the port is computed from job and step. If
+    both MASTER_ADDR and MASTER_PORT are set, they are always used.
 
     Raises:
-        InputError: the environment is half set or contradicts itself; the variables are named.
+        InputError: variables are missing or contradict each other; the message names them.
     """
     outer = _mpi_or_slurm(environ)
     master = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
@@ -123,7 +123,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
         if len(master) < 2 or any(name not in environ for name in _NAMED):
             all_of = (*_NAMED, "MASTER_ADDR", "MASTER_PORT")
             unset = ", ".join(name for name in all_of if name not in environ)
-            raise InputError(f"of {', '.join(all_of)} some are set, but not {unset}; a launcher sets all or none")
+            raise InputError(f"of {', '.join(all_of)}, some are set, but not {unset}; a launcher sets all or none")
         rank, size, local = _numbers(environ, _NAMED)
         if outer:
             outer_rank, outer_size, _ = _numbers(environ, outer)
@@ -135,11 +135,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
     elif outer:
         rank, size, local = _numbers(environ, outer)
     elif "PMIX_RANK" in environ:
-        raise InputError("PMIX_RANK is set, but by no launcher that is known; start with srun, mpirun or torchrun")
+        raise InputError("PMIX_RANK is set, but by an unknown launcher; start with srun, mpirun or torchrun")
     else:
         return Place(0, 1, 0, "127.0.0.1", free_port())
     if len(master) == 1:
-        raise InputError(f"only {master[0]} is set: set both MASTER_ADDR and MASTER_PORT, or none")
+        raise InputError(f"only {master[0]} is set: set both MASTER_ADDR and MASTER_PORT, or neither")
     if master:
         address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
     else:
@@ -155,7 +155,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
 def _mpi_or_slurm(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
     if any(name in environ for name in _MPI):
         return _MPI
-    # In a batch script outside srun SLURM_PROCID and SLURM_NTASKS stand too, although one process runs.
+    # A batch script outside srun also has SLURM_PROCID and SLURM_NTASKS, although only one process runs.
     if "SLURM_STEP_ID" in environ:
         return _SLURM
     return _PMI if "PMI_RANK" in environ else None
@@ -163,7 +163,7 @@ def _mpi_or_slurm(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
 
 def _numbers(environ: Mapping[str, str], names: tuple[str, str, str]) -> tuple[int, int, int]:
     if unset := [name for name in names if name not in environ]:
-        raise InputError(f"of {', '.join(names)} some are set, but not {', '.join(unset)}; start with srun or mpirun")
+        raise InputError(f"of {', '.join(names)}, some are set, but not {', '.join(unset)}; start with srun or mpirun")
     rank, size, local = (_number(environ, name) for name in names)
     if not 0 <= rank < size:
         raise InputError(f"{names[0]}={rank} does not fit {names[1]}={size}")
@@ -187,7 +187,7 @@ def _slurm_master(environ: Mapping[str, str]) -> tuple[str, int]:
     except OSError:
         # Node names need not resolve; the batch script, which starts srun, runs on the first node.
         host = environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
-    # Below the range that outgoing connections use; the step counts, so that two steps of one job do not meet.
+    # Below the range of outgoing connections; it depends on the step, so that two steps of one job use different ports.
     job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
     return host, 15000 + (31 * job + step) % 15000
 
@@ -198,7 +198,7 @@ def first_host(nodes: str) -> str:
 
 
 def _agree_by_mpi(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Rank 0's address (that of DeepSpeed's own discovery) and a free port there, told to all ranks through MPI."""
+    """Rank 0's address (as DeepSpeed's own discovery finds it) and a free port there, sent to all ranks through MPI."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -220,14 +220,15 @@ def free_port() -> int:
 
 
 def gpu_of(local_rank: int, visible: int) -> int:
-    """Which of the visible GPUs is a rank's: the only one, where the site shows each task its own (--gpus-per-task).
+    """The GPU that a rank uses; the only visible one if each task sees only its own (--gpus-per-task).
 
     Raises:
         InputError: more ranks on this node than GPUs.
     """
     if visible > 1 and local_rank >= visible:
         raise InputError(
-            f"local rank {local_rank} on {socket.gethostname()}, where {visible} GPUs are visible: start one rank a GPU"
+            f"local rank {local_rank} on {socket.gethostname()}, where {visible} GPUs are visible: start one rank per "
+            "GPU"
         )
     return local_rank if visible > 1 else 0
 
@@ -236,11 +237,11 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     """Join the process group (NCCL on GPUs, Gloo on CPUs).
 
     Args:
-        timeout_minutes: how long a rank waits for the master, and a collective for the slowest rank.
+        timeout_minutes: how long a rank waits for the master, and a collective waits for the slowest rank.
 
     Raises:
-        InputError: the launcher's variables are half set or contradict each other; or more ranks than GPUs.
-        RunError: the ranks did not meet in time; host and port of the master are named.
+        InputError: some of the launcher's variables are missing or contradict each other; or more ranks than GPUs.
+        RunError: the ranks did not connect in time; the message names host and port of the master.
     """
     place = find_place(os.environ)
     os.environ.update(
@@ -257,9 +258,9 @@ def start_ranks(timeout_minutes: float) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", gpu_of(place.local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-        # DeepSpeed takes the GPU of this number.
+        # DeepSpeed uses the GPU with this number.
         os.environ["LOCAL_RANK"] = str(device.index)
-        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # it insists that the two agree
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed requires that the two are equal
             os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
     else:
         device = torch.device("cpu")
@@ -282,42 +283,43 @@ def start_ranks(timeout_minutes: float) -> Ranks:
         except Exception as error:
             failures.append(error)
 
-    # Beside this thread, because torch waits without end for a master that takes the connection and then is silent:
-    # one that has frozen, or another program at that port. The seconds are for torch's own reasons to come first.
+    # In another thread, because torch waits forever for a master that accepts the connection and then does not answer:
+    # a frozen one, or another program at that port. The extra seconds let torch report its own error first.
     joining = threading.Thread(target=join, daemon=True)
     joining.start()
     joining.join(60 * timeout_minutes + 5)
     if joining.is_alive():
-        failures.append(RuntimeError("it took the connection, but does not answer"))
+        failures.append(RuntimeError("it accepted the connection, but does not answer"))
     for error in failures:
         if not isinstance(error, RuntimeError):
             raise error
         master = f"{place.master_addr}:{place.master_port}"
         raise RunError(
-            f"rank {place.rank} of {place.world_size} on {socket.gethostname()} did not meet the others at the master "
+            f"rank {place.rank} of {place.world_size} on {socket.gethostname()} could not connect to the others at "
+            "the master "
             f"{master} within {timeout_minutes:g} minutes: {str(error).splitlines()[0]}"
         )
     return Ranks(place.rank, place.world_size, device)
 
 
 def open_store(timeout: timedelta, serve: bool = False) -> Any:
-    """The table of keys and values at the master, through which the ranks meet.
+    """The key-value store at the master, through which the ranks connect.
 
     Args:
-        timeout: of one question to it.
-        serve: whether it is this process that holds it, unless torchrun's own does.
+        timeout: time limit of one request.
+        serve: whether this process serves the store, unless torchrun does.
     """
     import torch.distributed as dist
 
     serve = serve and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=serve, timeout=timeout, wait_for_workers=False)
-    # Ranks that torchrun has started again must not find what those before them have left.
+    # Ranks that torchrun has restarted must not see the entries of the previous ranks.
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _call_roll(store: Any, place: Place, timeout: timedelta) -> None:
-    """Wait until all ranks are there; RuntimeError names those that are not."""
+    """Wait until all ranks are connected; RuntimeError names those that are missing."""
     store.set(f"here-{place.rank}", "")
     keys = [f"here-{rank}" for rank in range(place.world_size)]
     try:
@@ -332,7 +334,7 @@ def _call_roll(store: Any, place: Place, timeout: timedelta) -> None:
             raise
         more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         raise RuntimeError(
-            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}{more} did not come"
+            f"rank{'s' if len(missing) > 1 else ''} {', '.join(missing[:8])}{more} did not connect"
         ) from None
 
 
@@ -342,12 +344,12 @@ def hush_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed|transformers")
-    # On import, 4-bit weights or not, it tells to install a kernel from the hub.
+    # On import it suggests a kernel from the hub, even without 4-bit weights.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def stop_ranks() -> None:
-    """Leave the process group, and MPI where the ranks met through it; then the process may ``end_rank``."""
+    """Leave the process group, and MPI if the ranks connected through it; then the process may ``end_rank``."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -357,10 +359,10 @@ def stop_ranks() -> None:
 
 
 def end_rank(code: int = 0) -> NoReturn:
-    """End this process, its output written, without Python's own teardown.
+    """Flush the output and end this process without Python's own teardown.
 
-    There a thread that torch has left can abort a rank whose work is done (seen once on a loaded machine: "terminate
-    called without an active exception"), and a rank that others wait for must not linger.
+    During teardown, a remaining torch thread can abort a rank whose work is done (seen once on a busy machine:
+    "terminate called without an active exception"), and a rank that others wait for must not hang.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -368,7 +370,7 @@ def end_rank(code: int = 0) -> NoReturn:
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended, or has not come in time."""
+    """Whether a collective failed because another rank has ended or was too late."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo" in str(error)

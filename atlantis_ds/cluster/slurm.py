@@ -1,4 +1,4 @@
-"""Submit a recipe's chain of jobs to Slurm, and ask how they are. No torch: this runs on a login node."""
+"""Submits a recipe's chain of jobs to Slurm, and asks for their state. No torch: this runs on a login node."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from atlantis_ds.files import read_json, write_json, write_text
 from atlantis_ds.run_folder import RunFolder
 
 LONG = "04:00:00"
-"""Time limit of a job with ranks on GPUs, where none is asked for."""
+"""Default time limit of a job with ranks on GPUs."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     gpus_per_node: int
-    """0: ask for none."""
+    """0: request none."""
     tasks_per_node: int
-    """Ranks a node: the GPUs, unless there are none."""
+    """Ranks per node: the number of GPUs, unless there are none."""
     cpus_per_task: int
     time: str | None = None
-    """Of the jobs on GPUs; ``LONG`` where neither this nor the recipe says it."""
+    """Time limit of GPU jobs; ``LONG`` if neither this nor the recipe sets it."""
     partition: str | None = None
     sbatch: tuple[str, ...] = ()
-    """KEY=VALUE for all jobs, STAGE.KEY=VALUE for those of a stage, KEY for an option without a value."""
+    """KEY=VALUE for all jobs, STAGE.KEY=VALUE for the jobs of one stage, KEY for an option without a value."""
     array_limit: int | None = None
-    """Elements of an array that may run at one time."""
+    """Most array elements that run at the same time."""
     prologue: str = ""
-    """Lines of shell for the top of every job."""
+    """Shell lines for the top of every job."""
 
 
 def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Resources) -> dict[str, str]:
-    """What ``submit`` writes into ``slurm/`` of the run folder, name → text: for each job a bundled file, filled in.
+    """The files that ``submit`` writes to ``slurm/`` in the run folder, name → text: a filled-in bundled file per job.
 
     Raises:
-        InputError: an option that is malformed, or that the chain decides itself; it is named.
+        InputError: an option is malformed, or is set by the chain itself; the message names it.
     """
     root = folder.root.absolute() / "slurm"
     settings = yaml.safe_dump(recipe.model_dump(exclude_unset=True), sort_keys=False, allow_unicode=True)
@@ -75,7 +75,7 @@ def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Res
 
 
 def _options(recipe: Recipe, job: Job, resources: Resources, asked: Slurm) -> dict[str, SbatchValue]:
-    """sbatch options of a job. The recipe goes before what a bundled file says, the command line before the recipe."""
+    """sbatch options of a job. The recipe overrides the bundled file, and the command line overrides the recipe."""
     options: dict[str, SbatchValue] = {"cpus-per-task": resources.cpus_per_task}
     if job.stage not in ON_CPUS:
         options |= {
@@ -93,19 +93,19 @@ def _options(recipe: Recipe, job: Job, resources: Resources, asked: Slurm) -> di
     options |= asked.of(job.stage)
     time = str(options.get("time") or "0")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
-        raise InputError(f"time {time} of {job.stage}: write it as Slurm does: minutes, HH:MM:SS or D-HH:MM:SS")
+        raise InputError(f"time {time} of {job.stage}: use Slurm's format: minutes, HH:MM:SS or D-HH:MM:SS")
     return options
 
 
 def _asked(words: tuple[str, ...]) -> Slurm:
-    """The options of ``--sbatch``, as a recipe's ``slurm`` section would hold them."""
+    """The options of ``--sbatch``, in the form of a recipe's ``slurm`` section."""
     found: dict[str, dict[str, Any]] = {name: {} for name in Slurm.model_fields}
     for word in words:
         key, is_value, value = word.partition("=")
         stage, dot, name = key.rpartition(".")
         stage = stage if dot else "all"
         if stage not in found:
-            raise InputError(f"--sbatch {word}: no such stage; there are {', '.join(found)}")
+            raise InputError(f"--sbatch {word}: no such stage; the stages are {', '.join(found)}")
         found[stage][name] = (value or None) if is_value else True
     try:
         return Slurm.model_validate(found)
@@ -115,7 +115,7 @@ def _asked(words: tuple[str, ...]) -> Slurm:
 
 
 def _fill(script: str, options: dict[str, SbatchValue], lines: list[str]) -> str:
-    """Set a script's ``#SBATCH --name=value`` lines (None removes one, True is a name alone), and its other lines."""
+    """Set the ``#SBATCH --name=value`` lines of a script (None removes one, True writes only the name) and others."""
     kept = [line for line in script.splitlines() if line.removeprefix("#SBATCH --").split("=")[0] not in options]
     kept = [line for line in kept if not re.match(r"(here|parts)=|: \"\$\{1|#   sbatch", line)]
     new = [f"#SBATCH --{key}" + _equals(value) for key, value in options.items() if value is not None]
@@ -129,7 +129,7 @@ def _equals(value: SbatchValue) -> str:
         return ""
     text = str(value)
     if re.search(r"[\"'\\\n]", text):
-        raise InputError(f"{text!r}: Slurm's #SBATCH lines cannot hold quotes, backslashes or line ends")
+        raise InputError(f"{text!r}: Slurm's #SBATCH lines cannot contain quotes, backslashes or line breaks")
     return f'="{text}"' if re.search(r"[\s#]", text) else f"={text}"
 
 
@@ -137,10 +137,10 @@ def submit(folder: RunFolder, jobs: list[Job], files: dict[str, str]) -> dict[st
     """Write the files into the run folder's ``slurm/`` and submit the chain.
 
     Returns:
-        name → job id; it also stands in ``slurm/jobs.json``.
+        name → job id, which is also in ``slurm/jobs.json``.
 
     Raises:
-        InputError: no sbatch here, jobs of this run are still queued, or Slurm refuses one (its own words are quoted).
+        InputError: there is no sbatch, jobs of this run are still queued, or Slurm refuses one (its message is quoted).
     """
     if shutil.which("sbatch") is None:
         raise InputError("sbatch: no such command; submit on a login node of the cluster")
@@ -155,7 +155,7 @@ def submit(folder: RunFolder, jobs: list[Job], files: dict[str, str]) -> dict[st
             words.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}")
         done = subprocess.run([*words, str(root / f"{job.name}.sbatch")], capture_output=True, text=True, check=False)
         if done.returncode:
-            if ids:  # the chain is broken: nothing of it may run
+            if ids:  # the chain is incomplete: none of its jobs may run
                 subprocess.run(["scancel", *ids.values()], capture_output=True, check=False)
             raise InputError(f"sbatch refused: {' '.join(done.stderr.split())}")
         ids[job.name] = done.stdout.strip().split(";")[0]  # JOB, or JOB;CLUSTER
@@ -164,7 +164,7 @@ def submit(folder: RunFolder, jobs: list[Job], files: dict[str, str]) -> dict[st
 
 
 def _refuse_queued(jobs_file: Path) -> None:
-    """Raise InputError where jobs of an earlier ``submit`` are in the queue: two on one run would refuse each other."""
+    """Raise InputError if jobs of an earlier ``submit`` are queued: two jobs of one run would refuse each other."""
     if not jobs_file.exists():
         return
     ids = {job: name for name, job in read_json(jobs_file).items()}
@@ -172,7 +172,7 @@ def _refuse_queued(jobs_file: Path) -> None:
     asked = subprocess.run(words, capture_output=True, text=True, check=False)
     if asked.returncode:
         raise InputError(
-            f"squeue does not say whether jobs of this run are still queued: {' '.join(asked.stderr.split())}"
+            f"squeue cannot tell whether jobs of this run are still queued: {' '.join(asked.stderr.split())}"
         )
     found = {}
     for line in asked.stdout.splitlines():
@@ -182,12 +182,12 @@ def _refuse_queued(jobs_file: Path) -> None:
     if found:
         raise InputError(
             f"still queued from an earlier submit of this run: {', '.join(found.values())}; wait for them, or "
-            f"`scancel {' '.join(found)}` and submit again: what is finished is not done twice"
+            f"`scancel {' '.join(found)}` and submit again: finished work is not repeated"
         )
 
 
 def job_states(jobs_file: Path) -> list[tuple[str, str]]:
-    """(job, state) lines: what squeue says of the submitted jobs, or, once it has forgotten them, sacct."""
+    """(job, state) lines for the submitted jobs, from squeue or, when it no longer lists them, from sacct."""
     if not jobs_file.exists():
         return []
     lines = []

@@ -1,4 +1,4 @@
-"""An end to work that ranks do together when one of them has gone, stands still or is behind; and who it was."""
+"""Ends joint work of the ranks when one of them has died, hangs or is behind, and says which one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from atlantis_ds.cluster.ranks import Ranks, end_rank, open_store
 
 BEAT_SECONDS = 1.0
 QUIET_SECONDS = 4 * BEAT_SECONDS
-"""A rank that has not counted on for so long has gone, or stands still."""
+"""A rank whose counter has not changed for this long has died or hangs."""
 LATER_SECONDS = QUIET_SECONDS + 4.0
-"""So much longer the other ranks wait, for rank 0 to say what has happened."""
+"""The other ranks wait this much longer, so that rank 0 can say what has happened."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank runs."""
+    """The place where a rank runs."""
 
     rank: int
     host: str
@@ -40,14 +40,14 @@ class Seat:
 
 
 class Watch:
-    """Ends this rank where a piece of work takes longer than its bound, or where another rank has failed.
+    """Ends this rank if a piece of work exceeds its time limit, or if another rank has failed.
 
-    A thread of every rank counts on, in the store at which the ranks have met: one that is dead or frozen does not.
-    Every rank makes one, at the same time.
+    A thread of every rank increases a counter in the store through which the ranks have connected; a dead or frozen
+    rank does not. Every rank creates one of these, at the same time.
 
     Args:
-        title: begins the line that says why.
-        last_words: called on rank 0 with the piece of work and the reason, before it ends.
+        title: beginning of the line that gives the reason.
+        last_words: called on rank 0, with the piece of work and the reason, before it ends.
     """
 
     def __init__(self, title: str, ranks: Ranks, last_words: Callable[[str, str], None]) -> None:
@@ -63,27 +63,27 @@ class Watch:
 
     @contextlib.contextmanager
     def work(self, name: str, seconds: float) -> Iterator[None]:
-        """A piece of work that must be done within so many seconds."""
+        """A piece of work that must be done within this many seconds."""
         later = 0.0 if self.ranks.is_main else LATER_SECONDS
         self._work, self._seconds, self._deadline = name, seconds, time.monotonic() + seconds + later
         yield
         self._deadline = float("inf")
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, when this rank has done its own part of the work."""
+        """The values of all ranks, after this rank has done its own part of the work."""
         self._store.set(f"{self._work}-{self.ranks.rank}", "")
         return self.ranks.gather(value)
 
     def fail(self, reason: str) -> NoReturn:
-        """End all ranks: this one cannot go on, and others wait for it."""
+        """End all ranks: this one cannot continue, and others wait for it."""
         _within(QUIET_SECONDS, lambda: self._store.set("failed", reason))
         time.sleep(0 if self.ranks.is_main else LATER_SECONDS)
         self._end(reason)
 
     def lost(self) -> NoReturn:
-        """End this rank: it has lost another one."""
+        """End this rank, because it has lost another one."""
         if not self.ranks.is_main:
-            time.sleep(2 * LATER_SECONDS)  # rank 0 finds out, and says it to the thread
+            time.sleep(2 * LATER_SECONDS)  # rank 0 finds the cause, and its thread reports it
         self._end(self._who())
 
     def _beat(self) -> None:
@@ -105,33 +105,33 @@ class Watch:
         return str(self._store.get("failed").decode()) if self._store.check(["failed"]) else ""
 
     def _who(self) -> str:
-        """Who has gone or is behind, as far as the store knows."""
+        """Which ranks have died or are behind, as far as the store knows."""
         keys = [f"beat-{seat.rank}" for seat in self.seats]
         before = _within(QUIET_SECONDS, lambda: self._store.multi_get(keys))
         time.sleep(QUIET_SECONDS)
         after = _within(QUIET_SECONDS, lambda: self._store.multi_get(keys))
         if before is None or after is None:
-            return f"{self.seats[0]}, where the ranks have met, does not answer"
+            return f"{self.seats[0]}, which serves the store, does not answer"
         silent = [seat for seat, count, now in zip(self.seats, before, after) if count == now]
         if silent:
-            return f"{name_some(silent)} has gone or stands still; look at its own output, and the kernel's for memory"
+            return f"{name_some(silent)} has died or hangs; check its own output, and the kernel log for lack of memory"
         work, bound = self._work, f"in {self._seconds:.0f} s"
         late = _within(
             QUIET_SECONDS, lambda: [seat for seat in self.seats if not self._store.check([f"{work}-{seat.rank}"])]
         )
         if not late or len(late) == len(self.seats):
-            return f"not done {bound}"
-        return f"{name_some(late)} did not come to its end {bound}"
+            return f"not finished {bound}"
+        return f"{name_some(late)} did not finish it {bound}"
 
     def _end(self, reason: str) -> NoReturn:
-        self._ending.acquire()  # by the first thread that comes here; the other waits for the end
+        self._ending.acquire()  # taken by the first thread that arrives; the other waits for the end
         if self.ranks.is_main:
             with contextlib.suppress(OSError):
                 self.last_words(self._work, reason)
         print(f"fault: {self.title}: {self._work}: {reason}", file=sys.stderr, flush=True)
         if self.ranks.is_main:
             _within(QUIET_SECONDS, lambda: self._store.set("failed", reason))
-            time.sleep(2 * BEAT_SECONDS)  # so that the others learn it before their store is gone
+            time.sleep(2 * BEAT_SECONDS)  # so that the others see it before their store is gone
         end_rank(1)
 
 
@@ -142,7 +142,7 @@ def name_some(seats: Sequence[Seat]) -> str:
 
 
 def _within(seconds: float, ask: Callable[[], Any]) -> Any:
-    """What a question gives; None where it fails, or has no answer in time, as from a dead host."""
+    """The answer to a request; None if it fails or takes too long, as from a dead host."""
     answers: list[Any] = []
 
     def run() -> None:

@@ -1,1 +1,1 @@
-"""The typed recipe, and how a recipe file becomes one."""
+"""The typed recipe, and how it is read from a file."""

@@ -1,4 +1,4 @@
-"""What may stand in a recipe: as a JSON schema for editors, and as a page to read (docs/recipe.md)."""
+"""The keys of a recipe, as a JSON schema for editors and as a documentation page (docs/recipe.md)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from atlantis_ds.config.schema import Recipe
 
 Schema = dict[str, Any]
 SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
-"""What `atlantis-ds schema` prints, for editors; it travels with the package."""
+"""The output of `atlantis-ds schema`, for editors; it is part of the package."""
 
 HEAD = """# The recipe
 
-One YAML file describes a whole experiment. This page is made from the code, by `atlantis-ds schema --markdown`.
-`atlantis-ds init DATA` writes a first recipe for a data file; `atlantis-ds check RECIPE` says what is wrong with one.
-Any key can be set for one command: `--set train.learning_rate=1e-5`. A key that is not on this page is an error.
+One YAML file describes a whole experiment. `atlantis-ds schema --markdown` generates this page from the code.
+`atlantis-ds init DATA` writes a first recipe for a data file; `atlantis-ds check RECIPE` finds errors in a recipe.
+Any key can be set on the command line: `--set train.learning_rate=1e-5`. A key that is not on this page is an error.
 
-Editors complete and check a recipe whose first line names the schema:
+Editors complete and check a recipe if its first line names the schema:
 
     # yaml-language-server: $schema=recipe.schema.json
 
-`atlantis-ds schema > recipe.schema.json` writes that file; what `init` writes names one already.
+`atlantis-ds schema > recipe.schema.json` writes that file. Recipes written by `init` already name a schema.
 """
 
 
 def json_schema() -> Schema:
-    """The JSON schema of a recipe (draft 2020-12). What excludes another key is checked by `check` alone."""
+    """The JSON schema of a recipe (draft 2020-12). Only `check` finds keys that exclude each other."""
     schema = Recipe.model_json_schema()
     for section in [schema, *schema["$defs"].values()]:
         section.pop("title", None)
@@ -39,18 +39,18 @@ def json_schema() -> Schema:
 
 
 def reference_page() -> str:
-    """All keys of a recipe as Markdown: a table a section, with values, default and meaning."""
+    """All keys of a recipe as Markdown: one table per section, with values, default and meaning."""
     schema = json_schema()
     return "\n".join([HEAD, *_section(schema, "", schema["$defs"], {})])
 
 
 def _section(section: Schema, path: str, known: dict[str, Schema], shown: dict[str, str]) -> list[str]:
-    """The lines of a section and of those inside it.
+    """The lines of a section and of the sections inside it.
 
     Args:
-        path: its key with dots; empty for the recipe itself.
+        path: its key, with dots; empty for the recipe itself.
         known: the sections by name.
-        shown: of the sections that have their lines: name → path; those of this one and of those inside are added.
+        shown: name → path of the sections that have been written; this section and those inside it are added.
     """
     lines = [f"{'#' * (2 + path.count('.'))} {f'`{path}`' if path else 'Top level'}", ""]
     if path and "description" in section:
@@ -74,7 +74,7 @@ def _section(section: Schema, path: str, known: dict[str, Schema], shown: dict[s
 
 
 def _name_of_section(field: Schema) -> str | None:
-    """The section that a key holds, or that each value of a mapping holds; None for a plain value."""
+    """The section that is the value of a key, or of each entry of a mapping; None for a plain value."""
     for item in (field, *field.get("anyOf", ()), field.get("additionalProperties")):
         if isinstance(item, dict) and "$ref" in item:
             return str(item["$ref"].rsplit("/", 1)[1])
@@ -86,7 +86,7 @@ KINDS = {"integer": "whole number", "number": "number", "string": "text", "boole
 
 
 def _values(field: Schema) -> str:
-    """What a plain key may hold, in words."""
+    """The possible values of a plain key, in words."""
     if "anyOf" in field:
         return " or ".join(filter(None, map(_values, field["anyOf"])))
     if "enum" in field or "const" in field:

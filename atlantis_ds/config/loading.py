@@ -1,4 +1,4 @@
-"""A recipe file (YAML) and `--set` overrides into a typed recipe; errors name the file and the key."""
+"""Reads a recipe file (YAML) and `--set` overrides into a typed recipe; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         path: the YAML file.
-        overrides: ``dotted.key=value`` strings, the value in YAML; later ones win.
+        overrides: ``dotted.key=value`` strings, the value in YAML; later ones take precedence.
 
     Raises:
         InputError: one line that names the file and the key, with a suggestion for a misspelt key.
     """
     tree = _read_yaml(Path(path))
     if "arms" not in tree and any(override.startswith("arms.") for override in overrides or []):
-        # One arm more is set beside the others, also where those are the ones that a recipe has without saying so.
+        # An override of one arm keeps the other arms, even if they are the default arms.
         tree["arms"] = {name: arm.model_dump(exclude_unset=True) for name, arm in DEFAULT_ARMS.items()}
     for override in overrides or []:
         _set(tree, override)
@@ -39,7 +39,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def weights_section(options: dict[str, Any]) -> Weights:
-    """The recipe's ``weights`` section with these keys, the others at their defaults.
+    """The recipe's ``weights`` section with these keys; the other keys have their defaults.
 
     Raises:
         InputError: one line that names the key.
@@ -51,7 +51,7 @@ def weights_section(options: dict[str, Any]) -> Weights:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and, as YAML 1.2, reads 1e-5 as a number and ``on``, ``no`` as text."""
+    """SafeLoader that refuses duplicate keys and, like YAML 1.2, reads 1e-5 as a number and ``on``, ``no`` as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -87,7 +87,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise InputError(f"{where}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+        raise InputError(f"{path}: a recipe must be a mapping of keys to values")
     return tree
 
 
@@ -112,7 +112,7 @@ def _yaml_problem(error: Exception) -> str:
 
 
 def _problems(error: ValidationError, *section: str) -> str:
-    """What pydantic found in a recipe, or in a section of one, on one line."""
+    """The errors that pydantic found in a recipe or a section, on one line."""
     problems = [_explain((*section, *item["loc"]), item) for item in error.errors()]
     more = f" (and {len(problems) - 1} more: {'; '.join(problems[1:])})" if len(problems) > 1 else ""
     return f"{problems[0]}{more}"
@@ -126,7 +126,7 @@ def _explain(location: tuple[Any, ...], error: Any) -> str:
         close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         return f"{key}: unknown key; " + (f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}")
     if kind == "missing":
-        return f"{key}: this key is needed"
+        return f"{key}: this key is required"
     if kind == "value_error":
         return f"{key}: {error['ctx']['error']}"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

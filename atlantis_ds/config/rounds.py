@@ -1,4 +1,4 @@
-"""The weights that a round of a cross-fitted reference gives to the next, by task (experiments/summary.md)."""
+"""The weights that one round of a cross-fitted reference gives to the next, by task (experiments/summary.md)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ LABELS = Weights(formula="reference", scope="per_label", power=2, clip=[0, 1.6])
 OF_A_ROUND: dict[Task, Weights] = {
     "relation": LABELS,
     "classification": LABELS,
-    # Of responses nothing is measured beyond one study: the mean per token, held to a bounded range.
+    # For responses there is only one study: the mean per token, limited to a bounded range.
     "response": Weights(formula="reference", length="mean", power=2, clip=[0, 1.6]),
 }
