@@ -1,6 +1,6 @@
-"""What to use from Python, for a notebook or another trainer: each function is what a command does, without its files.
+"""The Python interface, for notebooks and other trainers: each function does what a command does, but writes no files.
 
-Bad input raises ``atlantis_ds.errors.InputError``, one line that says what is wrong and what to do.
+Bad input raises ``atlantis_ds.errors.InputError``: one line that says what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 def weights_from_scores(
     scores: str | Path | Mapping[str, Any] | pa.Table, labels: Any = None, *, seed: int = 0, **options: Any
 ) -> np.ndarray:
-    """Weights from scores, as ``merge`` makes them.
+    """Weights from scores, as ``merge`` computes them.
 
     Args:
-        scores: a run folder; its examples, labels and seed are then the run's, and known pairs of its dev split count
-            in ``posterior``. Or columns by the names that score shards have, as a mapping of arrays or a pyarrow
-            Table: ``logp_large``, ``logp_small``, ``logp_reference`` (float64 [n], natural log, sums over a target's
-            tokens), with ``length="mean"`` also ``tokens_*`` (int [n]), with ``eos=True`` also ``eos_*`` (float64 [n]).
-            ``formula="posterior"`` and ``calibrate="label_set"`` take ``label_set_logp_*`` and the like: [n, K], one
-            number a label. Only the models of the formula are needed; ``posterior`` needs the reference, and takes the
-            base ratio as evidence where all three are there.
-        labels: int or str [n], the label of each example; beside a label set its number in it. None where no option
-            looks at labels.
-        seed: of ``shuffled`` weights, and of the bootstrap and the sample of ``posterior``; not beside a run folder.
-        options: keys of the recipe's ``weights`` section (``formula``, ``power``, ``scope``, …). Those that are not
-            given are the run's own, or without a run folder the defaults of the section, whatever the task.
+        scores: a run folder, whose examples, labels and seed are then used; ``posterior`` also uses the pairs of given
+            and gold labels in its dev split. Or columns with the names used in score shards, as a mapping of arrays or
+            a pyarrow Table: ``logp_large``, ``logp_small``, ``logp_reference`` (float64 [n], natural log, sums over a
+            target's tokens), with ``length="mean"`` also ``tokens_*`` (int [n]), with ``eos=True`` also ``eos_*``
+            (float64 [n]). ``formula="posterior"`` and ``calibrate="label_set"`` use ``label_set_logp_*`` and the like:
+            [n, K], one number per label. Only the models of the formula are needed; ``posterior`` needs the reference,
+            and uses the base ratio as evidence if all three models are given.
+        labels: int or str [n], the label of each example; together with a label set, its index in the set. None if no
+            option uses labels.
+        seed: for ``shuffled`` weights, and for the bootstrap and the sample of ``posterior``; not with a run folder.
+        options: keys of the recipe's ``weights`` section (``formula``, ``power``, ``scope``, …). Default: the run's own
+            or, without a run folder, the defaults of the section for any task.
 
     Returns:
         float64 [n], mean 1, in the order of the scores.
 
     Raises:
-        InputError: an option that is unknown or cannot work, a column that is missing, of another shape or not finite,
-            or a run folder whose scores ``merge`` would refuse.
+        InputError: an option is unknown or cannot work; a column is missing, not finite, or has the wrong shape; or
+            ``merge`` would refuse the scores of the run folder.
     """
     if isinstance(scores, str | Path):
         if labels is not None or seed:
@@ -74,16 +74,16 @@ def diagnose(
     """Whether weights can be trusted.
 
     Args:
-        weights: a run folder, for what ``merge`` found of it; or weights, float64 [n], at least 0 and not all 0.
-        labels: str [n], the labels trained on, for the shares of classes; None for responses. Not beside a run folder.
-        gold: str or None [n], the true labels or None where they are not known; needs ``labels``.
+        weights: a run folder, for the diagnosis by ``merge``; or weights, float64 [n], at least 0 and not all 0.
+        labels: str [n], the labels to train on, for the class shares; None for responses. Not with a run folder.
+        gold: str or None [n], the true labels, or None where they are unknown; needs ``labels``.
 
     Returns:
-        what ``diagnosis.json`` holds for a run folder; for weights the part of it that they are enough for. See
+        for a run folder the contents of ``diagnosis.json``; for weights the part that can be computed from them. See
         ``weights.diagnostics.diagnose`` for the keys; ``warnings`` are plain sentences.
 
     Raises:
-        InputError: the run has no weights, or not those of its scores; or lengths differ, or weights are bad.
+        InputError: the run has no weights, or they do not belong to its scores; lengths differ; or weights are invalid.
     """
     if isinstance(weights, str | Path):
         from atlantis_ds.data.examples import load_examples
@@ -107,7 +107,7 @@ def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any)
     if values.ndim != 1 or not np.isfinite(values).all() or not (values >= 0).all() or not values.any():
         raise InputError("weights: they must be numbers [n], finite, at least 0 and not all 0")
     if gold is not None and labels is None:
-        raise InputError("gold: give `labels`, too: what is right is told from the two")
+        raise InputError("gold: give `labels`, too: both are needed to know which labels are right")
     for name, given in (("labels", labels), ("gold", gold)):
         if given is not None and len(given) != len(values):
             raise InputError(f"{name}: {len(given)} for {len(values)} weights")
@@ -131,23 +131,23 @@ def compare_runs(
     metric: str = "macro_f1",
     negative_label: str | None = None,
 ) -> dict[str, Any]:
-    """Differences between arms with 95% intervals, as ``compare`` gives them.
+    """Differences between arms with 95% intervals, as ``compare`` computes them.
 
     Args:
-        runs: a run folder, for all its arms that are evaluated; the other arguments are then its recipe's. Or for each
-            arm its predictions, one file a seed, in the same order for every arm: JSON Lines, JSON, CSV, TSV, Parquet
-            or Arrow with ``id``, ``gold`` and ``predicted``, or folders ``eval/ARM`` of run folders. All must have the
+        runs: a run folder, for all its evaluated arms; the other arguments then come from its recipe. Or for each arm
+            its predictions, one file per seed, in the same order for every arm: JSON Lines, JSON, CSV, TSV, Parquet or
+            Arrow with ``id``, ``gold`` and ``predicted``, or folders ``eval/ARM`` of run folders. All must have the
             same test examples.
-        peers: the arms to take differences to; without it the first one.
-        upper: the arm trained on gold labels, which says how much there is to gain (``gap_closed``).
+        peers: the arms to compare with; default: the first arm.
+        upper: the arm trained on gold labels, which shows how much can be gained (``gap_closed``).
         metric: ``macro_f1`` (directions collapsed), or for responses ``exact_match`` or ``token_f1``.
-        negative_label: the label that says "none of the others": no class of its own in macro-F1.
+        negative_label: the label that says "none of the others"; macro-F1 does not count it as a class.
 
     Returns:
         see ``evaluate.compare.comparison``; ``seconds`` is None for files.
 
     Raises:
-        InputError: nothing is evaluated, an arm or metric is unknown, or a file is missing, broken, or has other test
+        InputError: nothing is evaluated; an arm or metric is unknown; or a file is missing, broken, or has other test
             examples.
     """
     from atlantis_ds.evaluate.compare import FIGURES, comparison, peers_of
@@ -164,7 +164,7 @@ def compare_runs(
         of_recipe = (*peers_of(recipe), metric_of(recipe), apart_of(recipe, examples))
         return comparison(gold_of_test(examples), evaluated_arms(run), *of_recipe)
     if metric not in FIGURES:
-        raise InputError(f"metric: {metric!r} is none of {', '.join(FIGURES)}")
+        raise InputError(f"metric: {metric!r} is not one of {', '.join(FIGURES)}")
     chosen = [*runs][:1] if peers is None else [*peers]
     if unknown := [arm for arm in (*chosen, upper) if arm is not None and arm not in runs]:
         raise InputError(f"peers and upper: there is no arm {unknown[0]!r}; the arms are {', '.join(runs)}")
@@ -182,27 +182,28 @@ def label_log_likelihoods(
     dtype: str = "auto",
     tokens_per_batch: int = 4096,
 ) -> np.ndarray:
-    """log p(label | prompt) of every label behind every prompt, by the one function that scoring, training and ranking
-    have, in the fast ways that a check on a few of the prompts finds right for this model.
+    """log p(label | prompt) of every label after every prompt, by the same function as in scoring, training and
+    ranking.
 
-    Prompt and label are tokenised apart; behind a causal prompt stands a line end, which must not be in the texts.
+    Prompt and label are tokenised separately. A newline is added after a causal prompt; the texts must not contain it.
+    Fast ways are used if a check on a few of the prompts finds them correct for this model.
 
     Args:
-        model: a transformers model in memory, causal or encoder-decoder, bare or wrapped by peft; it stays where and
-            as it is. Or a folder or Hugging Face id: it is loaded onto the first GPU, or the CPU.
-        tokenizer: its tokenizer; None beside a folder or id, to load the model's own.
+        model: a transformers model in memory, causal or encoder-decoder, bare or wrapped by peft; it is not moved or
+            changed. Or a folder or Hugging Face id, which is loaded onto the first GPU, or the CPU.
+        tokenizer: its tokenizer; with a folder or id, None loads the model's own.
         prompts: n texts.
         labels: K different texts.
-        eos: count the end-of-sequence token after a label, as ranking does.
-        dtype: of a model that is loaded, as ``score.dtype`` of a recipe: ``auto``, ``float32`` or ``bfloat16``.
-        tokens_per_batch: token budget of one batch, padding included.
+        eos: include the end-of-sequence token after a label, as ranking does.
+        dtype: of a loaded model, as ``score.dtype`` in a recipe: ``auto``, ``float32`` or ``bfloat16``.
+        tokens_per_batch: token budget of one batch, including padding.
 
     Returns:
-        float64 [n, K], natural log, sums over a label's tokens; the LM head gives fp32 in any case.
+        float64 [n, K], natural log, sums over a label's tokens; the LM head always computes in fp32.
 
     Raises:
-        InputError: no prompt or label, one without tokens or too long, labels of the same tokens, a model or tokenizer
-            that cannot be loaded, or a model whose scores change with the padding.
+        InputError: there is no prompt or label; one has no tokens or is too long; labels have the same tokens; a model
+            or tokenizer cannot be loaded; or the model's scores change with the padding.
     """
     from atlantis_ds.lm.label_set import score_label_set
 
@@ -225,17 +226,17 @@ def weighted_dataset(run: str | Path, dataset: Dataset | None = None, *, message
 
     Args:
         run: a run folder, after ``merge``.
-        dataset: rows with a column ``id``, joined by it, in any order; all other columns are kept. None: the run's own
+        dataset: rows with a column ``id`` to join by, in any order; all other columns are kept. None: the run's own
             training examples.
-        messages: of the run's own examples: one column ``messages`` in place of ``prompt`` and ``target``, a user's
-            turn and the assistant's, or the turns that they are.
+        messages: for the run's own examples: one column ``messages`` instead of ``prompt`` and ``target``, with a user
+            turn and an assistant turn, or with the turns of the chat.
 
     Returns:
-        the rows of ``dataset`` in their order, with ``weight`` (float64, mean 1); without it ``id``, ``prompt``,
-        ``target`` (text, or of a chat lists of {role, content} turns) and ``weight``.
+        the rows of ``dataset`` in their order, with ``weight`` (float64, mean 1); without ``dataset``, the columns
+        ``id``, ``prompt``, ``target`` (text, or for chats lists of {role, content} turns) and ``weight``.
 
     Raises:
-        InputError: the run has no weights, or the ids of the dataset are not those of its training examples.
+        InputError: the run has no weights, or the ids of the dataset differ from those of the training examples.
     """
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""What happens in a run, one event after another: ``log.jsonl``."""
+"""The events of a run, in order: ``log.jsonl``."""
 
 from __future__ import annotations
 

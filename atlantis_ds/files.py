@@ -1,7 +1,7 @@
-"""How a file of the run folder is written, so that it is whole or absent, and read, so that a broken one is named.
+"""Writes files of the run folder so that they are complete or absent, and reads them so that broken ones are named.
 
-Every file is written under a temporary name in its own folder, flushed to disk, then renamed. Every output carries
-a fingerprint of all that it was made from; a stage whose output has the right fingerprint is finished.
+Every file is written under a temporary name in its own folder, flushed to disk, then renamed. Every output has a
+fingerprint of everything that it was made from; a stage whose output has the right fingerprint is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fingerprint(value: Any) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as hex. A file that has not changed is read once: a base model has gigabytes."""
+    """SHA-256 of a file, as hex. An unchanged file is read only once, because base models have gigabytes."""
     state = path.stat()
     return _file_hash(path, state.st_ino, state.st_size, state.st_mtime_ns)
 
@@ -69,12 +69,14 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 def move_folder(source: Path, target: Path) -> None:
     """Flush every file below ``source`` and rename it to ``target``, replacing an older folder there.
 
-    Who may read the folder may read its files.
+    Whoever can read the folder can read its files.
     """
     readers = source.stat().st_mode & 0o666
     for file in source.rglob("*"):
         if file.is_file():
-            file.chmod(readers)  # safetensors writes for the owner alone, whatever the umask (its issue 782)
+            file.chmod(
+                readers
+            )  # safetensors makes files readable only for the owner, whatever the umask (its issue 782)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if target.exists():
@@ -140,16 +142,16 @@ def write_table(path: Path, table: pa.Table, info: dict[str, Any]) -> None:
 
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-"""What `write_rows` writes, by the suffix of the file."""
+"""The formats that `write_rows` writes, by suffix."""
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
-    """Write a table for people and other programs: a JSON object a line, CSV, or Parquet, by the suffix of ``path``.
+    """Write a table for people and other programs: JSON Lines, CSV or Parquet, by the suffix of ``path``.
 
-    In CSV, lists are JSON. Numbers are written so that they are read back as they were.
+    In CSV, lists are JSON. Numbers are written so that reading them gives the same values.
 
     Raises:
-        InputError: another suffix.
+        InputError: the suffix is unknown.
     """
     import pyarrow.parquet as pq
 
@@ -174,7 +176,7 @@ def write_rows(path: Path, table: pa.Table) -> None:
 
 
 def refuse_unknown_format(path: Path) -> None:
-    """Raises InputError where `write_rows` does not know the suffix: to be asked before long work."""
+    """Raise InputError if `write_rows` does not know the suffix; call this before long work."""
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
 
@@ -185,14 +187,14 @@ def read_table(
     """Read a Parquet file of the run folder, checking its page checksums.
 
     Args:
-        columns: read these only.
-        dictionaries: of them, read these as Arrow dictionaries: a column of few different strings is then small.
+        columns: read only these.
+        dictionaries: columns to read as Arrow dictionaries, which makes columns with few different strings small.
 
     Returns:
-        the table, and the ``info`` it was written with.
+        the table, and the ``info`` with which it was written.
 
     Raises:
-        InputError: the file is missing, truncated, altered, or not written by atlantis_ds.
+        InputError: the file is missing, truncated, changed, or not written by atlantis_ds.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -208,7 +210,7 @@ def read_table(
 
 
 def table_info(path: Path) -> dict[str, Any]:
-    """The ``info`` that a Parquet file was written with, without reading its rows."""
+    """The ``info`` with which a Parquet file was written, without reading its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -220,29 +222,29 @@ def table_info(path: Path) -> dict[str, Any]:
 
 
 SEEN_WITHIN = 90.0
-"""Seconds in which a file that another node has written must appear: NFS keeps a folder's listing for up to 60."""
+"""Seconds within which a file written by another node must appear: NFS caches folder listings for up to 60 s."""
 
 
 def look_again(folder: Path) -> None:
-    """Make this node forget its memory of a folder on a network file system, which a change of its own does."""
-    with contextlib.suppress(OSError):  # where nothing may be written, the listing is what it is
+    """Make this node discard its cached listing of a folder on a network file system, by changing the folder."""
+    with contextlib.suppress(OSError):  # in a read-only folder, the listing cannot be refreshed
         handle, name = tempfile.mkstemp(prefix=".", dir=folder)
         os.close(handle)
         os.unlink(name)
 
 
 def wait_for_files(paths: Iterable[Path], seconds: float = SEEN_WITHIN) -> None:
-    """Wait until files that other nodes have written are seen on this one.
+    """Wait until files that other nodes have written are visible on this node.
 
     Raises:
-        RunError: one does not appear within so many seconds.
+        RunError: a file does not appear within this many seconds.
     """
     end = time.monotonic() + seconds
     for path in paths:
         while not path.exists():
             if time.monotonic() > end:
                 raise RunError(
-                    f"{path}: another rank has written it, but it is not seen here within {seconds:.0f} s; do all "
+                    f"{path}: another rank has written it, but it is not visible here after {seconds:.0f} s; do all "
                     "nodes share this folder?"
                 )
             look_again(path.parent)
@@ -250,7 +252,7 @@ def wait_for_files(paths: Iterable[Path], seconds: float = SEEN_WITHIN) -> None:
 
 
 def finished(path: Path, expected: str) -> bool:
-    """Whether a JSON or Parquet output stands there with the expected fingerprint."""
+    """Whether a JSON or Parquet output exists and has the expected fingerprint."""
     try:
         info = read_json(path) if path.suffix == ".json" else table_info(path)
     except (InputError, OSError):

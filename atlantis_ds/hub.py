@@ -1,7 +1,7 @@
-"""What a recipe takes from the Hugging Face hub: named, found in the cache, fetched. Imports no torch.
+"""Finds the models and data sets of a recipe in the Hugging Face cache, and downloads them. Does not import torch.
 
-Of a model come safetensors, configs, tokenizer and chat templates; of a data set tables and texts. Nothing that runs
-when it is loaded, unless the recipe sets ``trust_remote_code``.
+For a model: safetensors, configs, tokenizer and chat templates; for a data set: tables and texts. Nothing that executes
+code when loaded, unless the recipe sets ``trust_remote_code``.
 """
 
 from __future__ import annotations
@@ -35,37 +35,37 @@ ABOUT_MODELS = [
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 ]
 NOT_LOADED = ["*/*.safetensors", "consolidated*.safetensors"]
-"""Weights once more, for other programs than transformers."""
+"""Copies of the weights for programs other than transformers."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or data set of the hub that a recipe names."""
+    """A model or data set on the hub that a recipe names."""
 
     key: str
-    """The recipe's, for messages."""
+    """The key in the recipe, for messages."""
     kind: Literal["model", "dataset"]
     id: str
     revision: str | None
     code: bool = False
-    """Whether the recipe lets code of the model run."""
+    """Whether the recipe allows the model's own code to run."""
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
     @property
     def content(self) -> list[str]:
-        """Patterns of the files without which it is nothing."""
+        """Patterns of the files that it must have."""
         return WEIGHTS if self.kind == "model" else TABLES
 
     @property
     def patterns(self) -> dict[str, Any]:
-        """Which of its files are fetched, in the words of ``snapshot_download``."""
+        """Which files to download, as arguments of ``snapshot_download``."""
         about = [*ABOUT_MODELS, *(["*.py"] if self.code else [])] if self.kind == "model" else ["README.md"]
         return {"allow_patterns": [*self.content, *about], "ignore_patterns": NOT_LOADED}
 
     def chosen(self, names: list[str]) -> list[str]:
-        """The names among these that are fetched; none where the content is missing."""
+        """Those of the names that are downloaded; empty if required content is missing."""
         from huggingface_hub.utils import filter_repo_objects
 
         found = list(filter_repo_objects(names, **self.patterns))
@@ -73,16 +73,16 @@ class Repository:
 
 
 def repositories(recipe: Recipe) -> list[Repository]:
-    """What a recipe takes from the hub: its models, the bases that its adapter folders name, and its data set.
+    """The repositories that a recipe needs: its models, the base models of its adapter folders, and its data set.
 
     Raises:
-        InputError: a folder is not there.
+        InputError: a folder does not exist.
     """
     found: dict[Any, Repository] = {}
     for name in ("large", "small", "reference"):
         named = getattr(recipe.models, name)
         if named.model_name_or_path is None:
-            continue  # built by the run, or another's
+            continue  # built by the run, or the same as another model
         fields = named.model_dump(include={"model_name_or_path", "revision", "trust_remote_code"})
         repository = of_model(Model(**fields), f"models.{name}.model_name_or_path")
         if repository:
@@ -94,7 +94,7 @@ def repositories(recipe: Recipe) -> list[Repository]:
 
 
 def of_model(model: Model, key: str) -> Repository | None:
-    """Where the weights of a model, or of the base of an adapter's folder, come from; None for a folder."""
+    """The repository with the weights of a model, or of the base of an adapter folder; None for a folder."""
     model = adapter_base(model) or model
     name = str(model.model_name_or_path)
     if problem := missing_folder(name):
@@ -111,7 +111,7 @@ def of_data(hub_id: str) -> Repository:
 
 
 def adapter_base(model: Model) -> Model | None:
-    """The base model that a LoRA adapter's folder names; None for any other model."""
+    """The base model named by a LoRA adapter folder; None for any other model."""
     file = Path(str(model.model_name_or_path)).expanduser() / "adapter_config.json"
     if not file.is_file():
         return None
@@ -129,12 +129,12 @@ def offline() -> bool:
 
 
 def cached(repository: Repository) -> Path | None:
-    """The folder of the hub's cache that holds a repository; None where it, or a file of it, is not there.
+    """The folder of a repository in the hub's cache; None if it, or one of its files, is missing.
 
-    A branch is what it was when it was fetched last, by whomever. Nothing is asked of the network.
+    A branch stands for the commit that was last fetched, by anyone. Uses no network.
 
     Raises:
-        InputError: the id cannot be one of the hub's.
+        InputError: the id is not a valid hub id.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -151,13 +151,13 @@ def cached(repository: Repository) -> Path | None:
         return None
     except HFValidationError:
         raise InputError(f"{repository.key}: {repository.id}: neither a folder nor a Hugging Face id") from None
-    # What other programs have fetched has no list of files beside it, and may be a model's config alone.
+    # Downloads by other programs have no file list, and may contain only a model's config.
     names = [str(file.relative_to(place)) for file in Path(place).rglob("*") if file.is_file()]
     return Path(place) if repository.chosen(names) else None
 
 
 def at_fetched_commit(folder: RunFolder, repository: Repository) -> Repository:
-    """The repository at the commit that ``fetch`` brought for this run, where it did: a branch may have moved since."""
+    """The repository at the commit that ``fetch`` downloaded for this run, if any: a branch may have moved since."""
     for found in read_json(folder.fetched)["repositories"] if folder.fetched.exists() else []:
         if all(found[key] == getattr(repository, key) for key in ("kind", "id", "revision")):
             return replace(repository, revision=found["commit"])
@@ -165,17 +165,17 @@ def at_fetched_commit(folder: RunFolder, repository: Repository) -> Repository:
 
 
 def fetch(recipe: Recipe, folder: RunFolder, cache: Path | None) -> None:
-    """Bring what a recipe takes from the hub into the cache, whole and checked, and write ``fetched.json``.
+    """Download what a recipe needs into the hub's cache, complete and verified, and write ``fetched.json``.
 
-    What is there is not fetched again.
+    Files that exist are not downloaded again.
 
     Args:
-        cache: the hub's cache; without it that of HF_HUB_CACHE or HF_HOME.
+        cache: the hub's cache; default: the one set by HF_HUB_CACHE or HF_HOME.
 
     Raises:
-        InputError: the hub has no such repository or revision, or does not give it to this user; or a model has no
+        InputError: the hub has no such repository or revision, or this user has no access; or a model has no
             safetensors.
-        RunError: the hub is out of reach, the disk is full, or a file has another hash than the hub says (it is
+        RunError: the hub cannot be reached, the disk is full, or the hash of a file differs from the hub's (the file is
             removed).
     """
     from huggingface_hub.utils import disable_progress_bars
@@ -189,14 +189,14 @@ def fetch(recipe: Recipe, folder: RunFolder, cache: Path | None) -> None:
         size = sum(file["size"] for file in fetched["files"].values()) / 2**30
         console.print(f"fetch: {repository}: {len(fetched['files'])} files, {size:.2f} GiB, commit {fetched['commit']}")
     if not found:
-        console.print("fetch: the recipe names nothing of the hub")
+        console.print("fetch: the recipe names nothing on the hub")
         return
     write_json(folder.fetched, {"repositories": found})
     console.print(f"fetch: {folder.fetched}")
 
 
 def _fetch_one(repository: Repository, cache: Path | None) -> dict[str, Any]:
-    """What stands in the manifest of one repository, once it is there."""
+    """The manifest entry of one repository, after it is downloaded."""
     from huggingface_hub import HfApi, snapshot_download
 
     source: dict[str, Any] = {"repo_type": repository.kind, "revision": repository.revision}
@@ -204,14 +204,17 @@ def _fetch_one(repository: Repository, cache: Path | None) -> dict[str, Any]:
         info: Any = HfApi().repo_info(repository.id, files_metadata=True, **source)
         names = repository.chosen([file.rfilename for file in info.siblings])
         if not names:
-            raise InputError(f"{repository.key}: {repository}: holds no {', '.join(repository.content[:8])}")
+            raise InputError(f"{repository.key}: {repository}: contains no {', '.join(repository.content[:8])}")
         place = Path(snapshot_download(repository.id, cache_dir=cache, **source, **repository.patterns))
     except (InputError, RunError):
         raise
-    except Exception as error:  # what the hub's client and its HTTP library raise has no base of their own
+    except Exception as error:  # the errors of the hub's client and its HTTP library have no common base class
         raise _one_line(repository, error, cache) from None
-    if place.name != info.sha:  # the branch has moved, or the client fell back on an older commit
-        raise RunError(f"{repository}: the hub went away or moved on meanwhile; the same command goes on")
+    if place.name != info.sha:  # the branch has moved, or the client fell back to an older commit
+        raise RunError(
+            f"{repository}: the hub became unreachable or the branch moved during the download; run the same command "
+            "again to resume"
+        )
     files = _checked(repository, place, [file for file in info.siblings if file.rfilename in names])
     asked = {key: getattr(repository, key) for key in ("kind", "id", "revision")}
     return {**asked, "commit": info.sha, "files": files}
@@ -223,24 +226,26 @@ def _one_line(repository: Repository, error: Exception, cache: Path | None) -> I
 
     if getattr(error, "errno", None) == errno.ENOSPC:
         place = cache or constants.HF_HUB_CACHE
-        return RunError(f"{place}: no space left for {repository}; make room and run `fetch` again, or give --out")
+        return RunError(f"{place}: no space left for {repository}; free some space and run `fetch` again, or use --out")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OfflineModeIsEnabled):
-        return InputError(f"{repository.key}: {repository}: HF_HUB_OFFLINE is set: unset it where there is internet")
+        return InputError(
+            f"{repository.key}: {repository}: HF_HUB_OFFLINE is set; unset it on a machine with internet access"
+        )
     if isinstance(error, HFValidationError) or status in (401, 403, 404):
         return InputError(f"{repository.key}: {repository}: {said(error)}")
-    return RunError(f"{repository}: {said(error)}; the same command goes on")
+    return RunError(f"{repository}: {said(error)}; run the same command again to resume")
 
 
 def said(error: Exception) -> str:
-    """What the hub's client says, in one line."""
+    """The error of the hub's client, in one line."""
     return f"the hub says: {' '.join(str(error).split())[:300] or type(error).__name__}"
 
 
 def _checked(repository: Repository, place: Path, files: list[Any]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the fetched files, by name; those that are not what the hub says are removed.
+    """Size and SHA-256 of the fetched files, by name; files that differ from the hub's hashes are removed.
 
-    The hub tells the SHA-256 of large files (Git LFS), of small ones git's own hash.
+    The hub gives the SHA-256 of large files (Git LFS), and git's own hash of small files.
     """
 
     def is_right(file: Any) -> bool:
@@ -254,7 +259,7 @@ def _checked(repository: Repository, place: Path, files: list[Any]) -> dict[str,
         (place / name).unlink(missing_ok=True)
     if wrong:
         raise RunError(
-            f"{repository}: {', '.join(wrong)}: other bytes than the hub's hash says; removed, run `fetch` again"
+            f"{repository}: {', '.join(wrong)}: content differs from the hub's hash; removed, run `fetch` again"
         )
     paths = {file.rfilename: place / file.rfilename for file in files}
     return {name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in sorted(paths.items())}

@@ -1,6 +1,6 @@
-"""What a list of predicted labels is worth: macro-F1, the official SemEval-2010 Task 8 score, and per-label figures.
+"""Metrics of predicted labels: macro-F1, the official SemEval-2010 Task 8 score, and figures per label.
 
-Labels are strings as the data holds them; a direction, where a task has one, is the suffix ``(e1,e2)`` or ``(e2,e1)``.
+Labels are strings as in the data; if a task has directions, they are the suffix ``(e1,e2)`` or ``(e2,e1)``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_atomic
 
 UNMAPPED = ""
-"""The prediction of a generated text that maps to no label. It counts as wrong, never as ``Other``."""
+"""The prediction for a generated text that maps to no label. It counts as wrong, never as ``Other``."""
 
 OTHER = "Other"
 
@@ -29,7 +29,7 @@ def relation_of(label: str) -> str:
 
 
 def has_official(labels: Collection[str], negative: str = OTHER) -> bool:
-    """Whether a label set is SemEval's, wherever it came from: its nine directed relations, or some, and a negative."""
+    """Whether a label set is SemEval's, from any source: all or some of its nine directed relations, and a negative."""
     relations = set(labels) - {negative}
     return bool(relations) and relations <= set(SEMEVAL_LABELS) - {OTHER}
 
@@ -37,8 +37,8 @@ def has_official(labels: Collection[str], negative: str = OTHER) -> bool:
 def label_apart(labels: Collection[str], negative: str | None) -> str | None:
     """The label that macro-F1 leaves out of its mean: the recipe's ``data.negative_label``.
 
-    ``Other`` beside SemEval's relations counts as a class, named or not: so the figures of all recipes on those data
-    are of one kind, and the official score is the one without it.
+    With SemEval's relations, ``Other`` counts as a class, named or not, so that the figures of all recipes on these
+    data are comparable; the official score leaves it out.
     """
     return None if negative == OTHER and has_official(labels) else negative
 
@@ -47,14 +47,14 @@ def macro_f1(gold: Sequence[str], predicted: Sequence[str], apart: str | None = 
     """Macro-F1 with directions collapsed, as a fraction 0..1.
 
     This is ``sklearn.metrics.f1_score(gold, predicted, average="macro", labels=L, zero_division=0)`` on the labels
-    without direction, where L is the set of relations that occur in ``gold``. A relation of L that is never predicted
-    right has F1 0. A prediction outside L (``UNMAPPED``, or a relation that gold does not hold) is a miss of its gold
-    relation and adds no term of its own. For a task without directions it is plain macro-F1 over the gold labels.
+    without direction, where L is the set of relations that occur in ``gold``. A relation in L that is never predicted
+    correctly has F1 0. A prediction outside L (``UNMAPPED``, or a relation that does not occur in gold) is a miss of
+    its gold relation and adds no term. For a task without directions it is plain macro-F1 over the gold labels.
 
     Args:
-        apart: a label that is no class of its own, from `label_apart`: not in L, so that it has no term in the mean,
-            while another label predicted in its place, or it in place of another, is an error of that other. Where
-            gold holds nothing else the figure is 0.
+        apart: a label that does not count as a class, from `label_apart`. It is not in L, so it has no term in the
+            mean; but if another label is predicted instead of it, or it instead of another label, this is an error of
+            the other label. If gold contains nothing else, the result is 0.
 
     Raises:
         InputError: the lengths differ, or there are no examples.
@@ -77,24 +77,25 @@ def official(gold: Mapping[str, str], predicted: Mapping[str, str], negative: st
     Args:
         gold: id -> directed label.
         predicted: id -> directed label. Ids that are absent, or ``UNMAPPED``, are skipped examples.
-        negative: the label that says that none of the relations holds.
+        negative: the label that says that none of the relations applies.
 
     Raises:
-        InputError: ``predicted`` has an id that gold lacks, or gold holds no relation but ``negative``.
+        InputError: ``predicted`` has an id that gold lacks, or gold has no relation except ``negative``.
     """
     rows = official_by_relation(gold, predicted)
     f1 = [row["f1"] for relation, row in rows.items() if relation != negative]
     if not f1:
-        raise InputError(f"the official score needs a gold relation other than `{negative}`; take a larger test set")
+        raise InputError(f"the official score needs a gold relation other than `{negative}`; use a larger test set")
     return sum(f1) / len(f1)
 
 
 def official_by_relation(gold: Mapping[str, str], predicted: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """The lines "Results for the individual relations" of the scorer's official section.
 
-    A prediction is correct when relation and direction both are. The precision of a relation divides by its
-    predictions in either direction, so that the right relation in the wrong direction costs precision and recall. The
-    recall divides by its gold examples, skipped ones included; a skipped example is in no precision. 0/0 counts as 0.
+    A prediction is correct if both relation and direction are correct. The precision of a relation divides by its
+    predictions in either direction, so that the right relation in the wrong direction lowers precision and recall. The
+    recall divides by its gold examples, including skipped ones; a skipped example affects no precision. 0/0 counts as
+    0.
 
     Returns:
         for each relation in gold (sorted, ``Other`` among them): ``correct``, ``predicted`` and ``support`` (counts),
@@ -122,7 +123,7 @@ def official_by_relation(gold: Mapping[str, str], predicted: Mapping[str, str]) 
 
 
 def per_label(gold: Sequence[str], predicted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Figures for each full (directed) label that occurs in ``gold`` or ``predicted``, sorted; ``UNMAPPED`` is none.
+    """Figures for each full (directed) label that occurs in ``gold`` or ``predicted``, sorted, without ``UNMAPPED``.
 
     Returns:
         label -> ``precision``, ``recall``, ``f1`` (fractions 0..1, 0/0 counts as 0), ``support`` (gold examples) and
@@ -157,23 +158,23 @@ def metrics(
 
     Args:
         labels: the label set.
-        ids, gold, predicted: one entry an example.
+        ids, gold, predicted: one entry per example.
         negative: the recipe's ``data.negative_label``; see `label_apart`.
 
     Returns:
         ``macro_f1`` and ``accuracy`` (fractions 0..1, accuracy on the full directed label), ``official`` (percent
-        0..100; None where the label set is not SemEval's, and when gold holds nothing but the negative label),
+        0..100; None if the label set is not SemEval's, or if gold contains only the negative label),
         ``per_label``, ``n`` and ``unmapped`` (numbers of examples).
 
     Raises:
-        InputError: lengths differ, there are no examples, an id comes twice, or a gold label is empty.
+        InputError: lengths differ, there are no examples, an id is duplicated, or a gold label is empty.
     """
     _check_lengths(ids, gold)
     _check_lengths(gold, predicted)
     keys, answers = dict(zip(ids, gold, strict=True)), dict(zip(ids, predicted, strict=True))
     if len(keys) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"example id {twice!r} comes more than once; the ids of the test examples must differ")
+        raise InputError(f"example id {twice!r} occurs more than once; the ids of the test examples must be unique")
     if UNMAPPED in gold:
         raise InputError(f"example {ids[list(gold).index(UNMAPPED)]!r} has an empty gold label")
     none_holds = OTHER if negative is None else negative
@@ -189,11 +190,11 @@ def metrics(
 
 
 def read_answers(path: Path, labels: Collection[str] = SEMEVAL_LABELS) -> dict[str, str]:
-    """Read a file in the scorer's format: one ``id TAB label`` a line, LF or CRLF; ``_Other`` is read as ``Other``.
+    """Read a file in the scorer's format: one ``id TAB label`` per line, LF or CRLF; ``_Other`` is read as ``Other``.
 
     Raises:
         InputError: the file cannot be read; or, with file and line, a line that is not ``id TAB label``, a label that
-            is none of ``labels``, or an id that came before.
+            is not in ``labels``, or a duplicate id.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -208,21 +209,22 @@ def read_answers(path: Path, labels: Collection[str] = SEMEVAL_LABELS) -> dict[s
         if label not in labels:
             raise InputError(f"{path}:{number}: unknown label {label!r}; write it as in {next(iter(labels))!r}")
         if id in answers:
-            raise InputError(f"{path}:{number}: id {id!r} comes a second time")
+            raise InputError(f"{path}:{number}: id {id!r} is a duplicate")
         answers[id] = label
     return answers
 
 
 def can_hold_answers(texts: Sequence[str]) -> bool:
-    """Whether ids and labels fit into the scorer's format: none holds a tab or line break."""
+    """Whether ids and labels fit the scorer's format: none contains a tab or line break."""
     return not any("\t" in text or len(text.splitlines()) > 1 for text in texts)
 
 
 def write_answers(path: Path, ids: Sequence[str], predicted: Sequence[str]) -> None:
-    """Write predictions in the scorer's format; ``UNMAPPED`` ones are left out, which the scorer counts as skipped.
+    """Write predictions in the scorer's format; ``UNMAPPED`` predictions are left out, and the scorer counts them as
+    skipped.
 
     Args:
-        ids, predicted: one entry an example; `can_hold_answers` holds for all.
+        ids, predicted: one entry per example; `can_hold_answers` must be true for all.
     """
     lines = [f"{id}\t{label}\n" for id, label in zip(ids, predicted, strict=True) if label != UNMAPPED]
 
@@ -234,6 +236,6 @@ def write_answers(path: Path, ids: Sequence[str], predicted: Sequence[str]) -> N
 
 def _check_lengths(first: Sequence[str], second: Sequence[str]) -> None:
     if len(first) != len(second):
-        raise InputError(f"one entry an example is needed, but the lists have {len(first)} and {len(second)} entries")
+        raise InputError(f"one entry per example is needed, but the lists have {len(first)} and {len(second)} entries")
     if not first:
         raise InputError("there are no examples to evaluate; is the test set empty?")

@@ -1,4 +1,4 @@
-"""Long work shows itself: a bar with rate and ETA in a terminal, a log line now and then in a batch job."""
+"""Shows progress: a bar with rate and ETA in a terminal, occasional log lines in a batch job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
 
 
 def since_process_start() -> float:
-    """Seconds since the operating system started this program: imports and loading count."""
+    """Seconds since the operating system started this program, including imports and loading."""
     import psutil  # type: ignore[import-untyped]
 
     return time.time() - float(psutil.Process().create_time())
@@ -23,11 +23,11 @@ class Steps:
     """Progress of one loop, shown by rank 0.
 
     Args:
-        title: what is done.
-        total: how much of it.
-        unit: what is counted.
+        title: the name of the work.
+        total: the number of units to do.
+        unit: the name of a unit.
         show: False on all ranks but the first.
-        every: without a terminal, print one line each time this many units are done.
+        every: without a terminal, print a line after every this many units.
     """
 
     def __init__(self, title: str, total: int, unit: str, show: bool, every: int) -> None:
@@ -53,12 +53,12 @@ class Steps:
         return self
 
     def resume(self, done: int) -> None:
-        """Begin at ``done``: what an earlier run did does not count for the rate."""
+        """Begin at ``done``: the work of an earlier run does not count for the rate."""
         self.done = self._first = done
 
     @property
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Units per second since the start."""
         return (self.done - self._first) / max(time.monotonic() - self.start, 1e-9)
 
     def advance(self, amount: int = 1, note: str = "") -> None:

@@ -1,4 +1,4 @@
-"""One run: its recipe, its folder, and the ranks that work on it."""
+"""One run: its recipe, its folder, and its ranks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage is given."""
+    """The argument of every stage."""
 
     recipe: Recipe
     folder: RunFolder
     ranks: Ranks
 
     def say(self, text: str) -> None:
-        """One line for people, from rank 0."""
+        """Print one line, on rank 0."""
         if self.ranks.is_main:
             console.print(text)
 
     def log(self, **event: Any) -> None:
-        """One event into ``log.jsonl``, from the rank that calls it; from rank 0 to the recipe's trackers, too."""
+        """Write one event to ``log.jsonl``, from the calling rank; on rank 0 also to the recipe's trackers."""
         append_log(self.folder.log, **event)
         if self.recipe.report_to and self.ranks.is_main:
             tell_trackers(self.folder, self.recipe, event)
@@ -41,14 +41,14 @@ class Run:
 
 
 def open_run(root: str | Path, overrides: list[str] | None = None) -> Run:
-    """A run that is there, for one rank alone: what looks into a run, and starts no process group.
+    """An existing run, for a single rank: for commands that inspect a run and start no process group.
 
     Args:
         root: the run's folder.
-        overrides: of its recipe, as ``--set`` has them.
+        overrides: overrides of its recipe, as in ``--set``.
 
     Raises:
-        InputError: there is no run, or its recipe is broken.
+        InputError: there is no run, or its recipe is invalid.
     """
     from atlantis_ds.cluster.ranks import Ranks
     from atlantis_ds.config.loading import load_recipe

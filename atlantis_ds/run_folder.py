@@ -1,4 +1,4 @@
-"""The run folder: where each stage's output lies."""
+"""The run folder: the paths of each stage's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atlantis_ds.errors import InputError
 class RunFolder:
     root: Path
     round: int = 0
-    """An earlier round of the reference, from 1; 0 for the last. Each has scores and weights of its own."""
+    """An earlier round of the reference, from 1; 0 for the last. Each round has its own scores and weights."""
 
     @property
     def recipe(self) -> Path:
@@ -20,7 +20,7 @@ class RunFolder:
 
     @property
     def fetched(self) -> Path:
-        """What ``fetch`` brought from the hub for this run."""
+        """What ``fetch`` downloaded from the hub for this run."""
         return self.root / "fetched.json"
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """Whoever makes this file asks the job to save and stop."""
+        """Creating this file asks the job to save and stop."""
         return self.root / "STOP"
 
     @property
@@ -69,7 +69,7 @@ class RunFolder:
         return self.root / "log.jsonl"
 
     def base_model(self, name: str) -> Path:
-        """Where a model built by the run itself (``scratch``) lies."""
+        """The folder of a model built by the run itself (``scratch``)."""
         return self.root / "base" / name
 
     def checkpoints(self, arm: str) -> Path:
@@ -86,12 +86,12 @@ class RunFolder:
 
 
 def no_run(root: Path) -> InputError:
-    """The error of a command that is to look into a run, and finds none."""
+    """The error of a command that needs a run, but finds none."""
     return InputError(f"{root}: no run here (no recipe.yaml); give the run's folder, e.g. runs/demo")
 
 
 def missing_folder(path: str | None) -> str | None:
-    """What to say of a model or data set given as a folder that is not there; None where it is, and for a hub id."""
+    """The error for a model or data set folder that does not exist; None if it exists, or for a hub id."""
     if path is None or Path(path).expanduser().is_dir():
         return None
     if path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -1,4 +1,4 @@
-"""The stages of a run in their order, each on all ranks: examples → reference → scores → weights → arms → figures."""
+"""The stages of a run, in order, each on all ranks: examples → reference → scores → weights → arms → figures."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _say_what_was_read(examples: Examples) -> None:
     for reason, count in info["dropped"].items():
         split, other = reason.split("_", 1)[0], reason.rsplit("_", 1)[1]
         if count and reason.endswith("too_long"):
-            console.print(f"prepare: left out {count} rows of {split} that are longer than a model reads")
+            console.print(f"prepare: left out {count} rows of {split} that are longer than a model's context")
         elif count:
-            console.print(f"prepare: left out {count} rows of {split} whose text stands in {other}, too")
+            console.print(f"prepare: left out {count} rows of {split} whose text is also in {other}")
     if info["unlabelled"]:
         console.print(f"prepare: left out {info['unlabelled']} rows of train that have no label")
     for split, kinds in info["bad_rows"].items():
@@ -71,7 +71,7 @@ def _say_what_was_read(examples: Examples) -> None:
 
 
 def _say_equal_by_construction(run: Run, examples: Examples) -> None:
-    """Under ``per_label`` the only example of a label weighs 1, whatever its scores: known before any training."""
+    """With ``per_label``, a label's only example has weight 1, whatever its scores; this is known before training."""
     if run.recipe.weights.scope != "per_label" or not examples.labels or not len(examples.train):
         return
     counts = np.bincount(examples.train.codes)
@@ -82,13 +82,15 @@ def _say_equal_by_construction(run: Run, examples: Examples) -> None:
             "1, which is plain SFT. Set weights.scope: global."
         )
     elif alone:
-        console.print(f"prepare: {alone} of {labels} labels have one training example; under per_label it weighs 1")
+        console.print(
+            f"prepare: {alone} of {labels} labels have only one training example; with per_label, its weight is 1"
+        )
 
 
 def _encode_ahead(run: Run, examples: Examples) -> None:
-    """Encode all splits for the three models, so that what is too long for one of them is known before any training.
+    """Encode all splits for the three models, so that examples too long for one of them are found before training.
 
-    A model whose tokenizer is not at hand here (a login node without it) is left to the stage that loads it.
+    If a tokenizer is not available here (such as on a login node), the stage that loads the model encodes the splits.
     """
     from atlantis_ds.lm.load import load_config, load_tokenizer, model_source
     from atlantis_ds.lm.tokens import encode_split
@@ -104,7 +106,7 @@ def _encode_ahead(run: Run, examples: Examples) -> None:
             except InputError as error:
                 missing = str(error)
         if missing := run.ranks.broadcast(missing):
-            run.say(f"prepare: models.{name} is not at hand, its tokens are left for later ({missing})")
+            run.say(f"prepare: models.{name} is not available here, so its tokens will be computed later ({missing})")
             continue
         model = model_source(run.recipe, run.folder, name)
         splits = {"large": SPLITS, "small": ("train",), "reference": ("train", "dev")}[name]
@@ -121,9 +123,9 @@ def train(run: Run, arm: str, force: bool, part: tuple[int, int] = (1, 1), of_ro
     """Train one arm, or all folds of the ``reference``, into ``model/``.
 
     Args:
-        part: (I, N): of a reference, the I-th of N parts of its folds, counted from 1, for N jobs that share them. With
-            N > 1 the round before must be there.
-        of_round: of a reference, this round alone (with what it gives the next one, unless it is a part).
+        part: (I, N): for a reference, part I of N of its folds, counted from 1, for N jobs that share the work. With N
+            > 1, the previous round must be finished.
+        of_round: for a reference, only this round (and its weights for the next one, unless it is a part).
     """
     if of_round and of_round > run.recipe.models.reference.rounds:
         raise InputError(f"--round {of_round}: models.reference.rounds is {run.recipe.models.reference.rounds}")
@@ -148,10 +150,10 @@ def train(run: Run, arm: str, force: bool, part: tuple[int, int] = (1, 1), of_ro
 
 
 def _reference_round(run: Run, force: bool, part: tuple[int, int] = (1, 1)) -> None:
-    """A round before the last: its folds, their scores and the weights for the next one; of a ``part`` its folds alone.
+    """A round before the last: its folds, scores, and weights for the next one; for a ``part`` only its folds.
 
-    The weights are the same whatever the recipe's own: those may change without new training, and the base
-    models have no part in them.
+    These weights do not depend on the recipe's own weights, which may change without new training, nor on the base
+    models.
     """
     from dataclasses import replace
 
@@ -169,7 +171,7 @@ def _reference_round(run: Run, force: bool, part: tuple[int, int] = (1, 1)) -> N
 
 
 def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
-    """Write ``scores/``: the I-th of N parts of the shards, counted from 1."""
+    """Write ``scores/``: part I of N of the shards, counted from 1."""
     from atlantis_ds.weights.score import score as score_shards
 
     if run.ranks.is_main:
@@ -177,11 +179,11 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     with claimed(run.folder, f"score-{part[0]}-of-{part[1]}", run.ranks):
         score_shards(run, part)
     if run.ranks.is_main and not run.folder.round:
-        _keep_recipe(run)  # `diagnose` reads there how the scores were made
+        _keep_recipe(run)  # `diagnose` reads from it how the scores were computed
 
 
 def merge(run: Run) -> None:
-    """Write ``weights.parquet``, ``weights.json`` and ``weights.png``; rank 0 does it."""
+    """Write ``weights.parquet``, ``weights.json`` and ``weights.png``, on rank 0."""
     if run.ranks.is_main:
         from atlantis_ds.weights.diagnostics import diagnosis_table
         from atlantis_ds.weights.merge import merge as merge_scores
@@ -191,7 +193,7 @@ def merge(run: Run) -> None:
 
 
 def run(run: Run, force: bool) -> None:
-    """All stages; what is finished and valid is skipped. Ends with the table of arms."""
+    """Run all stages, skip those that are finished and valid, and print the table of arms."""
     from atlantis_ds.weights.diagnostics import diagnosis_table
 
     weighted = _weigh(run, force)
@@ -204,13 +206,13 @@ def run(run: Run, force: bool) -> None:
     else:
         run.say("evaluate: the recipe names no test examples (data.test), so the arms are not compared")
     if run.ranks.is_main and weighted:
-        # Shown before training, when there is still time to stop, and again beside the figures they explain.
+        # Shown before training, when the user can still stop, and again next to the figures that they explain.
         console.print(diagnosis_table(read_json(run.folder.weights_info)))
         console.print(f"weights: {run.folder.weights_plot}")
 
 
 def _weigh(run: Run, force: bool) -> bool:
-    """All stages before the arms; False where every arm has uniform weights, and nothing needs scores."""
+    """Run all stages before the arms; False if every arm has uniform weights, so that no scores are needed."""
     prepare(run)
     if run.recipe.weighted:
         train(run, "reference", force)
@@ -220,7 +222,7 @@ def _weigh(run: Run, force: bool) -> bool:
 
 
 def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
-    """An arm that cannot be trained or evaluated says so before the first one is, not after a night."""
+    """Refuse an arm that cannot be trained or evaluated before any training starts, not hours later."""
     from atlantis_ds.train.jobs import arm_job
 
     train = run.recipe.train
@@ -231,21 +233,24 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
         if asked and not len(examples.dev):
             raise InputError(f"train.{key}: there are no dev examples; set data.dev or data.dev_size")
     if train.metric_for_best_model != "loss" and examples.labels is None:
-        raise InputError("train.metric_for_best_model: responses have no label to be right about; take `loss`")
+        raise InputError("train.metric_for_best_model: responses have no labels to compute it from; use `loss`")
     if run.recipe.evaluate.checkpoint == "best":
         if not len(examples.dev):
             raise InputError(
-                "evaluate.checkpoint: best: there are no dev examples to choose by; set data.dev or data.dev_size"
+                "evaluate.checkpoint: best: there are no dev examples to choose the model by; set data.dev or "
+                "data.dev_size"
             )
         for arm in (arm for arm, options in run.recipe.arms.items() if options.dev):
-            raise InputError(f"evaluate.checkpoint: best: arm {arm} trains on the dev examples it would be chosen by")
+            raise InputError(
+                f"evaluate.checkpoint: best: arm {arm} trains on the dev examples that would choose its model"
+            )
     if examples.labels and run.recipe.evaluate.method == "generate":
         from atlantis_ds.data.ingest import equal_but_for_case
 
         for same in equal_but_for_case(examples.labels):
             raise InputError(
-                f"evaluate.method: generate: the labels {', '.join(map(repr, same))} differ in case or spaces alone, "
-                "and a text is mapped to a label without regard to them; rename one, or take method: rank"
+                f"evaluate.method: generate: the labels {', '.join(map(repr, same))} differ only in case or spaces, "
+                "which are ignored when a text is mapped to a label; rename one, or use method: rank"
             )
     if run.recipe.task == "response":
         from atlantis_ds.evaluate.answers import gold_answers
@@ -260,8 +265,8 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     """Train and evaluate every arm with every seed on one set of scores; write ``compare/`` and print the table.
 
     Args:
-        part: (I, N): the I-th of N parts of the trainings, counted from 1, for N jobs that share them. With N > 1 the
-            weights must be there, and nothing is compared.
+        part: (I, N): part I of N of the training runs, counted from 1, for N jobs that share the work. With N > 1, the
+            weights must exist, and nothing is compared.
     """
     from atlantis_ds.evaluate.compare_report import comparison_table
     from atlantis_ds.evaluate.outcomes import trained_arm
@@ -277,7 +282,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     if not len(examples.test):
         raise InputError("data.test: `compare` needs test examples")
     _refuse_bad_arms(run, examples, force)
-    # Seeds outside, arms inside: a comparison that is cut off has all arms for the seeds it came to.
+    # Loop over seeds, then arms: an interrupted comparison has all arms for the seeds that are done.
     trainings = [(seed, arm) for seed in run.recipe.seeds for arm in run.recipe.arms]
     trained: list[Trained] = []
     comparison: dict[str, Any] = {}
@@ -296,7 +301,8 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
             console.print(f"comparison: {run.folder.root / 'compare' / 'comparison.html'}")
         else:
             console.print(
-                f"compare: part {part[0]} of {part[1]} is done; when all are, `compare` without --part writes the table"
+                f"compare: part {part[0]} of {part[1]} is done; when all parts are done, `compare` without --part "
+                "writes the table"
             )
     run.ranks.barrier()
 
@@ -313,7 +319,7 @@ def _compare(run: Run, examples: Examples, trained: list[Trained]) -> dict[str, 
 
 
 def evaluate(run: Run, arms: list[str]) -> None:
-    """Write ``eval/ARM/`` for each arm, and the table of these and all that were evaluated before; print it."""
+    """Write ``eval/ARM/`` for each arm; write and print the table of these and all arms evaluated before."""
     from atlantis_ds.evaluate.predict import evaluate as evaluate_arm
     from atlantis_ds.evaluate.predict import finished_evaluation
     from atlantis_ds.evaluate.report import comparison_table, write_comparison

@@ -1,4 +1,4 @@
-"""How far a run is, from the files of its folder and from Slurm. No torch: this runs on a login node."""
+"""The progress of a run, from its files and from Slurm. No torch: this runs on a login node."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from atlantis_ds.files import read_json
 from atlantis_ds.run_folder import RunFolder, no_run
 
 AGAIN = 2
-"""Seconds between two looks of `watch_status`."""
+"""Seconds between updates of `watch_status`."""
 
 
 def status(root: Path) -> list[tuple[str, str]]:
-    """Where a run stands: (what, how far) lines, from the files of its folder and from Slurm.
+    """The progress of a run: (stage, state) lines, from the files of its folder and from Slurm.
 
     Raises:
         InputError: there is no run in this folder.
@@ -33,7 +33,7 @@ def status(root: Path) -> list[tuple[str, str]]:
     lines = [("examples", "prepared" if folder.examples_info.exists() else "not yet")]
     begun = {event["arm"] for event in events if event["event"] == "start"}
     references = sorted(name for name in begun if name.startswith("reference"))
-    seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # of `compare`: arm and seed
+    seeds = sorted(name for name in begun if name not in {*references, *recipe.arms})  # from `compare`: arm and seed
     lines += [(f"train {name}", _training(folder, name, events)) for name in references]
     if (folder.scores / "scores.json").exists():
         lines.append(("score", _scoring(folder)))
@@ -48,7 +48,7 @@ def status(root: Path) -> list[tuple[str, str]]:
 
 
 def watch_status(root: Path) -> None:
-    """Show `status` as a table that is made anew every ``AGAIN`` seconds, until Ctrl-C.
+    """Show `status` as a table that is updated every ``AGAIN`` seconds, until Ctrl-C.
 
     Raises:
         InputError: there is no run in this folder.
@@ -69,7 +69,7 @@ def watch_status(root: Path) -> None:
 
 
 def _events(folder: RunFolder) -> list[dict[str, Any]]:
-    """The log's events; a line that is only half there yet is left out."""
+    """The log's events; an incomplete last line is left out."""
     events = []
     for line in folder.log.read_text(encoding="utf-8").splitlines() if folder.log.exists() else []:
         with contextlib.suppress(ValueError):
@@ -80,10 +80,10 @@ def _events(folder: RunFolder) -> list[dict[str, Any]]:
 def _scoring(folder: RunFolder) -> str:
     manifest = read_json(folder.scores / "scores.json")
     whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
-    # The models score one after another, and a shard is whole when the last has: until then the parts tell.
+    # The models score one after another, and a shard is complete after the last one: until then, count the parts.
     inputs = manifest["inputs"]
     models = sum(name.startswith("model ") for name in inputs) - (inputs["model small"] == inputs["model large"])
-    rest = f", of the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
+    rest = f", for the others {parts} of {(manifest['shards'] - whole) * models} parts" if parts else ""
     return f"{whole} of {manifest['shards']} shards done{rest}"
 
 
@@ -95,7 +95,7 @@ def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str
     recent: list[dict[str, Any]] = []
     for event in (event for event in events if event.get("arm") == name):
         if event["event"] == "start":
-            total, recent = event["steps"], []  # the wait before a job that goes on tells nothing of its speed
+            total, recent = event["steps"], []  # the wait before a job resumes says nothing about its speed
         elif event["event"] == "train":
             last, recent = event, [*recent[-19:], event]
     if last is None:
@@ -108,7 +108,7 @@ def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str
 
 
 def _evaluation(metrics: dict[str, Any]) -> str:
-    """Of ``metrics.json``: responses have no labels, so no macro-F1."""
+    """The figures from ``metrics.json``: responses have no labels, so no macro-F1."""
     if metrics["macro_f1"] is None:
         return f"exact_match {metrics['exact_match']:.4f}, perplexity {metrics['perplexity']:.4f}"
     return f"macro_f1 {metrics['macro_f1']:.4f}"

@@ -1,8 +1,8 @@
-"""Figures beside ``log.jsonl``: TensorBoard, Weights & Biases, MLflow or Trackio, whichever ``report_to`` names.
+"""Sends figures to TensorBoard, Weights & Biases, MLflow or Trackio, as named in ``report_to``.
 
-Each training is a run of its own there, as are the weights; its id lies in the run folder, so that a job that goes on
-after a stop adds to the same one. A tracker works in a thread of its own: neither its faults nor its waiting reach the
-training, and it is told nothing more once it has failed.
+Each training is a separate run there, and so are the weights. The id of the run is in the run folder, so that a job
+that resumes adds to the same run. Each tracker has its own thread: its errors and delays do not affect training. After
+it has failed, it gets no more figures.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder
 
 TOLD = ("start", "train", "dev", "evaluation", "weights")
-"""Events of ``log.jsonl`` that trackers are told."""
+"""Events of ``log.jsonl`` that trackers get."""
 WAIT = 30
-"""Seconds that a tracker gets to send what is left when the job ends."""
+"""Seconds that a tracker has to send the rest when the job ends."""
 BEHIND = 10_000
-"""Figures that may wait for a tracker; those beyond it are lost to it. ``log.jsonl`` has all."""
+"""Most figures that wait for a tracker; it loses any beyond that. ``log.jsonl`` has all."""
 
 
 class Tracker(Protocol):
     """One run in one tracker."""
 
     def figures(self, step: int | None, values: dict[str, float]) -> None:
-        """Figures of an optimizer step, or of the run as a whole."""
+        """Figures of an optimizer step, or of the whole run."""
 
     def picture(self, name: str, path: Path) -> None:
         """A PNG."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the rest."""
 
 
 def refuse_missing_trackers(recipe: Recipe) -> None:
@@ -56,7 +56,7 @@ def refuse_missing_trackers(recipe: Recipe) -> None:
 
 
 def tell_trackers(folder: RunFolder, recipe: Recipe, event: dict[str, Any]) -> None:
-    """Pass an event of ``log.jsonl`` on to the trackers of its arm, which are opened with the first."""
+    """Send an event of ``log.jsonl`` to the trackers of its arm, which are opened at the first event."""
     if event["event"] not in TOLD:
         return
     name = event.get("arm") or event["event"]
@@ -69,7 +69,7 @@ def tell_trackers(folder: RunFolder, recipe: Recipe, event: dict[str, Any]) -> N
 
 
 def close_trackers() -> None:
-    """Let all trackers send what is left, for ``WAIT`` seconds at most."""
+    """Let all trackers send the rest, for at most ``WAIT`` seconds."""
     for sender in _senders.values():
         sender.send(None)
     end = time.monotonic() + WAIT
@@ -84,14 +84,14 @@ def _run_id(folder: RunFolder) -> str:
         mine = uuid.uuid4().hex[:12]
         own = path.with_name(f".trackers.{mine}.json")
         write_json(own, {"id": mine})
-        with contextlib.suppress(FileExistsError):  # of jobs that begin at one time, the first
+        with contextlib.suppress(FileExistsError):  # if several jobs start at the same time, the first one wins
             os.link(own, path)
         own.unlink()
     return str(read_json(path)["id"])
 
 
 class _Sender:
-    """A tracker's thread, and what waits for it."""
+    """A tracker's thread and its queue."""
 
     def __init__(self, name: str, opener: Callable[[], Tracker]) -> None:
         self.name = name
@@ -114,15 +114,15 @@ class _Sender:
                 numbers.pop(f"{kind}/step", None)
                 tracker.figures(event.get("step"), numbers)
             tracker.close()
-        except Exception as error:  # whatever a tracker raises, the training goes on
-            console.print(f"report_to: {self.name} failed and is told nothing more ({type(error).__name__}: {error})")
+        except Exception as error:  # whatever a tracker raises, training continues
+            console.print(f"report_to: {self.name} failed and gets no more figures ({type(error).__name__}: {error})")
 
 
 _senders: dict[tuple[Path, str, str], _Sender] = {}
 
 
 def _flat(recipe: Recipe) -> dict[str, str]:
-    """The recipe as ``section.key: value``, for trackers that know no sections."""
+    """The recipe as ``section.key: value``, for trackers without sections."""
 
     def walk(tree: Any, path: tuple[str, ...]) -> dict[str, str]:
         if not isinstance(tree, dict):
@@ -138,7 +138,7 @@ class TensorBoard:
     def __init__(self, folder: RunFolder, recipe: Recipe, name: str, run_id: str, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps after the checkpoint that a job goes on from are done again: the first ones are hidden.
+        # Steps after the checkpoint from which a job resumes are repeated: the earlier records are hidden.
         self.writer = SummaryWriter(str(folder.root / "tensorboard" / name), purge_step=step + 1 if step else None)
         lines = [f"    {key}: {value}" for key, value in _flat(recipe).items()]
         self.writer.add_text("recipe", "\n".join(lines))
@@ -159,7 +159,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the experiment that has the recipe's name. Where it is kept says ``MLFLOW_TRACKING_URI``."""
+    """A run of the experiment with the recipe's name. ``MLFLOW_TRACKING_URI`` says where it is stored."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, name: str, run_id: str, step: int) -> None:
         from mlflow.tracking import MlflowClient
@@ -186,7 +186,7 @@ class MLflow:
 
 
 class Wandb:
-    """A run in the project that has the recipe's name; ``WANDB_MODE=offline`` keeps it for ``wandb sync``."""
+    """A run in the project with the recipe's name; ``WANDB_MODE=offline`` stores it for ``wandb sync``."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, name: str, run_id: str, step: int) -> None:
         import wandb
@@ -216,7 +216,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run in the project that has the recipe's name, kept on this machine or in the Space of ``TRACKIO_SPACE_ID``."""
+    """A run in the project with the recipe's name, stored on this machine or in the Space ``TRACKIO_SPACE_ID``."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, name: str, run_id: str, step: int) -> None:
         import trackio
@@ -241,4 +241,4 @@ _TRACKERS: dict[str, Callable[[RunFolder, Recipe, str, str, int], Tracker]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-"""Each opens a run: its folder, recipe, name, id, and the step that it goes on from."""
+"""Each opens a run, given its folder, recipe, name, id, and the step from which it resumes."""

@@ -203,7 +203,7 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
     recipe = load_recipe(
         tiny_recipe(tmp_path / "b", {"data": without, "models.reference": by_group, "prompt.template": "{text}"})
     )
-    with pytest.raises(InputError, match=r"no example has a group; name the column: data\.columns\.group"):
+    with pytest.raises(InputError, match=r"no example has a group; set the column with data\.columns\.group"):
         reference_jobs(
             Run(recipe, RunFolder(tmp_path / "b" / "run"), Ranks.alone()),
             prepare(recipe, RunFolder(tmp_path / "b" / "run")),

@@ -182,7 +182,7 @@ def test_answers_round_trip_leaves_unmapped_out(tmp_path):
         ("1\tCause-Effect(e1, e2)\n", r":1: unknown label"),
         ("1\tCause-Effect\n", r":1: unknown label"),
         ("1\tother\n", r":1: unknown label"),
-        ("1\tOther\n2\tOther\n1\tOther\n", r":3: id '1' comes a second time"),
+        ("1\tOther\n2\tOther\n1\tOther\n", r":3: id '1' is a duplicate"),
     ],
 )
 def test_bad_answer_lines_are_refused_with_file_and_line(tmp_path, text, message):

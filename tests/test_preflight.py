@@ -312,7 +312,7 @@ def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_pa
             marks=pytest.mark.slow,
         ),
         pytest.param("stop", "matmul", "has died or hangs", marks=pytest.mark.slow),
-        pytest.param("sleep", "all-reduce", "did not come to its end in 15 s", marks=pytest.mark.slow),
+        pytest.param("sleep", "all-reduce", "did not finish it in 15 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_falls_out_ends_all_and_is_named(
@@ -337,5 +337,5 @@ def test_a_rank_that_does_not_come_is_named(tiny_recipe: WriteRecipe, tmp_path: 
     done = Job(
         [sys.executable, "-m", "atlantis_ds", "preflight", str(recipe)], place | {"MASTER_PORT": str(free_port())}
     ).wait(60)
-    assert done.code == 1 and "within 0.05 minutes: ranks 1, 2 did not come" in done.out, done.out
+    assert done.code == 1 and "within 0.05 minutes: ranks 1, 2 did not connect" in done.out, done.out
     assert "Traceback" not in done.out and not (tmp_path / "run").exists()

@@ -248,7 +248,7 @@ def test_parts_of_other_nodes_may_be_seen_late(scored, ranks, tmp_path, monkeypa
     assert late and [read_table(folder.scores / name)[0] for name in SHARDS] == [
         read_table(whole.scores / name)[0] for name in SHARDS
     ]
-    with pytest.raises(RunError, match="not seen here within"):
+    with pytest.raises(RunError, match="not visible here after"):
         wait_for_files([folder.scores / "parts" / "never.parquet"], 0.5)
     assert not list((folder.scores / "parts").iterdir()), "looking again leaves nothing"
 

@@ -772,7 +772,7 @@ def test_several_record_batches_hold_what_one_holds(tmp_path, monkeypatch, more)
     "labels,scope,said",
     [
         ("abcdef", "per_label", "no label has two training examples: all weights will be 1"),
-        ("aabbcd", "per_label", "2 of 4 labels have one training example; under per_label it weighs 1"),
+        ("aabbcd", "per_label", "2 of 4 labels have only one training example; with per_label, its weight is 1"),
         ("aabbcd", "global", None),
         ("aabb", "per_label", None),
     ],

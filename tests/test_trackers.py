@@ -125,7 +125,7 @@ def test_a_tracker_that_fails_or_hangs_holds_nothing_up(
     folder.root.mkdir()
     tell(folder, recipe, 0, 200)
     said = capsys.readouterr().out
-    assert ("tensorboard failed and is told nothing more (ConnectionError: the server is gone)" in said) == (
+    assert ("tensorboard failed and gets no more figures (ConnectionError: the server is gone)" in said) == (
         kind is Broken
     )
 

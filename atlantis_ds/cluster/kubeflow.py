@@ -67,7 +67,8 @@ def kubeflow_job(recipe: Recipe, stage: str, pods: Pods) -> list[dict[str, Any]]
 
 
 def _job_set(name: str, stage: str, pods: Pods) -> dict[str, Any]:
-    """For one job with one pod per node. A pod that was stopped, or evicted from its node, is not counted as a restart."""
+    """For a job with one pod per node. A pod that was stopped, or evicted from its node, does not count as a
+    restart."""
     stopped = [
         {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [STOPPED]}},
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

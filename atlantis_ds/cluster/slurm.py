@@ -45,7 +45,7 @@ class Resources:
 
 
 def job_files(recipe: Recipe, folder: RunFolder, jobs: list[Job], resources: Resources) -> dict[str, str]:
-    """The files that ``submit`` writes to ``slurm/`` in the run folder, name → text: a filled-in bundled file per job.
+    """The files that ``submit`` writes to ``slurm/`` in the run folder, name → text: one filled-in file per job.
 
     Raises:
         InputError: an option is malformed, or is set by the chain itself; the message names it.
