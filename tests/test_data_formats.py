@@ -96,7 +96,7 @@ def test_semeval_test_labels_are_the_official_key():
         (semeval_record(1) + semeval_record(2, "a cat</e1> in a <e2>box</e2>"), 5, "<e1> is missing"),
         (semeval_record(1, "a <e1> </e1> in a <e2>box</e2>"), 1, "encloses no text"),
         (semeval_record(1, "a </e1>cat<e1> in a <e2>box</e2>"), 1, "encloses no text"),
-        (semeval_record(1, "a <e1>cat</e1> <e1>in</e1> a <e2>box</e2>"), 1, "stands twice"),
+        (semeval_record(1, "a <e1>cat</e1> <e1>in</e1> a <e2>box</e2>"), 1, "occurs twice"),
         (semeval_record(1) + semeval_record(2, label="Cause-Effect"), 6, "unknown label 'Cause-Effect'"),
         (semeval_record(1) + semeval_record(2) + semeval_record(1), 9, "'1' comes twice"),
         (semeval_record(1) + semeval_record(2, label=""), 6, "empty label"),

@@ -322,16 +322,16 @@ def test_prepare_says_what_it_left_out(tmp_path):
     path.write_text(json.dumps({**recipe(data).model_dump(exclude_unset=True), "runs_dir": str(tmp_path)}))
     said = succeed("local", 1, "prepare", path)
     assert "8 train, 0 dev, 3 test" in said
-    assert "left out 2 rows of train whose text stands in test, too" in said and said.count("left out") == 1
+    assert "left out 2 rows of train whose text is also in test" in said and said.count("left out") == 1
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"train_size": 11}, "data.train_size: 11 examples asked for, but there are 10"),
-        ({"test_size": 5}, "data.test_size: 5 examples asked for, but there are 4"),
+        ({"train_size": 11}, "data.train_size: 11 examples requested, but there are only 10"),
+        ({"test_size": 5}, "data.test_size: 5 examples requested, but there are only 4"),
         ({"dev_size": 10}, "data.dev_size: 10"),
-        ({"dev_size": 6, "train_size": 5}, "data.train_size: 5 examples asked for, but there are 4"),
+        ({"dev_size": 6, "train_size": 5}, "data.train_size: 5 examples requested, but there are only 4"),
         ({"labels": ["x", "y", "x"]}, "data.labels: "),
         ({"labels": []}, "data.labels: "),
         ({"labels": ["x", "y", " "]}, "data.labels: "),
@@ -374,11 +374,11 @@ def test_a_bad_recipe_leaves_the_run_folder_alone(tmp_path):
 def test_prepare_names_missing_and_empty_files(tmp_path):
     data = jsonl_data(tmp_path)
     (tmp_path / "test.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: holds no example"):
+    with pytest.raises(InputError, match=r"data\.test: .*test\.jsonl: contains no example"):
         prepare(recipe(data), RunFolder(tmp_path / "r"))
     (tmp_path / "none.jsonl").write_text("\n")
     empty = recipe({**data, "labels": None, "train": str(tmp_path / "none.jsonl")})
-    with pytest.raises(InputError, match=r"data\.train: .*none\.jsonl: holds no example"):
+    with pytest.raises(InputError, match=r"data\.train: .*none\.jsonl: contains no example"):
         prepare(empty, RunFolder(tmp_path / "r"))
     (tmp_path / "test.jsonl").unlink()
     for look in (look_at_data, lambda recipe: prepare(recipe, RunFolder(tmp_path / "r"))):

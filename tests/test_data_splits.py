@@ -139,7 +139,7 @@ def test_subset_is_seeded_nested_and_in_order():
     assert drawn(20, 1) != small and drawn(None, 0) == list(range(100)) == drawn(100, 0)
     with pytest.raises(InputError, match=r"data\.train_size: 101 .* 100$"):
         drawn(101, 0)
-    with pytest.raises(InputError, match=r"100 \(7 more have a text that stands in another split, too\)"):
+    with pytest.raises(InputError, match=r"100 \(7 more have a text that is also in another split\)"):
         subset(draws(0, "x", ids), 101, "train_size", left_out=7)
 
 
@@ -216,7 +216,7 @@ def test_noise_makes_right_labels_wrong_and_no_other(count, rate, seed, data):
 def test_noise_counts_on_top_of_wrong_weak_labels():
     clean, made = noisy(100, Noise(rate=0.2), gold=[0] * 100)  # 75 of them are wrong already
     assert (made != 0).sum() == 75 + 20 and (made[clean != 0] == clean[clean != 0]).all()
-    with pytest.raises(InputError, match=r"data\.noise\.rate: 30 labels of 100 .* only 25"):
+    with pytest.raises(InputError, match=r"data\.noise\.rate: 30 of 100 labels .* only 25"):
         noisy(100, Noise(rate=0.3), gold=[0] * 100)
 
 
@@ -250,7 +250,7 @@ def test_a_wrong_response_is_another_text_of_those_drawn(responses, rate, seed):
     try:
         source = noisy_responses(order, responses.__getitem__, Noise(rate=rate))
     except InputError as error:
-        assert len({responses[row] for row in drawn}) == 1 and "the responses drawn are all the same" in str(error)
+        assert len({responses[row] for row in drawn}) == 1 and "all drawn responses are the same" in str(error)
         return
     for row, other in enumerate(source.tolist()):
         assert (responses[other] != responses[row] and other in drawn) if row in drawn else other == row

@@ -125,7 +125,7 @@ def test_what_the_rows_do_not_tell_is_asked_or_wanted(tmp_path: Path) -> None:
     refuse(launch("local", 1, "init", tmp_path / "none.jsonl", "--out", recipe), "none.jsonl", "no such file")
     assert not recipe.exists()
     asked = in_a_terminal(["init", str(data), "--out", str(recipe)], ["y\n", "some/model\n"])
-    assert asked.code == 0 and "Which column holds the label" in asked.out, asked.out
+    assert asked.code == 0 and "Which column contains the label" in asked.out, asked.out
     assert "label: y" in recipe.read_text() and "model_name_or_path: some/model" in recipe.read_text()
 
 

@@ -278,7 +278,7 @@ def test_a_file_that_is_no_csv_with_commas_is_refused(tmp_path: Path) -> None:
 def test_data_that_cannot_be_written_say_so(tmp_path: Path) -> None:
     data = questions(tmp_path)
     noisy = prepared(tmp_path, {**data, "noise": {"kind": "uniform", "rate": 0.2}}, "noisy")
-    with pytest.raises(InputError, match=r"data\.noise: its wrong labels are in the run alone"):
+    with pytest.raises(InputError, match=r"data\.noise: its wrong labels are only in the run"):
         relabel(noisy, tmp_path / "any.csv", None)
     run = prepared(tmp_path, data)
     rows = listed(run)

@@ -160,8 +160,8 @@ def test_a_value_that_python_cannot_hold_is_one_bad_row(tmp_path):
         ('{"text": ', "not valid JSON at column 10: Expecting value"),
         ("[1, 2]", "expected a JSON object, not [1, 2]"),
         ('"text"', "expected a JSON object, not 'text'"),
-        ('{"text": "a \\ud83d"}', "half of a surrogate pair (\\ud83d) in `text`; mend the text"),
-        ('{"turns": [{"content": "\\uDE00"}]}', "half of a surrogate pair (\\ude00) in `turns`; mend the text"),
+        ('{"text": "a \\ud83d"}', "half of a surrogate pair (\\ud83d) in `text`; correct the text"),
+        ('{"turns": [{"content": "\\uDE00"}]}', "half of a surrogate pair (\\ude00) in `turns`; correct the text"),
         ("[" * 100_000, "not valid JSON: nested too deep"),
         ('{"n": ' + "1" * 5000 + "}", "cannot be read: Exceeds the limit (4300 digits)"),
     ],
@@ -186,8 +186,8 @@ def test_bad_rows_of_a_json_array(tmp_path):
     [
         ("one", "1 cells, but the header has 2"),
         ("a,b,c", "3 cells, but the header has 2"),
-        ('"a"b,c', "quote marks or line ends are wrong at line 3: ',' expected after '\"'"),
-        ("a\rb,c", "quote marks or line ends are wrong at line 3: new-line character seen in unquoted field"),
+        ('"a"b,c', "quotation marks or line ends are wrong at line 3: ',' expected after '\"'"),
+        ("a\rb,c", "quotation marks or line ends are wrong at line 3: new-line character seen in unquoted field"),
     ],
 )
 def test_bad_csv_row(tmp_path, line, what):
@@ -201,7 +201,7 @@ def test_a_quote_mark_that_is_never_closed(tmp_path):
     where, what = one_problem(write(tmp_path / "a.csv", 'text,label\n"x,y\nz,w\n'))
     assert (where, what) == (
         "a.csv: row 1",
-        "quote marks or line ends are wrong at line 3: unexpected end of data",
+        "quotation marks or line ends are wrong at line 3: unexpected end of data",
     )
 
 
@@ -219,7 +219,7 @@ def test_a_quote_mark_that_is_never_closed(tmp_path):
         ("a.parquet", "no Parquet", "a.parquet: cannot be read: "),
         ("a.parquet", "", "a.parquet: cannot be read: "),
         ("a.arrow", "no Arrow", "a.arrow: cannot be read: "),
-        ("a.txt", "text", "a.txt: not a known kind of data file; known are .jsonl, .ndjson, .json, .csv, .tsv (each "),
+        ("a.txt", "text", "a.txt: not a known kind of data file; known kinds are .jsonl, .ndjson, .json, .csv, .tsv (each "),
         ("a.parquet.gz", "", "a.parquet.gz: not a known kind of data file"),
     ],
 )
@@ -296,7 +296,7 @@ def test_expand(tmp_path, monkeypatch):
         with pytest.raises(InputError) as error:
             expand(["~/notes.txt", path], "data.train")
         assert str(error.value) == f"data.train: {path}: no such file"
-    with pytest.raises(InputError, match=r"data.dev: ~/folder.csv: no data file in this folder; known are .jsonl"):
+    with pytest.raises(InputError, match=r"data.dev: ~/folder.csv: no data file in this folder; known kinds are .jsonl"):
         expand("~/folder.csv", "data.dev")
 
 

@@ -158,14 +158,14 @@ def test_minus_one_is_a_label_where_the_recipe_says_so(tmp_path):
 def test_train_without_any_label(tmp_path):
     rows = [{"text": "a", "label": None}, {"text": "b", "label": -1}]
     said = refused(tmp_path, {"train": write(tmp_path / "train.jsonl", rows)}, check=False)
-    assert said == f"data.train: {tmp_path}/train.jsonl: holds no example (2 rows have no label)"
+    assert said == f"data.train: {tmp_path}/train.jsonl: contains no example (2 rows have no label)"
 
 
 def test_an_empty_label_outside_train_is_a_bad_row(tmp_path):
     data = {"train": write(tmp_path / "train.jsonl", LABELLED)}
     test = [{"text": "a", "label": "yes"}, {"text": "b", "label": None, "gold": -1}]
     said = refused(tmp_path, {**data, "test": write(tmp_path / "test.jsonl", test)})
-    assert said == f"{tmp_path}/test.jsonl:2: empty label: neither a label (or response) nor a gold one"
+    assert said == f"{tmp_path}/test.jsonl:2: empty label: there is neither a label (or response) nor a gold one"
 
 
 def test_test_rows_with_gold_alone(tmp_path):
@@ -229,8 +229,8 @@ def test_labels_that_differ_in_case_or_spaces_alone_are_noted(tmp_path):
     tree = recipe({"train": str(tmp_path / "train.jsonl")}).model_dump(exclude_unset=True)
     path.write_text(json.dumps({**tree, "runs_dir": str(tmp_path)}))
     said = " ".join(succeed("local", 1, "prepare", path).split())
-    assert "the labels 'Sports', 'sports' differ in case or spaces alone; are they one label?" in said
-    assert "the labels 'Live in', 'LiveIn' differ in case or spaces alone" in said and said.count("differ in") == 2
+    assert "the labels 'Sports', 'sports' differ only in case or spaces; are they the same label?" in said
+    assert "the labels 'Live in', 'LiveIn' differ only in case or spaces" in said and said.count("differ in") == 2
 
 
 def test_an_unknown_label_among_many_does_not_print_all(tmp_path):
@@ -238,7 +238,7 @@ def test_an_unknown_label_among_many_does_not_print_all(tmp_path):
     train = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
     data = {"train": write(tmp_path / "train.jsonl", train)}
     for label, words in (
-        ("label 077", "unknown label 'label 077'; it is none of the 40 labels; close to it: label 07, "),
+        ("label 077", "unknown label 'label 077'; it is not one of the 40 labels; similar: label 07, "),
         ("xyz", "unknown label 'xyz'; it is none of the 40 labels"),
     ):
         test = write(tmp_path / "test.jsonl", [{"text": "new", "label": label}])
@@ -326,7 +326,7 @@ def test_several_files_and_patterns(tmp_path):
     assert refused(tmp_path, {"train": f"{tmp_path}/none-*.csv"}) == f"data.train: {tmp_path}/none-*.csv: no such file"
     for path in parts:
         Path(path).write_text("")
-    assert refused(tmp_path, {"train": parts}, check=False) == f"data.train: {', '.join(parts)}: holds no example"
+    assert refused(tmp_path, {"train": parts}, check=False) == f"data.train: {', '.join(parts)}: contains no example"
 
 
 def test_files_of_the_same_content_are_another_list(tmp_path):
@@ -369,7 +369,7 @@ def test_groups(tmp_path):
 def test_a_named_column_that_is_not_there(tmp_path, column):
     train = write(tmp_path / "train.csv", LABELLED)
     said = refused(tmp_path, {"train": train, "columns": {column: "weak"}})
-    assert said == f"{train}: row 1: data.columns.{column}: there is no column 'weak'; the row has text, label"
+    assert said == f"{train}: row 1: data.columns.{column}: no column 'weak'; the row has text, label"
 
 
 def test_gold_may_be_missing_in_train_but_not_in_test(tmp_path):
@@ -391,7 +391,7 @@ def test_no_label_column(tmp_path, task):
 def test_no_response_column(tmp_path):
     train = write(tmp_path / "train.jsonl", [{"question": "a", "reply": "b"}] * 3)
     said = refused(tmp_path, {"train": train, "task": "response"})
-    assert said.startswith(f"{train}:1: no column for the response; name it as data.columns.response")
+    assert said.startswith(f"{train}:1: no column for the response; set it with data.columns.response")
     said = refused(tmp_path, {"train": train, "columns": {"response": "said"}})
     assert said == f"{train}:1: data.columns.response: there is no column 'said'; the row has question, reply"
     said = refused(tmp_path, {"train": train, "columns": {"messages": "chat"}})
@@ -417,8 +417,8 @@ def test_a_row_with_nothing_for_the_prompt(tmp_path):
     with pytest.raises(InputError) as error:
         prepare(recipe({"train": train}), RunFolder(tmp_path / "run"))
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"{train}:2: the prompt is empty: nothing stands in text (2 rows cannot be read: 2 x ")
-    assert lines[1:] == [f"  {train}:3: the prompt is empty: nothing stands in text"]
+    assert lines[0].startswith(f"{train}:2: the prompt is empty: there is no text in text (2 rows cannot be read: 2 x ")
+    assert lines[1:] == [f"  {train}:3: the prompt is empty: there is no text in text"]
     with pytest.raises(InputError, match=r"train\.jsonl:2: the prompt is empty"):
         look_at_data(recipe({"train": train}))
 
@@ -508,7 +508,7 @@ def test_response_rows_without_a_response(tmp_path):
     assert named.test == found.test
     none = write(tmp_path / "none.jsonl", [{"question": "x", "answer": None}])
     said = refused(tmp_path, {**data, "test": none})
-    assert said == f"{none}:1: empty label: neither a label (or response) nor a gold one"
+    assert said == f"{none}:1: empty label: there is neither a label (or response) nor a gold one"
     said = refused(tmp_path, {**data, "train": write(tmp_path / "bad.jsonl", rows)})
     assert said == f"{tmp_path}/bad.jsonl:3: `answer` is empty or not a text"
 
@@ -573,7 +573,7 @@ def test_split_turns():
         ([{"from": "human", "value": "a"}], "not a list of {role, content} turns"),
         ([], "no assistant turn to learn"),
         (TURNS[:2], "no assistant turn to learn"),
-        (TURNS[2:3], "the chat begins with the assistant"),
+        (TURNS[2:3], "the chat begins with an assistant turn"),
         ([TURNS[1], {"role": "assistant", "content": " \n"}], "an assistant turn is empty"),
         ([{"role": "user", "content": "\ud83d"}, TURNS[2]], "half of a surrogate pair"),
     ],
@@ -588,7 +588,7 @@ def test_split_turns_refuses(turns, words, train_on):
 def test_split_turns_judges_what_is_learned_alone():
     greeting = [TURNS[2], *TURNS[3:5]]
     assert json.loads(split_turns(greeting, "last")[1]) == TURNS[4:5]
-    with pytest.raises(BadRow, match="begins with the assistant"):
+    with pytest.raises(BadRow, match="begins with an assistant turn"):
         split_turns(greeting, "all")
     silent = [TURNS[1], {"role": "assistant", "content": ""}, *TURNS[3:5]]
     assert json.loads(split_turns(silent, "last")[1]) == TURNS[4:5]
@@ -628,7 +628,7 @@ def test_a_chat_with_a_template_is_refused(tmp_path, template):
     data = {"task": "response", "train": write(tmp_path / "train.jsonl", [{"messages": TURNS}] * 3)}
     said = refused(tmp_path, data, {"template": template})
     assert said == (
-        f"{data['train']}:1: prompt.template: a chat is written by the tokenizer's own chat template; remove it"
+        f"{data['train']}:1: prompt.template: the tokenizer's own chat template formats a chat; remove the key"
     )
 
 
@@ -637,7 +637,7 @@ def test_chats_and_single_prompts_are_not_mixed(tmp_path):
     single = write(tmp_path / "single.jsonl", [{"prompt": "a", "completion": "b"}])
     for train, test in ((chats, single), (single, chats)):
         said = refused(tmp_path, {"task": "response", "train": train, "test": test})
-        assert said == "data.test: chats in one split and single prompts in another; give one kind"
+        assert said == "data.test: one split has chats and another has single prompts; use one kind in all splits"
     said = refused(tmp_path, {"task": "response", "train": [chats, single]})
     assert said.startswith(f"{single}:1: the row has prompt, but the rows before it messages")
 
@@ -667,7 +667,7 @@ def test_bad_rows_are_dropped_where_the_recipe_says_so(tmp_path):
 def test_only_bad_rows(tmp_path):
     train = write(tmp_path / "train.jsonl", ["{broken", "[1]"])
     said = refused(tmp_path, {"train": train, "on_bad_row": "drop"}, check=False)
-    assert said == f"data.train: {train}: holds no example (2 rows cannot be read)"
+    assert said == f"data.train: {train}: contains no example (2 rows cannot be read)"
 
 
 def test_more_than_ten_bad_rows(tmp_path):

@@ -1,1 +1,1 @@
-"""Room 1: formats in, one table of examples out."""
+"""Step 1: reads all formats and writes one table of examples."""

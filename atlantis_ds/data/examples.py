@@ -1,4 +1,5 @@
-"""The prepared examples of a run: one memory-mapped Arrow file a split, read by every stage and rank without copies."""
+"""The prepared examples of a run: one memory-mapped Arrow file per split, read by all stages and ranks without
+copies."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from atlantis_ds.run_folder import RunFolder
 
 SPLITS = ("train", "dev", "test")
 ROWS = 8192
-"""Rows of a record batch, and of one file of tokens."""
+"""Rows per record batch, and per token file."""
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -32,9 +33,9 @@ SCHEMA = pa.schema(
         pa.field("fold", pa.uint64(), nullable=False),
     ]
 )
-"""``prompt`` is text, and so is ``target`` (a label or response); in a chat both are JSON lists of turns. ``gold`` is
-the true target where it is known. ``fold`` is a seeded draw, equal for equal texts: modulo the number of folds it is
-the example's fold."""
+"""``prompt`` and ``target`` (a label or response) are text; in a chat both are JSON lists of turns. ``gold`` is the
+true target, where it is known. ``fold`` is a seeded draw, equal for equal texts: modulo the number of folds, it is the
+example's fold."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Split:
     labels: list[str] | None
     """The label set; None for responses."""
     digest: str
-    """Of ids, prompts and targets: what scores and trainings depend on."""
+    """Digest of ids, prompts and targets, on which scores and training depend."""
     gold_digest: str
-    """Of ids, prompts and gold targets."""
+    """Digest of ids, prompts and gold targets."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -66,7 +67,7 @@ class Split:
 
     @property
     def golds(self) -> pa.ChunkedArray:
-        """Null where the true target is not known."""
+        """Null where the true target is unknown."""
         return self.table["gold"]
 
     @property
@@ -75,8 +76,8 @@ class Split:
 
     @functools.cached_property
     def memberships(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Examples, int [m], in their order, and the groups of each, int [m] into the names, the first named first; -1
-        where an example has none."""
+        """Examples, int [m], in order, and their groups, int [m], as indices into the names, the first group first; -1
+        if an example has none."""
         split = pc.split_pattern(pc.fill_null(self.groups, ""), GROUPS).combine_chunks()
         rows, each = pc.list_parent_indices(split).to_numpy(), pc.list_flatten(split)
         names = pc.unique(each)
@@ -86,22 +87,22 @@ class Split:
 
     @functools.cached_property
     def codes(self) -> np.ndarray:
-        """int32 [n]: each target's number in the label set."""
+        """int32 [n]: the index of each target in the label set."""
         return self._numbers("target")
 
     @functools.cached_property
     def gold_codes(self) -> np.ndarray:
-        """int32 [n]: the same of the gold labels; -1 where none is known."""
+        """int32 [n]: the same for the gold labels; -1 where none is known."""
         return self._numbers("gold")
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
-        """int8 [n]: 1 where the target is the gold one, 0 where it is not, -1 where none is known."""
+        """int8 [n]: 1 if the target equals the gold target, 0 if not, -1 if no gold target is known."""
         equal = pc.equal(self.targets, self.golds)
         return np.asarray(pc.fill_null(equal.cast(pa.int8()), -1).to_numpy(), dtype=np.int8)
 
     def folds(self, number: int) -> np.ndarray:
-        """int64 [n]: each example's fold, of ``number``; equal texts share one."""
+        """int64 [n]: the fold of each example, out of ``number``; equal texts share a fold."""
         return np.asarray(self.text_codes % np.uint64(number), dtype=np.int64)
 
     @property
@@ -123,15 +124,16 @@ class Examples:
     dev: Split
     test: Split
     labels: list[str] | None
-    """The label set in its order; None for responses."""
+    """The label set, in order; None for responses."""
     task: Task
     chat: bool
     """Whether prompts and targets are lists of turns."""
     fingerprint: str
     train_fingerprint: str
-    """Of what is scored and trained on: the seed, the label set, the training and dev examples; not of test or gold."""
+    """Digest of the seed, label set, training and dev examples, on which scores and training depend; not of test or
+    gold."""
     info: dict[str, Any]
-    """``examples.json``: counts, what was left out, notes."""
+    """The contents of ``examples.json``: counts, what was left out, notes."""
 
 
 def load_examples(folder: RunFolder) -> Examples:
@@ -169,7 +171,7 @@ def map_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     """Memory-map an Arrow file of the run folder.
 
     Returns:
-        the table, and the ``info`` it was written with.
+        the table, and the ``info`` with which it was written.
 
     Raises:
         InputError: the file is missing or broken.
@@ -185,7 +187,7 @@ def map_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], info: dict[str, Any]) -> None:
-    """Write an Arrow file batch by batch, with ``info`` in its metadata; whole or absent."""
+    """Write an Arrow file batch by batch, with ``info`` in its metadata; it is complete or absent."""
     schema = schema.with_metadata({"atlantis_ds": json.dumps(info, sort_keys=True)})
 
     def write(temporary: Path) -> None:

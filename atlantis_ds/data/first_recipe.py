@@ -1,4 +1,4 @@
-"""``atlantis-ds init``: a commented recipe for a data file that ``check`` accepts."""
+"""``atlantis-ds init``: writes a commented recipe for a data file, which ``check`` accepts."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_text
 
 MODEL = "Qwen/Qwen2.5-1.5B"
-"""The model of a first recipe: large enough to be of use, small enough for LoRA on one GPU of 24 GB."""
+"""The model of a first recipe: large enough to be useful, small enough for LoRA on one 24 GB GPU."""
 
 
 def write_first_recipe(out: Path, data: Path, test: Path | None, model: str, found: Guess) -> None:
-    """Write a recipe for ``data``, which is what ``found`` says.
+    """Write a recipe for ``data`` with the columns in ``found``.
 
     Raises:
-        InputError: ``out`` is there already, or the data cannot be read as the recipe says.
+        InputError: ``out`` exists already, or the data cannot be read with this recipe.
     """
     if out.exists():
-        raise InputError(f"{out}: is there already; name another file with --out")
+        raise InputError(f"{out}: exists already; name another file with --out")
     text = recipe_text(out, data, test, model, found)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "recipe.yaml"
@@ -36,12 +36,12 @@ def write_first_recipe(out: Path, data: Path, test: Path | None, model: str, fou
 
 
 def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Guess) -> str:
-    """The recipe, with comments that say what may be changed."""
+    """The recipe, with comments that say what can be changed."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", out.stem).lstrip("._-") or "run"
     groups = "group" in found.columns
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# Written by `atlantis-ds init {shlex.quote(str(data))}`. `atlantis-ds check {out}` looks at it.",
+        f"# Written by `atlantis-ds init {shlex.quote(str(data))}`. `atlantis-ds check {out}` checks it.",
         f"name: {_text(name)} # the run folder is runs/{name}",
         "seed: 1",
         "data:",
@@ -60,49 +60,50 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
         ]
     lines += [
         "models:",
-        f"  large: {{model_name_or_path: {_text(model)}}} # is trained",
+        f"  large: {{model_name_or_path: {_text(model)}}} # the model to train",
         f"  small: {{model_name_or_path: {_text(model)}}} # the reference starts from it; a smaller one is cheaper",
         *_reference_lines(groups),
         *_weights_lines(found.task, groups),
         "train:",
-        "  mode: lora # or full, qlora; `atlantis-ds plan` says what fits",
+        "  mode: lora # or full, qlora; `atlantis-ds plan` says what fits in memory",
         "  deepspeed: zero0.json",
-        "  learning_rate: 1e-4 # for mode: full rather 1e-5",
+        "  learning_rate: 1e-4 # for mode: full, use about 1e-5",
         "  num_train_epochs: 3",
         "  train_batch_size: 16",
         "  per_device_train_batch_size: 4",
-        "arms: # what is trained and compared; `compare` trains each with several seeds",
+        "arms: # what to train and compare; `compare` trains each with several seeds",
         "  sft: {weights: {formula: uniform}}",
         "  atlantis: {}",
     ]
     if "gold" in found.columns:
-        lines.append("  # gold: {gold: true, weights: {formula: uniform}} # what right labels would give")
+        lines.append("  # gold: {gold: true, weights: {formula: uniform}} # shows what right labels would give")
     return "\n".join(lines) + "\n"
 
 
 def _test_lines(test: Path | None, groups: bool) -> list[str]:
     if test is not None:
         return [f"  test: {_text(str(test))}"]
-    return ["  # test: FILE # with gold labels; without it nothing is evaluated, and `compare` has nothing to compare"]
+    return ["  # test: FILE # with gold labels; without it, nothing is evaluated or compared"]
 
 
 def _reference_lines(groups: bool) -> list[str]:
     if groups:
         return [
-            "  reference: {folds: 4, folds_by: group} # an example's scorer saw nothing of its group",
+            "  reference: {folds: 4, folds_by: group} # each example is scored by a model that saw nothing of its "
+            "group",
         ]
-    return ["  reference: {folds: 4, rounds: 2} # an example's scorer did not train on it"]
+    return ["  reference: {folds: 4, rounds: 2} # each example is scored by a model not trained on it"]
 
 
 def _weights_lines(task: str, groups: bool) -> list[str]:
     if task == "response":
         return ["weights: {formula: reference, power: 2, clip: [0, 1.6]} # docs/results.md"]
     power = ", power: 4" if groups else ""
-    return [f"weights: {{formula: posterior{power}}} # docs/results.md; weights are 1 where no noise is found"]
+    return [f"weights: {{formula: posterior{power}}} # docs/results.md; weights are 1 if no noise is found"]
 
 
 def _text(text: str) -> str:
-    """A text in YAML, in quotes where it needs them."""
+    """A text in YAML, in quotes if necessary."""
     plain = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", text) and text.lower() not in (
         "true",
         "false",

@@ -1,4 +1,4 @@
-"""A first recipe for a data file: what its columns are, guessed from the rows and asked where that is not enough."""
+"""For a first recipe: guesses the columns of a data file from its rows, and asks if the rows are not clear."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from atlantis_ds.data.sources import read_rows
 from atlantis_ds.errors import InputError
 
 ROWS = 5000
-"""Rows that are looked at."""
+"""Number of rows to inspect."""
 LABELS = (
     "label",
     "labels",
@@ -37,59 +37,59 @@ IDS = ("id", "idx", "uid", "guid")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "context"), ("text_a", "text_b"))
 MOST_LABELS = 200
 LONGEST_LABEL = 60
-"""Characters, in the mean: what is longer is a text."""
+"""Mean number of characters; longer values are texts."""
 
 Ask = Callable[[str, str, list[str]], str]
-"""Called with a flag, a question and the possible answers; gives one of these."""
+"""Called with an option, a question and the possible answers; returns one of the answers."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the first rows hold in one column."""
+    """What the first rows contain in one column."""
 
     name: str
     filled: int
-    """Rows where it is not empty."""
+    """Rows in which it is not empty."""
     distinct: int
     is_text: bool
     can_be_label: bool
     length: float
-    """Characters, in the mean."""
+    """Mean number of characters."""
 
 
 @dataclass
 class Guess:
-    """What a data file holds, for a recipe."""
+    """What a data file contains, for a recipe."""
 
     task: Task
     format: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
-    """What ``data.columns`` is to say: label, gold, response, messages, group, id."""
+    """The values for ``data.columns``: label, gold, response, messages, group, id."""
     template: str | None = None
     labels: int = 0
-    """Different labels in the first rows."""
+    """Number of different labels in the first rows."""
     notes: list[str] = field(default_factory=list)
-    """What was guessed, in sentences."""
+    """What was guessed, as sentences."""
 
 
 def guess(path: Path, task: Task | None, given: dict[str, str], texts: list[str], ask: Ask) -> Guess:
-    """What the rows of a data file are, so that a recipe can name it.
+    """What the rows of a data file contain, for its recipe.
 
     Args:
         path: JSON Lines, JSON, CSV, TSV, Parquet, Arrow; the official SemEval file, or SpERT's JSON.
-        task: where it is known.
-        given: columns that are known: label, gold, response, messages, group, id.
-        texts: the columns of the prompt, where they are known.
-        ask: for what the rows do not tell.
+        task: if known.
+        given: known columns: label, gold, response, messages, group, id.
+        texts: the columns of the prompt, if known.
+        ask: called if the rows are not clear.
 
     Raises:
-        InputError: the file cannot be read, has no rows, or lacks a column that was given.
+        InputError: the file cannot be read, has no rows, or lacks a given column.
     """
     if path.suffix.lower() == ".txt" and re.match(r'\d+\t"', _first_line(path)):
-        return Guess("relation", "semeval2010_task8", notes=["the official form of SemEval-2010 Task 8"])
+        return Guess("relation", "semeval2010_task8", notes=["the official format of SemEval-2010 Task 8"])
     rows = _first_rows(path)
     if {"tokens", "entities", "relations"} <= rows[0].keys():
-        return Guess("relation", "spert", notes=["SpERT's form: tokens, entities, relations"])
+        return Guess("relation", "spert", notes=["SpERT's format: tokens, entities, relations"])
     columns = _columns(rows)
     for key, name in [*given.items(), *(("text", name) for name in texts)]:
         if name not in columns:
@@ -119,7 +119,7 @@ def _first_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such file")
 
     def refuse(where: str, what: str) -> None:
-        raise InputError(f"{where}: {what}; mend the row, or take it out")
+        raise InputError(f"{where}: {what}; correct the row, or remove it")
 
     rows = [row.values for row in islice(read_rows([path], refuse), ROWS)]
     if not rows:
@@ -159,7 +159,7 @@ def _task(rows: list[dict[str, Any]], columns: dict[str, Column], given: dict[st
 
 
 def _free(column: Column | None) -> bool:
-    """Whether a column holds free text rather than labels."""
+    """Whether a column contains free text rather than labels."""
     return column is not None and column.is_text and not column.can_be_label
 
 
@@ -184,14 +184,14 @@ def _label(found: Guess, columns: dict[str, Column], given: dict[str, str], ask:
         known = [label for label in LABELS if label in columns and label not in taken]
         likely = known or [c.name for c in columns.values() if c.can_be_label and c.name not in taken]
         name = likely[0] if len(likely) == 1 or known else None
-        name = name or ask("label", "Which column holds the label to train on?", likely or list(columns))
-        found.notes.append(f"column `{name}`: label, {columns[name].distinct} different ones")
+        name = name or ask("label", "Which column contains the label to train on?", likely or list(columns))
+        found.notes.append(f"column `{name}`: label, {columns[name].distinct} different values")
     found.columns["label"] = name
     found.labels = columns[name].distinct
     if columns[name].distinct > MOST_LABELS:
         raise InputError(
-            f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are no label "
-            "set; name another column, or take --task response"
+            f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are not a "
+            "label set; name another column, or use --task response"
         )
 
 
@@ -204,14 +204,14 @@ def _response(
     name = given.get("response") or next((name for name in RESPONSES if name in columns), None)
     if name is None:
         free = [column.name for column in columns.values() if _free(column)]
-        name = ask("response", "Which column holds the response to learn?", free or list(columns))
+        name = ask("response", "Which column contains the response to learn?", free or list(columns))
     found.columns["response"] = name
     if "response" not in given:
         found.notes.append(f"column `{name}`: response")
 
 
 def _template(found: Guess, columns: dict[str, Column], texts: list[str], ask: Ask) -> None:
-    """The prompt, written out so that it can be edited; relations and chats keep the one of their own."""
+    """The prompt, written out so that it can be edited; relations and chats keep their own."""
     if found.task == "relation" or "messages" in found.columns:
         return
     if not texts:
@@ -226,7 +226,7 @@ def _template(found: Guess, columns: dict[str, Column], texts: list[str], ask: A
 
 
 def _texts(found: Guess, columns: dict[str, Column], ask: Ask) -> list[str]:
-    """The columns of the prompt: those of a usual name, or the only one that holds free text."""
+    """The columns of the prompt: those with a usual name, or the only one with free text."""
     left = [column for column in columns.values() if column.name not in found.columns.values()]
     free = [column.name for column in left if _free(column)]
     if found.task == "response" and "instruction" in free:
@@ -237,4 +237,4 @@ def _texts(found: Guess, columns: dict[str, Column], ask: Ask) -> list[str]:
     usual = [name for name in TEXTS if name in free]
     if usual or len(free) == 1:
         return [(usual or free)[0]]
-    return [ask("text", "Which column holds the text?", free or [column.name for column in left])]
+    return [ask("text", "Which column contains the text?", free or [column.name for column in left])]

@@ -1,4 +1,4 @@
-"""Each split of the data files, read once: every row checked, its prompt rendered, into a temporary Arrow file."""
+"""Reads each split of the data files once: checks every row and renders its prompt, into a temporary Arrow file."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ READ = pa.schema([(name, pa.string()) for name in ("id", "prompt", "target", "go
 
 @dataclass
 class Read:
-    """One split as it was read: the texts in a temporary file, numbers here."""
+    """One split as read: the texts are in a temporary file, the numbers here."""
 
     table: pa.Table
-    """``READ``, memory-mapped."""
+    """Table with the schema ``READ``, memory-mapped."""
     keys: np.ndarray
     """uint64 [n], see ``splits.key_hash``."""
     template: str | None
@@ -49,12 +49,12 @@ class Read:
 
 
 def look_at_data(recipe: Recipe) -> None:
-    """Read the first rows of each split and fill in the template: what ``check`` does on a login node.
+    """Read the first rows of each split and fill in the template, as ``check`` does on a login node.
 
-    Of a data set of the hub nothing is fetched; a local folder must be there.
+    A data set on the hub is not downloaded; a local folder must exist.
 
     Raises:
-        InputError: a file is missing, a column is not there, or a row is bad; an unknown label, where the set is given.
+        InputError: a file or column is missing, a row is invalid, or a label is unknown if the set is given.
     """
     if recipe.data.hub_id and (problem := missing_folder(recipe.data.hub_id)):
         raise InputError(f"data.hub_id: {problem}")
@@ -74,10 +74,10 @@ def look_at_data(recipe: Recipe) -> None:
 
 
 def label_set(recipe: Recipe) -> list[str] | None:
-    """The label set of a recipe: its own, the format's, or all labels of train; None for responses.
+    """The label set of a recipe: its own, the format's, or all labels in train; None for responses.
 
     Raises:
-        InputError: a label is doubled or empty, or there are more than ``data.max_labels``.
+        InputError: a label is duplicated or empty, or there are more than ``data.max_labels``.
     """
     data = recipe.data
     if recipe.task == "response":
@@ -90,32 +90,32 @@ def label_set(recipe: Recipe) -> list[str] | None:
         if len(found) > data.max_labels:
             raise InputError(
                 f"data.labels: more than {data.max_labels} different labels in train, such as "
-                f"{example.target or example.gold!r:.60}; raise data.max_labels, or set data.task: response where the "
+                f"{example.target or example.gold!r:.60}; raise data.max_labels, or set data.task: response if the "
                 "targets are free text"
             )
     whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found)
     labels = sorted(found, key=lambda label: (int(label) if whole else 0, label))
-    if data.negatives and NO_RELATION in labels:  # last, where the drawn pairs put it
+    if data.negatives and NO_RELATION in labels:  # last, as the drawn pairs would put it
         labels.remove(NO_RELATION)
         labels.append(NO_RELATION)
     if data.negative_label is not None and data.negative_label not in labels:
         raise InputError(
-            f"data.negative_label: {data.negative_label!r} is no label of train ({', '.join(labels[:10])})"
+            f"data.negative_label: {data.negative_label!r} is not a label in train ({', '.join(labels[:10])})"
         )
     return labels
 
 
 def known_labels(data: Data) -> list[str] | None:
-    """The label set that the recipe or its format names; None where the data have to tell."""
+    """The label set that the recipe or its format names; None if it must be read from the data."""
     if data.labels is None:
         return list(SEMEVAL_LABELS) if data.format in ("semeval2010_task8", "grammar") else None
     if not data.labels or len(set(data.labels)) < len(data.labels) or not all(map(str.strip, data.labels)):
-        raise InputError("data.labels: give at least one label, each once and none empty")
+        raise InputError("data.labels: give at least one label, without duplicates or empty labels")
     return data.labels
 
 
 def ingest(recipe: Recipe, split: str, labels: list[str] | None, place: Path) -> Read | None:
-    """One whole split, not empty but for dev; None where there is none."""
+    """One whole split; only dev may be empty; None if there is no such split."""
     bad = BadRows(recipe.data.on_bad_row == "drop")
     source = read_split(recipe, split, bad)
     if source is None:
@@ -136,14 +136,14 @@ def ingest(recipe: Recipe, split: str, labels: list[str] | None, place: Path) ->
         where = paths if isinstance(paths, str) else ", ".join(paths)
         why = [(read.unlabelled, "have no label"), (bad.count, "cannot be read")]
         also = " and ".join(f"{count} rows {what}" for count, what in why if count)
-        raise InputError(f"data.{split}: {where}: holds no example" + (f" ({also})" if also else ""))
+        raise InputError(f"data.{split}: {where}: contains no example" + (f" ({also})" if also else ""))
     return read
 
 
 def _read_batches(
     recipe: Recipe, split: str, source: Iterator[Found], labels: list[str] | None, read: Read, keys: list[np.ndarray]
 ) -> Iterator[pa.RecordBatch]:
-    """The rows of a split as record batches of ``READ``; fills in ``read`` and ``keys`` on the way."""
+    """The rows of a split as record batches of ``READ``; also fills in ``read`` and ``keys``."""
     seen: set[int] = set()
     rows: list[tuple[str | None, ...]] = []
 
@@ -164,10 +164,10 @@ def _read_batches(
             prompt = render_prompt(read.template, found.fields, recipe.prompt, labels)
             id = str(found.number if found.id is None else found.id)
             if hash(id) in seen:
-                raise BadRow(f"the id {id!r} comes twice in {split}")
+                raise BadRow(f"the id {id!r} is a duplicate in {split}")
             if found.id is not None:
                 seen.add(hash(id))
-            read.whole_ids &= not isinstance(found.id, str) and len(id) < 19  # an int64 surely
+            read.whole_ids &= not isinstance(found.id, str) and len(id) < 19  # certain to fit an int64
         except BadRow as problem:
             read.bad(problem.at or found.where, str(problem))
             continue
@@ -179,11 +179,11 @@ def _read_batches(
 
 
 def _template(recipe: Recipe, found: Found) -> str:
-    """The template of a split, by the columns of its first row; one that does not fit them is no fault of the row."""
+    """The template of a split, for the columns of its first row; if it does not fit, the row is not to blame."""
     if "messages" in found.fields and recipe.task == "response":
         if recipe.prompt.template is not None:
             raise InputError(
-                f"{found.where}: prompt.template: a chat is written by the tokenizer's own chat template; remove it"
+                f"{found.where}: prompt.template: the tokenizer's own chat template formats a chat; remove the key"
             )
         return "{messages}"
     try:
@@ -193,36 +193,38 @@ def _template(recipe: Recipe, found: Found) -> str:
 
 
 def _key(template: str, found: Found) -> str:
-    """What makes the example the same as another one. Raises BadRow: the prompt would hold nothing of the row."""
+    """The key by which examples are equal. Raises BadRow: the prompt would contain nothing from the row."""
     names = set(re.findall(r"\{(\w+)\}", template)) - {"options"}
     named = [text for name, text in found.fields.items() if name in names]
     if found.fields and not named:
         raise BadRow(
-            f"the row has {', '.join(found.fields)}, but the rows before it {', '.join(sorted(names))}; rows of two "
-            "kinds do not go into one data set"
+            f"the row has {', '.join(found.fields)}, but the rows before it have {', '.join(sorted(names))}; all rows "
+            "of a data set must have the same columns"
         )
     if not any(map(str.strip, named)):
-        raise BadRow(f"the prompt is empty: nothing stands in {', '.join(sorted(names))}")
+        raise BadRow(f"the prompt is empty: there is no text in {', '.join(sorted(names))}")
     return found.key if found.key is not None else "\t".join(named)
 
 
 def refuse_two_kinds(templates: dict[str, str | None]) -> None:
-    """Chats in one split and single prompts in another have no model's reading in common."""
+    """Refuse chats in one split and single prompts in another: no model can read both."""
     for split, template in templates.items():
         if template is not None and is_chat(template) != is_chat(templates.get("train")):
-            raise InputError(f"data.{split}: chats in one split and single prompts in another; give one kind")
+            raise InputError(
+                f"data.{split}: one split has chats and another has single prompts; use one kind in all splits"
+            )
 
 
 def is_chat(template: str | None) -> bool:
-    """Whether prompts are chats: their template is the turns themselves."""
+    """Whether prompts are chats, whose template is the turns themselves."""
     return template == "{messages}"
 
 
 def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
-    """The target of an example; None for a training row without one. Outside train gold takes its place."""
+    """The target of an example; None for a training row without one. Outside train, gold is used instead."""
     target = found.target if split == "train" or found.target is not None else found.gold
     if target is None and split != "train":
-        raise BadRow("empty label: neither a label (or response) nor a gold one")
+        raise BadRow("empty label: there is neither a label (or response) nor a gold one")
     if labels is not None:
         for label, kind in ((target, "label"), (found.gold, "gold label")):
             if label is not None and label not in labels:
@@ -231,15 +233,15 @@ def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
 
 
 def of_labels(label: str, labels: list[str]) -> str:
-    """For messages: the label set that a label is not in, or the labels close to it."""
+    """For messages: the label set that lacks a label, or the labels similar to it."""
     if len(labels) <= 20:
         return f"the label set is {', '.join(labels)}"
     close = difflib.get_close_matches(label, labels, n=3)
-    return f"it is none of the {len(labels)} labels" + (f"; close to it: {', '.join(close)}" if close else "")
+    return f"it is not one of the {len(labels)} labels" + (f"; similar: {', '.join(close)}" if close else "")
 
 
 def equal_but_for_case(labels: list[str]) -> list[list[str]]:
-    """Groups of labels that differ in case or white space alone."""
+    """Groups of labels that differ only in case or white space."""
     groups: dict[str, list[str]] = defaultdict(list)
     for label in labels:
         groups["".join(label.split()).casefold()].append(label)

@@ -1,4 +1,4 @@
-"""Wrong labels put into the training examples on purpose, with the true label kept beside."""
+"""Puts wrong labels into the training examples on purpose, and keeps the true labels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def noisy_labels(
 ) -> np.ndarray:  # fmt: skip
     """Make exactly ``round(rate * n)`` right labels wrong.
 
-    The rows are drawn uniformly among those whose label is right (equal to gold, where gold is given) and, for
-    ``confusion``, whose true label has a row with mass off itself in the table; the wrong label is drawn uniformly,
-    or from that row with the true label left out. The draw depends on the seed and the example's id alone, so a
-    higher rate hits a superset of the rows, and another order of the rows changes nothing.
+    The rows are drawn uniformly from those whose label is right (equal to gold, if gold is given) and, for
+    ``confusion``, whose true label has a table row with probability for other labels. The wrong label is drawn
+    uniformly, or from that table row without the true label. The draw depends only on the seed and the example's id, so
+    a higher rate changes a superset of the rows, and the order of the rows does not matter.
 
     Args:
-        labels, gold: int32 [n] into ``names``; gold -1 where it is not known.
+        labels, gold: int32 [n], indices into ``names``; gold is -1 where unknown.
         order: draw of each row's id, uint64 [n].
         id_of: the id of a row.
 
@@ -33,7 +33,7 @@ def noisy_labels(
         int32 [n]: the new labels.
 
     Raises:
-        InputError: the table names an unknown label, holds a bad probability, or too few rows can be made wrong.
+        InputError: the table has an unknown label or an invalid probability, or too few rows can be made wrong.
     """
     wrong = _wrong_labels(noise, names)
     can = np.array([bool(wrong.get(name)) for name in names])
@@ -48,7 +48,7 @@ def noisy_labels(
 
 
 def noisy_responses(order: np.ndarray, text_of: Callable[[int], str], noise: Noise) -> np.ndarray:
-    """Give ``round(rate * n)`` examples, drawn at random, the response of another one drawn, in another text.
+    """Give ``round(rate * n)`` randomly drawn examples the response of another drawn example that has a different text.
 
     Args:
         order: draw of each row's id, uint64 [n].
@@ -58,7 +58,7 @@ def noisy_responses(order: np.ndarray, text_of: Callable[[int], str], noise: Noi
         int64 [n]: the row whose response each example gets.
 
     Raises:
-        InputError: the responses drawn are all the same text.
+        InputError: all drawn responses are the same text.
     """
     source = np.arange(len(order))
     chosen = _choose(noise, source, order, len(order)).tolist()
@@ -66,7 +66,7 @@ def noisy_responses(order: np.ndarray, text_of: Callable[[int], str], noise: Noi
         others = itertools.chain(chosen[at + 1 :], chosen[:at])
         other = next((other for other in others if text_of(other) != text_of(row)), None)
         if other is None:
-            raise InputError("data.noise.rate: the responses drawn are all the same; there is no wrong one to give")
+            raise InputError("data.noise.rate: all drawn responses are the same; there is no wrong one to use")
         source[row] = other
     return source
 
@@ -75,8 +75,8 @@ def _choose(noise: Noise, open_rows: np.ndarray, order: np.ndarray, n: int) -> n
     count = round(noise.rate * n)
     if count > len(open_rows):
         raise InputError(
-            f"data.noise.rate: {count} labels of {n} are to be made wrong, but only {len(open_rows)} can be"
-            " (their label is right and another label is open to them); lower the rate"
+            f"data.noise.rate: {count} of {n} labels should be made wrong, but only {len(open_rows)} can be (their "
+            "label is right and has possible wrong labels); lower the rate"
         )
     return open_rows[np.argsort(order[open_rows], kind="stable")[:count]]
 
@@ -93,6 +93,6 @@ def _wrong_labels(noise: Noise, labels: list[str]) -> dict[str, dict[str, float]
                 raise InputError(f"{where}: {name!r} is not in the label set ({', '.join(labels)})")
         for other, weight in row.items():
             if not (math.isfinite(weight) and weight >= 0):
-                raise InputError(f"data.noise.table.{label}.{other}: a probability is 0 or more, not {weight}")
+                raise InputError(f"data.noise.table.{label}.{other}: a probability must be 0 or more, not {weight}")
         table[label] = {other: weight for other, weight in row.items() if other != label and weight > 0}
     return table

@@ -1,7 +1,7 @@
-"""The stage ``prepare``: from the recipe's data section to one Arrow file of examples a split, in the run folder.
+"""The stage ``prepare``: from the recipe's data section to one Arrow file of examples per split, in the run folder.
 
-It streams. A first pass reads each split into a temporary file and keeps a few numbers an example; splits, folds, draws
-and noise are made of those; a second pass writes the rows that stay.
+It works as a stream. A first pass reads each split into a temporary file and keeps a few numbers per example, from
+which it computes splits, folds, draws and noise. A second pass writes the rows that remain.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from atlantis_ds.files import file_hash, fingerprint, finished, read_json, write
 from atlantis_ds.run_folder import RunFolder
 
 VERSION = 2
-"""Goes up where the same recipe and files give other examples than before."""
+"""Must be raised if the same recipe and files give different examples than before."""
 
 
 Judge = Callable[[Sequence[str], Sequence[str]], np.ndarray]
-"""Says of prompts and targets which are longer than a model reads: bool [n]."""
+"""Returns which prompts and targets are longer than a model's context: bool [n]."""
 Judges = Callable[[list[str] | None, bool], Judge]
-"""Makes a ``Judge`` for a label set, and for chats or texts."""
+"""Creates a ``Judge`` for a label set, and for chats or texts."""
 
 
 def examples_fingerprint(recipe: Recipe) -> str:
-    """Fingerprint of the data section, the prompt, the seed and the content of the input files (not where they lie).
+    """Fingerprint of the data section, the prompt, the seed and the content of the input files (not their paths).
 
     Raises:
-        InputError: a file is not there ("data.train: <path>: no such file").
+        InputError: a file does not exist ("data.train: <path>: no such file").
     """
     data = recipe.data
     sources: dict[str, Any] = {}
@@ -62,28 +62,28 @@ def examples_fingerprint(recipe: Recipe) -> str:
         sources["grammar"] = GRAMMAR_VERSION
     section = data.model_dump(mode="json", exclude={*SPLITS, "hub_id"})
     made_from = {"version": VERSION, "data": section, "seed": recipe.seed, "sources": sources}
-    if data.on_too_long == "drop":  # what is too long is for the models to say
+    if data.on_too_long == "drop":  # the models decide what is too long
         made_from["models"] = recipe.models.model_dump(mode="json", exclude={"stage"})
     return fingerprint({**made_from, "prompt": recipe.prompt.model_dump()})
 
 
 def prepare(recipe: Recipe, folder: RunFolder, judges: Sequence[Judges] = ()) -> Examples:
-    """Read, split, subset and add noise, once: where the run folder holds these examples already, load them.
+    """Read, split, subset and add noise, once: if the run folder already has these examples, load them.
 
-    Examples that differ in the test split or in gold labels alone take the place of those in the run folder: what was
-    scored and trained stays valid.
+    Examples that differ only in the test split or in gold labels replace those in the run folder: scores and trained
+    models stay valid.
 
     Args:
-        judges: for each model that is to read the examples, what says which of them are too long for it; these are
+        judges: for each model that will read the examples, a function that says which of them are too long; these are
             left out.
 
     Raises:
-        InputError: bad input (file and line), sizes that the data cannot fill, or a run folder with other training or
-            dev examples.
+        InputError: bad input (file and line), sizes larger than the data, or a run folder with other training or dev
+            examples.
     """
     expected = examples_fingerprint(recipe)
     if finished(folder.examples_info, expected):
-        with contextlib.suppress(InputError):  # a file is missing or broken: all are written anew
+        with contextlib.suppress(InputError):  # a file is missing or broken: all are written again
             return load_examples(folder)
     place = folder.examples / ".reading"
     shutil.rmtree(place, ignore_errors=True)
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, folder: RunFolder, judges: Sequence[Judges] = ()) ->
         return _prepare(recipe, folder, place, expected, judges)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):  # bad input leaves no empty folders behind; others stay
+        with contextlib.suppress(OSError):  # bad input leaves no empty folders behind; other folders stay
             folder.examples.rmdir()
             folder.root.rmdir()
 
@@ -134,14 +134,14 @@ def _prepare(recipe: Recipe, folder: RunFolder, place: Path, expected: str, judg
         "notes": _notes(labels),
         "versions": {"atlantis_ds": __version__, "pyarrow": pa.__version__, "python": platform.python_version()},
     }
-    write_json(folder.examples_info, info)  # last: the stage is finished when it stands
+    write_json(folder.examples_info, info)  # last: the stage is finished when this file exists
     return load_examples(folder)
 
 
 def _leave_out_too_long(
     sources: dict[str, Read | None], rows: dict[str, np.ndarray], dropped: dict[str, int], judges: Sequence[Judge]
 ) -> None:
-    """Take out of ``rows`` what is too long for any of the models, and count it in ``dropped``."""
+    """Remove from ``rows`` what is too long for any of the models, and count it in ``dropped``."""
     for split, source in sources.items():
         if judges and source is not None:
             long = _too_long(source, rows[split], judges)
@@ -159,33 +159,33 @@ def _refuse_empty(sources: dict[str, Read | None], rows: dict[str, np.ndarray], 
 
 
 def _put_in_place(recipe: Recipe, folder: RunFolder, labels: list[str] | None, written: dict[str, _Written]) -> str:
-    """Let the files written beside take their places in the run folder; returns the fingerprint of train and dev.
+    """Move the new files to their places in the run folder; returns the fingerprint of train and dev.
 
     Raises:
-        InputError: the run folder holds other training or dev examples.
+        InputError: the run folder has other training or dev examples.
     """
     train_fingerprint = fingerprint([recipe.seed, labels, written["train"].digest, written["dev"].digest])
     if _train_fingerprint_in(folder.examples_info) not in (None, train_fingerprint):
         for file in written.values():
             file.path.unlink()
         raise InputError(
-            f"{folder.root}: holds training or dev examples of other data, another prompt or another seed than this "
+            f"{folder.root}: has training or dev examples from other data, another prompt or another seed than this "
             "recipe; choose another `name`, or remove the folder"
         )
-    folder.examples_info.unlink(missing_ok=True)  # from here on the old examples are none any more
+    folder.examples_info.unlink(missing_ok=True)  # from here on, the old examples are no longer valid
     for split, file in written.items():
         file.path.replace(folder.split(split))
     return train_fingerprint
 
 
 def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
-    """Whoever changes the data of a recipe gets new examples, or is told: no stage goes on with the old ones.
+    """Refuse to use old examples after the data of a recipe have changed.
 
-    Nothing is checked where the data files are not at hand: the stages behind ``prepare`` do not read them.
+    Nothing is checked if the data files are not available: the stages after ``prepare`` do not read them.
 
     Raises:
-        InputError: the examples of the run folder are of other files, another ``data`` or ``prompt`` section or another
-            seed.
+        InputError: the examples of the run folder were made from other files, another ``data`` or ``prompt`` section,
+            or another seed.
     """
     made = read_json(folder.examples_info)["fingerprint"]
     try:
@@ -202,9 +202,9 @@ def refuse_other_data(recipe: Recipe, folder: RunFolder) -> None:
 def _split_rows(
     recipe: Recipe, train: Read, dev: Read | None, test: Read | None
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Row numbers of each split in what was read, int64, no text in two of them; and the rows dropped for it.
+    """Row numbers of each split in the data as read, int64, with no text in two splits; and the rows dropped for this.
 
-    Where there is no dev of its own, its rows are rows of train.
+    If there are no dev files, the dev rows are rows of train.
     """
     data, seed = recipe.data, recipe.seed
     none = np.empty(0, dtype=np.uint64)
@@ -247,13 +247,13 @@ class _Targets:
     """Targets of the training examples after noise."""
 
     codes: np.ndarray | None
-    """int32 [n] into the label set; None where nothing was changed."""
+    """int32 [n], indices into the label set; None if nothing was changed."""
     source: np.ndarray | None
-    """For responses: the row, of what was read, whose response each example gets."""
+    """For responses: the row, in the data as read, whose response each example gets."""
     labels: list[str]
 
     def of(self, part: slice, read: pa.ChunkedArray) -> list[str] | None:
-        """The new targets of some of the examples, from the targets as they were read; None where none was changed."""
+        """The new targets of some examples, from the targets as read; None if none was changed."""
         if self.codes is not None:
             return [self.labels[code] for code in self.codes[part]]
         return None if self.source is None else [read[int(row)].as_py() for row in self.source[part]]
@@ -279,7 +279,7 @@ def _targets(recipe: Recipe, train: Read, rows: np.ndarray, labels: list[str] | 
 
 @dataclass
 class _Written:
-    """A split as it is being written: digests of its content, and its labels counted."""
+    """A split while it is written: digests of its content, and counts of its labels."""
 
     path: Path
     digest: str = ""
@@ -293,7 +293,7 @@ class _Written:
 def _final_batches(
     recipe: Recipe, source: Read | None, rows: np.ndarray, targets: _Targets | None, written: _Written
 ) -> Iterator[pa.RecordBatch]:
-    """The chosen rows of what was read, with their targets after noise, as record batches of ``SCHEMA``."""
+    """The chosen rows of the data as read, with their targets after noise, as record batches of ``SCHEMA``."""
     digest, gold_digest = hashlib.sha256(), hashlib.sha256()
     pending: list[pa.RecordBatch] = []
     done = first = 0
@@ -324,7 +324,7 @@ def _final_batches(
 
 
 def _cut(pending: list[pa.RecordBatch], rest: bool = False) -> Iterator[pa.RecordBatch]:
-    """Batches of ``ROWS`` rows from the pending ones, which keep what is left; all of it with ``rest``."""
+    """Batches of ``ROWS`` rows from the pending rows; the remainder stays pending, or is included with ``rest``."""
     table = pa.Table.from_batches(pending).combine_chunks()
     whole = len(table) if rest else len(table) // ROWS * ROWS
     pending[:] = table.slice(whole).to_batches()
@@ -333,15 +333,15 @@ def _cut(pending: list[pa.RecordBatch], rest: bool = False) -> Iterator[pa.Recor
 
 def _notes(labels: list[str] | None) -> list[str]:
     return [
-        f"the labels {', '.join(map(repr, same))} differ in case or spaces alone; are they one label?"
+        f"the labels {', '.join(map(repr, same))} differ only in case or spaces; are they the same label?"
         for same in equal_but_for_case(labels or [])
     ]
 
 
 def _train_fingerprint_in(path: Path) -> str | None:
-    """What ``examples.json`` says; None where it is missing or unreadable (it is then written anew)."""
+    """The contents of ``examples.json``; None if it is missing or unreadable (it is then written again)."""
     try:
-        return str(read_json(path).get("train_fingerprint", ""))  # an older version's: other examples
+        return str(read_json(path).get("train_fingerprint", ""))  # from an older version: treated as other examples
     except (InputError, OSError, AttributeError):
         return None
 

@@ -1,4 +1,4 @@
-"""The prompt that a model reads for one example; rendered once, in ``prepare``."""
+"""The prompt of one example, rendered once, in ``prepare``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from atlantis_ds.data.relation import TEMPLATE as RELATION_TEMPLATE
 from atlantis_ds.data.rows import BadRow
 
 TEXTS = ("text", "sentence", "prompt", "question")
-"""Columns that hold the text of an example, by their usual names."""
+"""Usual names of columns with the text of an example."""
 
 
 def template_for(task: Task, prompt: Prompt, fields: Mapping[str, str]) -> str:
-    """The recipe's template, or the one of the task where the recipe has none.
+    """The recipe's template, or the task's default template.
 
     Args:
-        fields: of the first example: which columns there are.
+        fields: the columns of the first example.
 
     Raises:
-        BadRow: the template names a column that is not there, or none can be chosen.
+        BadRow: the template names a column that does not exist, or no default can be chosen.
     """
     if prompt.template is not None:
         known = {*fields, "options"} - {"messages"}
@@ -33,7 +33,7 @@ def template_for(task: Task, prompt: Prompt, fields: Mapping[str, str]) -> str:
         return "{instruction}\n{input}" if "input" in fields else "{instruction}"
     text = next((name for name in TEXTS if name in fields), None) or (next(iter(fields)) if len(fields) == 1 else None)
     if text is None:
-        raise BadRow(f"prompt.template is needed: which of the columns {', '.join(fields)} make the prompt?")
+        raise BadRow(f"prompt.template is needed: which of the columns {', '.join(fields)} belong in the prompt?")
     return f"{{{text}}}" if task == "response" else f"Which label fits: {{options}}?\n{{{text}}}"
 
 
@@ -41,13 +41,13 @@ def render_prompt(template: str, fields: Mapping[str, str], prompt: Prompt, labe
     """Fill the template for one example.
 
     Args:
-        labels: the label set, in order; used with {options} and ``label_options`` only.
+        labels: the label set, in order; used only with {options} and ``label_options``.
 
     Returns:
-        the prompt without a trailing line end (the encoder adds it where the model needs it).
+        the prompt without a trailing newline (the encoder adds one if the model needs it).
     """
     options = ", ".join(labels or [])
     values = {**fields, "options": options}
-    # One pass over the template: braces in the user's text are never read as fields.
+    # One pass over the template, so that braces in the user's text are never read as fields.
     text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], ""), template).rstrip("\r\n")
     return f"{text}\nOptions: {options}" if prompt.label_options else text

@@ -1,6 +1,6 @@
-"""Rows of any source into examples of the recipe's task: the one place that knows all formats.
+"""Turns rows of any source into examples of the recipe's task: the only module that knows all formats.
 
-A format or task more is a reader that yields ``Found`` and a branch here.
+To add a format or task, write a reader that yields ``Found``, and call it here.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from atlantis_ds.demo.grammar import DEV_SIZE, TEST_SIZE, TRAIN_SIZE, grammar_co
 from atlantis_ds.errors import InputError
 
 RESPONSES = ("response", "completion", "output", "answer")
-"""Names that a response column usually has, when the recipe names none."""
+"""Usual names of a response column, if the recipe names none."""
 ABSTAIN = "-1"
-"""What weak labellers write for "no label"."""
+"""Values that weak labellers write for "no label"."""
 
 
 def read_split(recipe: Recipe, split: str, problems: Problems) -> Iterator[Found] | None:
-    """The examples of one split as the source has them; None where the recipe names no such split.
+    """The examples of one split, as in the source; None if the recipe names no such split.
 
     Raises:
-        InputError: a file is missing or cannot be read as a whole; a column that the recipe names is not there.
+        InputError: a file is missing or cannot be read at all; a column that the recipe names does not exist.
     """
     data = recipe.data
     if data.format == "grammar":
@@ -47,10 +47,10 @@ def read_split(recipe: Recipe, split: str, problems: Problems) -> Iterator[Found
 
 
 def first_examples(recipe: Recipe, split: str, count: int = 3) -> list[Found]:
-    """The first few examples of a split, for ``check``; empty where there is no such split.
+    """The first few examples of a split, for ``check``; empty if there is no such split.
 
     Raises:
-        InputError: as ``read_split``, and where one of them cannot be read, unless such rows are to be dropped.
+        InputError: as in ``read_split``, or one of them cannot be read and such rows should not be dropped.
     """
 
     def refuse(where: str, what: str) -> None:
@@ -61,7 +61,8 @@ def first_examples(recipe: Recipe, split: str, count: int = 3) -> list[Found]:
 
 
 def read_new_rows(recipe: Recipe, paths: str) -> Iterator[tuple[Row, Found]]:
-    """Rows to predict, which need no label or response, each with its example; rows with marked entities for relations.
+    """Rows to predict, which need no label or response, each with its example; for relations, rows with marked
+    entities.
 
     Raises:
         InputError: a file is missing, or a row cannot be read.
@@ -78,14 +79,14 @@ def read_new_rows(recipe: Recipe, paths: str) -> Iterator[tuple[Row, Found]]:
 
 
 def _asked(data: Data, row: Row) -> Found:
-    """A prompt that waits for its response: all columns, or a chat that ends with someone else's turn."""
+    """A prompt without a response: all columns, or a chat whose last turn is not the assistant's."""
     columns, values = data.columns, row.values
     id = row_id(columns, values)
     messages, response = response_columns(columns, values)
     if messages:
         turns = whole_turns(values.get(messages))
         if not turns or turns[-1]["role"] == "assistant":
-            raise BadRow("the chat is empty or ends with the assistant: there is nothing to answer")
+            raise BadRow("the chat is empty or ends with an assistant turn: there is nothing to answer")
         prompt = json.dumps(turns, ensure_ascii=False)
         return Found(row.where, id, {"messages": prompt}, prompt, None, None, number=row.number)
     fields = _text_fields(columns, values, skip=(response,) if response else ())
@@ -122,10 +123,10 @@ def _of_rows(recipe: Recipe, split: str, rows: Iterator[Row], problems: Problems
 
 
 def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
-    """The columns that the recipe names must be there, and one to train on or to be right by.
+    """Check that the columns named by the recipe exist, and at least one label or response column.
 
-    Rows of one split may lack what another has: often only test rows have gold labels, only train rows a group, and
-    rows outside train need no weak label or response where they have a gold one.
+    A split may lack columns that another split has: often only test rows have gold labels, and only train rows have a
+    group. Rows outside train need no weak label or response if they have a gold one.
     """
     columns, there = recipe.data.columns, row.values
     gold = split != "train" and columns.gold in there
@@ -138,7 +139,7 @@ def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
     if recipe.task == "response":
         if response_columns(columns, there) == (None, None) and not gold:
             raise InputError(
-                f"{row.where}: no column for the response; name it as data.columns.response (the row has "
+                f"{row.where}: no column for the response; set it with data.columns.response (the row has "
                 f"{', '.join(there)})"
             )
         return
@@ -149,7 +150,7 @@ def _refuse_missing_columns(recipe: Recipe, row: Row, split: str) -> None:
 
 def _no_column(row: Row, key: str, column: str) -> InputError:
     known = ", ".join(row.values)
-    return InputError(f"{row.where}: data.columns.{key}: there is no column {column!r}; the row has {known}")
+    return InputError(f"{row.where}: data.columns.{key}: no column {column!r}; the row has {known}")
 
 
 def _labelled(recipe: Recipe, row: Row) -> Found:
@@ -170,7 +171,7 @@ def _labelled(recipe: Recipe, row: Row) -> Found:
 
 
 def label_column(recipe: Recipe, values: dict[str, Any]) -> str:
-    """The column that holds the label: of relations also ``relation``, where there is no other."""
+    """The column with the label; for relations also ``relation``, if there is no other."""
     label = recipe.data.columns.label
     return "relation" if recipe.task == "relation" and label not in values and "relation" in values else label
 
@@ -196,20 +197,20 @@ def _response(data: Data, row: Row) -> Found:
 
 
 def response_columns(columns: Columns, values: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The column that holds a chat, and the one that holds the response: one of them, or none."""
+    """The column with a chat, and the column with the response: at most one of them."""
     if messages := columns.messages or ("messages" if "messages" in values and not columns.response else None):
         return messages, None
     return None, columns.response or next((name for name in RESPONSES if name in values), None)
 
 
 def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
-    """A chat cut in two: what comes before, and what is learned, as JSON lists of turns.
+    """A chat in two parts: the context and what is learned, as JSON lists of turns.
 
-    ``last``: the last assistant turn. ``all``: everything from the first assistant turn on; what others say between
-    is context there. Turns after the last assistant turn are left out.
+    ``last``: learns the last assistant turn. ``all``: learns from the first assistant turn on; the turns of others in
+    between are context. Turns after the last assistant turn are left out.
 
     Raises:
-        BadRow: not a list of {role, content} turns, or no assistant turn, or nothing before it.
+        BadRow: it is not a list of {role, content} turns, has no assistant turn, or has nothing before it.
     """
     turns = whole_turns(messages)
     spoken = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -217,7 +218,7 @@ def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
         raise BadRow("no assistant turn to learn")
     cut = spoken[-1] if train_on == "last" else spoken[0]
     if not cut:
-        raise BadRow("the chat begins with the assistant: nothing comes before what is learned")
+        raise BadRow("the chat begins with an assistant turn: there is no context before it")
     if any(not turns[at]["content"].strip() for at in spoken if at >= cut):
         raise BadRow("an assistant turn is empty")
     before, learned = turns[:cut], turns[cut : spoken[-1] + 1]
@@ -225,17 +226,17 @@ def split_turns(messages: Any, train_on: str) -> tuple[str, str]:
 
 
 def whole_turns(messages: Any) -> list[dict[str, str]]:
-    """The turns of a chat, role and content alone. Raises BadRow: it is not a list of such turns."""
+    """The turns of a chat, only role and content. Raises BadRow: it is not a list of such turns."""
     if not isinstance(messages, list) or not all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in messages
     ):
-        raise BadRow("the messages are not a list of {role, content} turns with texts")
+        raise BadRow("the messages are not a list of {role, content} turns with text")
     return [{"role": turn["role"], "content": whole_text(turn["content"])} for turn in messages]
 
 
 def _text_fields(columns: Columns, values: dict[str, Any], skip: tuple[str, ...] = ()) -> dict[str, str]:
-    """Every column without a meaning of its own, as text; an empty cell is the empty text."""
+    """Every column without a special meaning, as text; an empty cell is the empty string."""
     taken = {columns.id, columns.label, columns.gold, columns.group, columns.response, columns.messages, *skip}
     return {
         name: whole_text(value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str))
@@ -251,7 +252,7 @@ def _some_text(value: Any, column: str) -> str:
 
 
 def row_id(columns: Columns, values: dict[str, Any]) -> str | int | None:
-    """The id of a row; None where the rows have none. Raises BadRow: it is empty, or neither text nor whole number."""
+    """The id of a row; None if the rows have none. Raises BadRow: it is empty, or neither text nor whole number."""
     id = values.get(columns.id)
     if id is None and columns.id not in values:
         return None
@@ -262,6 +263,6 @@ def row_id(columns: Columns, values: dict[str, Any]) -> str | int | None:
 
 def _group(columns: Columns, values: dict[str, Any]) -> str | None:
     group = values.get(columns.group)
-    if isinstance(group, list):  # several rules: their combination is a group
+    if isinstance(group, list):  # several rules: their combination is one group
         group = GROUPS.join(str(name) for name in group)
     return None if group is None or not str(group).strip() else whole_text(str(group))

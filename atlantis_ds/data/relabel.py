@@ -1,4 +1,4 @@
-"""The training files of a recipe, read again and written with corrected labels."""
+"""Reads the training files of a recipe again and writes them with corrected labels."""
 
 from __future__ import annotations
 
@@ -17,41 +17,43 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import write_atomic, write_text
 
 Corrections = Mapping[str, str | None]
-"""Id of an example -> its right label or response; None where it is to be left out."""
+"""Id of an example -> its right label or response; None to leave it out."""
 
 SUFFIX = {None: ".jsonl", "semeval2010_task8": ".txt", "spert": ".json"}
-"""Of the file that is written, by ``data.format``."""
+"""Suffix of the written file, by ``data.format``."""
 
 
 def refuse_unwritable(data: Data) -> None:
-    """Raises InputError: training data of this kind cannot be written with corrections."""
+    """Raise InputError if training data of this kind cannot be written with corrections."""
     noise = data.noise
     if noise.rate or noise.kind == "confusion":
-        raise InputError("data.noise: its wrong labels are in the run alone; your files have nothing to correct")
+        raise InputError("data.noise: its wrong labels are only in the run; your files have nothing to correct")
     if data.format == "grammar":
         raise InputError("data.format: grammar has no files to correct; relabel is for your own data")
     if data.format and data.hub_id:
-        raise InputError(f"data.format: {data.format} with data.hub_id; write the data set to files, and run on those")
+        raise InputError(
+            f"data.format: {data.format} with data.hub_id; write the data set to files, and run with those"
+        )
 
 
 def write_corrected(recipe: Recipe, corrections: Corrections, out: Path) -> dict[str, Path]:
-    """Write the training data of a recipe with corrections, in a form that ``data.train`` reads.
+    """Write the training data of a recipe with corrections, in a format that ``data.train`` reads.
 
     Args:
         out: the file to write; JSON Lines unless the recipe has a ``data.format``.
 
     Returns:
-        split -> file: ``train``; and for a data set of the hub ``dev`` and ``test``, written beside it unchanged.
+        split -> file: ``train``; for a data set from the hub also ``dev`` and ``test``, written unchanged next to it.
 
     Raises:
-        InputError: a correction that the format cannot hold, or that is of no training row; an unsuitable ``out``.
+        InputError: a correction is impossible in this format, or belongs to no training row; or ``out`` is unsuitable.
     """
     data = recipe.data
     files = expand(data.train, "data.train") if data.train is not None else []
     if out.suffix != SUFFIX[data.format]:
-        raise InputError(f"--out {out}: the corrected file is to end in {SUFFIX[data.format]}")
+        raise InputError(f"--out {out}: the name of the corrected file must end in {SUFFIX[data.format]}")
     if out.exists() and any(out.samefile(file) for file in files):
-        raise InputError(f"--out {out}: one of the run's own training files; give another name")
+        raise InputError(f"--out {out}: is one of the run's own training files; give another name")
     left = set(corrections)
     if data.format == "semeval2010_task8":
         pieces: Iterable[str] = [_semeval_text(file, corrections, left) for file in files]
@@ -64,14 +66,16 @@ def write_corrected(recipe: Recipe, corrections: Corrections, out: Path) -> dict
         with temporary.open("w", encoding="utf-8", newline="") as file:
             file.writelines(pieces)
         if left:
-            raise InputError(f"data.train: no row has the id {min(left)} any more; has the data changed since the run?")
+            raise InputError(
+                f"data.train: no row has the id {min(left)} any more; have the data changed since the run?"
+            )
 
     write_atomic(out, write)
     return {"train": out} | (_other_splits(data.hub_id, out) if data.hub_id else {})
 
 
 def _row_lines(recipe: Recipe, files: list[Path], corrections: Corrections, left: set[str]) -> Iterator[str]:
-    """The rows as JSON Lines; takes out of ``left`` what was corrected."""
+    """The rows as JSON Lines; removes from ``left`` what was corrected."""
     data, bad = recipe.data, BadRows(recipe.data.on_bad_row == "drop")
     for row in _rows(data, files, bad):
         values = row.values
@@ -86,7 +90,7 @@ def _row_lines(recipe: Recipe, files: list[Path], corrections: Corrections, left
         except BadRow as problem:
             bad(row.where, str(problem))
             continue
-        # With its number as an id a row keeps its seeded draws, whatever rows are left out before it.
+        # With its row number as an id, a row keeps its seeded draws even if earlier rows are left out.
         yield _json_line(values if found is not None else {data.columns.id: row.number, **values})
     bad.refuse()
 
@@ -110,7 +114,7 @@ def _corrected(recipe: Recipe, values: dict[str, Any], right: str) -> dict[str, 
 
 
 def _json_line(values: dict[str, Any]) -> str:
-    """A row as a line that is read as the same row: dates and the like as the texts they are in a prompt."""
+    """A row as a line that reads back as the same row: dates and the like become the text used in a prompt."""
     kept = (str, int, float, list, dict, NoneType)
     plain = {name: item if isinstance(item, kept) else json.dumps(item, default=str) for name, item in values.items()}
     return json.dumps(plain, ensure_ascii=False, default=str) + "\n"
@@ -130,7 +134,7 @@ def _other_splits(hub_id: str, out: Path) -> dict[str, Path]:
 
 
 def _semeval_text(file: Path, corrections: Corrections, left: set[str]) -> str:
-    """The official file with its label lines corrected, and without the records to drop."""
+    """The official file with corrected label lines, and without the records to drop."""
     lines = read_text(file).split("\n")
     dropped: set[int] = set()
     for found in read_semeval(file, lambda where, what: None):
@@ -150,11 +154,11 @@ def _semeval_text(file: Path, corrections: Corrections, left: set[str]) -> str:
 
 
 def _spert_text(files: list[Path], corrections: Corrections, left: set[str]) -> str:
-    """SpERT's JSON with the types of relations corrected."""
+    """SpERT's JSON with corrected relation types."""
     if gone := [id for id, right in corrections.items() if right is None]:
         raise InputError(
-            f"{gone[0]}: a relation of SpERT's format cannot be dropped: its pair could be drawn as a negative; name "
-            "the id in the file of arms.NAME.drop_ids"
+            f"{gone[0]}: a relation in SpERT's format cannot be dropped, because its pair could be drawn as a "
+            "negative; list the id in the file arms.NAME.drop_ids"
         )
     documents = []
     for file in files:
@@ -168,7 +172,7 @@ def _spert_text(files: list[Path], corrections: Corrections, left: set[str]) -> 
             documents.append(document)
     if drawn := [id for id in left if id.rpartition("-")[2].startswith("n")]:
         raise InputError(
-            f"{min(drawn)}: a drawn negative stands in no file and cannot be corrected; name the id in the file of "
+            f"{min(drawn)}: a drawn negative is in no file and cannot be corrected; list the id in the file "
             "arms.NAME.drop_ids"
         )
     return json.dumps(documents, ensure_ascii=False) + "\n"

@@ -1,6 +1,6 @@
 """Relations between two entities: the official SemEval files, SpERT's JSON, and rows with marks or spans.
 
-Each reader yields what the task knows of one example: its label and the fields of the prompt, entity marks among them.
+Each reader yields the label of each example and the fields of its prompt, including entity marks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SEMEVAL_RELATIONS = [
 ]
 SEMEVAL_LABELS = [*(f"{name}({way})" for name in SEMEVAL_RELATIONS for way in ("e1,e2", "e2,e1")), "Other"]
 NO_RELATION = "None"
-"""Label of the negatives drawn from SpERT files."""
+"""Label of negatives drawn from SpERT files."""
 
 TEMPLATE = "Classify the semantic relation between the entities {e1} and {e2} in this sentence: {marked_sentence}"
 
 Span = tuple[int, int]
-"""Characters of a sentence, end exclusive."""
+"""Character span of a sentence, end exclusive."""
 
 
 def relation_fields(sentence: str, e1: Span, e2: Span) -> dict[str, str]:
@@ -47,10 +47,10 @@ def relation_fields(sentence: str, e1: Span, e2: Span) -> dict[str, str]:
 
 
 def marked_sentence(sentence: str, e1: Span, e2: Span) -> str:
-    """The sentence with its entities as ``[E1] … [/E1]`` and ``[E2] … [/E2]`` (also when one lies in the other)."""
+    """The sentence with its entities as ``[E1] … [/E1]`` and ``[E2] … [/E2]`` (also if one is inside the other)."""
     marks: list[tuple[tuple[int, int, int], str]] = []
     for name, (start, end) in (("E1", e1), ("E2", e2)):
-        # At one position closing marks come first, the inner entity's before the outer's; opening marks outer first.
+        # At the same position, closing marks come first, inner before outer; then opening marks, outer before inner.
         marks.append(((start, 1, -end), f"[{name}] "))
         marks.append(((end, 0, -start), f" [/{name}]"))
     pieces, done = [], 0
@@ -72,7 +72,7 @@ def read_semeval(path: Path, problems: Problems) -> Iterator[Found]:
         if not line.strip():
             at += 1
             continue
-        number = at + 1  # of the line that a problem is about; moves on with the record
+        number = at + 1  # line number for error messages; advances with the record
         where = f"{path}:{number}"
         try:
             id, tab, marked = line.partition("\t")
@@ -91,10 +91,12 @@ def read_semeval(path: Path, problems: Problems) -> Iterator[Found]:
             problems(f"{path}:{number}", str(problem))
             while at < len(lines) and lines[at].strip():
                 at += 1
-            if at + 1 < len(lines) and lines[at + 1].startswith("Comment"):  # of this record, behind an empty label
+            if at + 1 < len(lines) and lines[at + 1].startswith(
+                "Comment"
+            ):  # belongs to this record, after an empty label
                 at += 2
             continue
-        # A problem with the label is found later, and stands on the line behind.
+        # A problem with the label is found later; its line is the next one.
         yield Found(
             where, id.strip(), relation_fields(sentence, e1, e2), sentence, label, label, label_at=f"{path}:{at + 2}"
         )
@@ -102,15 +104,15 @@ def read_semeval(path: Path, problems: Problems) -> Iterator[Found]:
 
 
 def read_spert(path: Path, split: str, negatives: int, seed: int, problems: Problems) -> Iterator[Found]:
-    """Read a file in SpERT's JSON, such as CoNLL04: one example a relation, tokens joined by single spaces.
+    """Read a file in SpERT's JSON, such as CoNLL04: one example per relation, tokens joined by single spaces.
 
     Args:
-        negatives: entity pairs a sentence (at most) to add with label ``None``: a seeded draw among the ordered pairs
-            with no relation either way.
+        negatives: most entity pairs per sentence to add with label ``None``: a seeded draw from the ordered pairs
+            without a relation in either direction.
 
     Yields:
-        examples with ids ``conll04-SPLIT-ORIGID-K``, K the relation's index, or ``nJ`` for the J-th negative: seeded
-        draws go by the id, so the prefix stays what the studies had.
+        examples with ids ``conll04-SPLIT-ORIGID-K``, K is the relation's index, or ``nJ`` for the J-th negative. Seeded
+        draws depend on the id, so the prefix is kept as in the studies.
 
     Raises:
         InputError: the file is not a JSON list.
@@ -133,7 +135,7 @@ def read_spert(path: Path, split: str, negatives: int, seed: int, problems: Prob
 
 
 def spert_examples(document: Any, where: str, id: str, negatives: int, seed: int) -> list[Found]:
-    """The examples of one document: one a relation, then the negatives. Raises BadRow with what is wrong."""
+    """The examples of one document: one per relation, then the negatives. Raises BadRow with what is wrong."""
     if not isinstance(document, dict):
         raise BadRow("expected an object with `tokens`, `entities` and `relations`")
     sentence, offsets = _join(document.get("tokens"))
@@ -162,7 +164,7 @@ def spert_examples(document: Any, where: str, id: str, negatives: int, seed: int
 
 
 def semeval_row(values: dict[str, Any]) -> tuple[dict[str, str], str, str]:
-    """Fields, sentence and label of a row of a data set like SemEvalWorkshop/sem_eval_2010_task_8."""
+    """Fields, sentence and label of a row from a data set like SemEvalWorkshop/sem_eval_2010_task_8."""
     sentence, e1, e2 = parse_marked(_unquote(_text(values, "sentence")))
     label = label_text(values.get("relation"))
     if label is None:
@@ -197,13 +199,13 @@ def row_fields(values: dict[str, Any]) -> tuple[dict[str, str], str]:
 
 
 def parse_marked(marked: str) -> tuple[str, Span, Span]:
-    """Take the marks out of ``… <e1>…</e1> … <e2>…</e2> …``.
+    """Remove the marks from ``… <e1>…</e1> … <e2>…</e2> …``.
 
     Returns:
-        the plain sentence and the two character spans in it, white space at their ends left out.
+        the plain sentence and the two character spans in it, without white space at their ends.
 
     Raises:
-        BadRow: a mark is missing, doubled, out of order, or encloses no text.
+        BadRow: a mark is missing, duplicated, out of order, or encloses no text.
     """
     plain: list[str] = []
     at: dict[str, int] = {}
@@ -213,7 +215,7 @@ def parse_marked(marked: str) -> tuple[str, Span, Span]:
             plain.append(piece)
             length += len(piece)
         elif piece in at:
-            raise BadRow(f"the mark {piece} stands twice in the sentence")
+            raise BadRow(f"the mark {piece} occurs twice in the sentence")
         else:
             at[piece] = length
     for mark in ("<e1>", "</e1>", "<e2>", "</e2>"):
@@ -227,7 +229,7 @@ def _read_text(path: Path) -> str:
     from atlantis_ds.data.sources import BINARY, read_text
 
     if path.suffix.lower() in BINARY:
-        raise InputError(f"{path}: not a text file; give the folder that holds it as data.hub_id")
+        raise InputError(f"{path}: not a text file; give its folder as data.hub_id")
     return read_text(path)
 
 
@@ -266,11 +268,11 @@ def _join(tokens: Any) -> tuple[str, list[Span]]:
 
 
 def _span(value: Any) -> Any:
-    """[start, end] of an entity in any of the forms of ``row_fields``."""
+    """[start, end] of an entity, in any of the forms that ``row_fields`` accepts."""
     if isinstance(value, dict):
         return value.get("pos")
     if isinstance(value, list) and len(value) == 3 and isinstance(value[2], list) and value[2]:
-        places = value[2][0]  # FewRel: the token numbers of the first mention
+        places = value[2][0]  # FewRel: the token indices of the first mention
         return [places[0], places[-1] + 1] if isinstance(places, list) and places else None
     return value
 

@@ -1,4 +1,4 @@
-"""What every task reads from one row of a data file, and what is wrong with a row that cannot be read."""
+"""What every task reads from one row of a data file, and the errors of rows that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from atlantis_ds.errors import InputError
 
 GROUPS = "; "
-"""Between the names of several groups that made one label."""
+"""Separator between the names of several groups that made one label."""
 SHOWN = 10
-"""Bad rows that an error shows; it counts the others."""
+"""Number of bad rows that an error shows; it counts the others."""
 
 Problems = Callable[[str, str], None]
 """Called with (place, what is wrong) for each row that cannot be read."""
 
 
 class BadRow(ValueError):
-    """What is wrong with one row; whoever reads the file adds where it stands.
+    """What is wrong with one row; the reader of the file adds the place.
 
     Args:
-        at: the place of the fault, where it is not in the row's own line.
+        at: the place of the fault, if it is not in the row's own line.
     """
 
     def __init__(self, what: str, at: str | None = None) -> None:
@@ -33,25 +33,25 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One example as its task reads it, before the prompt is rendered."""
+    """One example as read by its task, before the prompt is rendered."""
 
     where: str
     """The file and line, for messages."""
     id: str | int | None
-    """None where the rows have no ids: ``number`` takes its place."""
+    """None if the rows have no ids: ``number`` is used instead."""
     fields: dict[str, str]
-    """What a prompt template may name."""
+    """The fields that a prompt template can use."""
     key: str | None
-    """The text that makes two examples the same one for splits and folds, see ``splits.text_key``; None for the fields
-    that the prompt names."""
+    """The text by which two examples are equal for splits and folds, see ``splits.text_key``; None means the fields
+    that the prompt uses."""
     target: str | None
-    """Label or response to train on; None where a weak labeller abstained."""
+    """Label or response to train on; None if a weak labeller abstained."""
     gold: str | None
     group: str | None = None
     number: int = 0
     """Position of its row in the split, from 0."""
     label_at: str | None = None
-    """Where the label stands, where it is not in the row's own line."""
+    """The place of the label, if it is not in the row's own line."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class BadRows:
     """The rows of one split that cannot be read: the first few, and a count of each kind."""
 
     drop: bool
-    """Go on without them (``data.on_bad_row: drop``)."""
+    """Leave them out (``data.on_bad_row: drop``)."""
     first: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
@@ -73,7 +73,7 @@ class BadRows:
         return self.kinds.total()
 
     def refuse(self) -> None:
-        """Raises InputError, with the first rows and the count of each kind, where there are bad rows to refuse."""
+        """Raise InputError, with the first rows and a count of each kind, if there are bad rows to refuse."""
         if not self.first or self.drop:
             return
         if self.count == 1:
@@ -84,8 +84,8 @@ class BadRows:
         raise InputError(
             "\n".join(
                 [
-                    f"{self.first[0]} ({self.count} rows cannot be read: {kinds}; mend them, or leave them out with "
-                    "data.on_bad_row: drop)",
+                    f"{self.first[0]} ({self.count} rows cannot be read: {kinds}; correct them, or leave them out "
+                    "with data.on_bad_row: drop)",
                     *more,
                 ]
             )
@@ -93,9 +93,9 @@ class BadRows:
 
 
 def whole_text(text: str) -> str:
-    """JSON may cut an emoji in two, as tweets do; such a text can be written nowhere."""
+    """JSON may cut an emoji in half, as in tweets; such a text cannot be written to any file."""
     if half := re.search("[\ud800-\udfff]", text):
-        raise BadRow(f"half of a surrogate pair ({ascii(half[0])[1:-1]}) in {text[:40]!a}; mend the text")
+        raise BadRow(f"half of a surrogate pair ({ascii(half[0])[1:-1]}) in {text[:40]!a}; correct the text")
     return text
 
 
@@ -110,7 +110,7 @@ def label_text(value: Any) -> str | None:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column with gaps, as Parquet files from pandas have them
+        value = int(value)  # a column with gaps, as in Parquet files from pandas
     if not isinstance(value, (str, int)):
         raise BadRow(f"the label is not a text or whole number: {value!r}")
     return whole_text(str(value).strip())

@@ -1,7 +1,7 @@
-"""Rows of data files and of hub data sets, one after another, as plain dicts, each with the place it stands at.
+"""Rows of data files and hub data sets, one after another, as plain dicts, each with its place in the source.
 
-Nothing is converted: a CSV cell is a text, a JSON value what it is. Text files are read with the standard library:
-pyarrow's JSON reader, which ``datasets`` uses, makes a date of a label like "2011-01-01" and cannot name a bad line.
+Nothing is converted: a CSV cell is text, a JSON value keeps its type. Text files are read with the standard library:
+pyarrow's JSON reader, which ``datasets`` uses, turns a label like "2011-01-01" into a date and cannot name a bad line.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.hub import Repository, cached, of_data
 
 SPLITS = {"train": ["train"], "dev": ["validation", "dev"], "test": ["test"]}
-# What `Dataset.save_to_disk` lays beside its Arrow files.
+# Files that `Dataset.save_to_disk` writes next to its Arrow files.
 NOT_DATA = ("/dataset_info.json", "/state.json")
 BATCH = 256
 
 Problems = Callable[[str, str], None]
-# A place, and the row there or a text that says what is wrong with it.
+# A place, and the row there, or a text that says what is wrong with it.
 Read = Iterator[tuple[str, dict[str, Any] | str]]
 
 
@@ -42,13 +42,13 @@ class Row:
 
 
 def expand(paths: str | list[str], key: str) -> list[Path]:
-    """The files that paths, patterns (``data/part-*.jsonl``) and folders stand for, each file once.
+    """The files that paths, patterns (``data/part-*.jsonl``) and folders name, each file once.
 
-    The order of the list is kept; the files of a pattern or a folder are sorted by name. A folder stands for the data
-    files directly in it.
+    The order of the list is kept; the files of a pattern or a folder are sorted by name. A folder means the data files
+    directly in it.
 
     Raises:
-        InputError: nothing is there; it begins with ``key``, the recipe's.
+        InputError: there is no file; the message begins with ``key``, the key in the recipe.
     """
     files: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -56,8 +56,8 @@ def expand(paths: str | list[str], key: str) -> list[Path]:
         if os.path.isdir(place):
             names = glob.glob(os.path.join(glob.escape(place), "*"))
             found = [name for name in names if name.lower().endswith(tuple(READERS)) and not name.endswith(NOT_DATA)]
-            missing = f"no data file in this folder; known are {KNOWN}"
-        else:  # a name may hold a bracket
+            missing = f"no data file in this folder; known kinds are {KNOWN}"
+        else:  # a name may contain a bracket
             found = [place] if os.path.exists(place) else glob.glob(place, recursive=True)
         if not any(map(os.path.isfile, found)):
             raise InputError(f"{key}: {path}: {missing}")
@@ -68,28 +68,28 @@ def expand(paths: str | list[str], key: str) -> list[Path]:
 def read_rows(files: list[Path], problems: Problems) -> Iterator[Row]:
     """Read the rows of some files, by their suffix: JSON Lines, JSON, CSV, TSV (each also as .gz), Parquet, Arrow.
 
-    In CSV and TSV an empty cell is None, and a column without a name, as pandas writes its index, is ``column N`` (from
-    1); in Parquet and Arrow NaN is None, and class labels written by ``datasets`` are their names.
+    In CSV and TSV, an empty cell is None, and a column without a name (as pandas writes its index) is ``column N``
+    (from 1). In Parquet and Arrow, NaN is None, and class labels written by ``datasets`` become their names.
 
     Args:
-        problems: called with the place of a row that cannot be read and with what is wrong; the row is left out.
+        problems: called with the place of a row that cannot be read, and what is wrong; the row is left out.
 
     Raises:
-        InputError: a file is missing, broken as a whole, not UTF-8 or of an unknown kind.
+        InputError: a file is missing, completely broken, not UTF-8, or of an unknown kind.
     """
-    readers = [_reader(path) for path in files]  # all of them before the first row
+    readers = [_reader(path) for path in files]  # open all of them before the first row
     return _rows(chain.from_iterable(read(path) for read, path in zip(readers, files)), problems)
 
 
 def read_hub_rows(hub_id: str, split: str, problems: Problems) -> Iterator[Row] | None:
-    """Read one split with ``datasets.load_dataset``; class labels are their names, or None for -1.
+    """Read one split with ``datasets.load_dataset``; class labels become their names, or None for -1.
 
     Args:
         hub_id: a dataset id, ``id@revision``, or a local folder that ``datasets`` can read.
         split: train, dev (``validation`` or ``dev`` there) or test.
 
     Returns:
-        the rows; None where the dataset has no dev split.
+        the rows; None if the dataset has no dev split.
 
     Raises:
         InputError: the dataset cannot be loaded or lacks the split.
@@ -102,10 +102,10 @@ def read_hub_rows(hub_id: str, split: str, problems: Problems) -> Iterator[Row] 
             repository = of_data(hub_id)
             source, revision = repository.id, repository.revision
             if config.HF_HUB_OFFLINE:
-                # Offline `datasets` takes what it has read last of this name, whatever the revision (5.2.0).
+                # Offline, `datasets` uses what it last read under this name, whatever the revision (5.2.0).
                 source, revision = _cached_folder(repository), None
         dataset = load_dataset(source, revision=revision)
-    except Exception as error:  # datasets raises many kinds for "not there", "no network", "not readable"
+    except Exception as error:  # datasets raises many kinds of errors for "missing", "no network", "not readable"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"data.hub_id: {hub_id} cannot be loaded ({reason}); check the id and the connection, or give files"
@@ -124,7 +124,7 @@ def read_hub_rows(hub_id: str, split: str, problems: Problems) -> Iterator[Row] 
 def _cached_folder(repository: Repository) -> str:
     folder = cached(repository)
     if folder is None:
-        raise FileNotFoundError("HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it")
+        raise FileNotFoundError("HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not downloaded it")
     return str(folder)
 
 
@@ -142,7 +142,7 @@ def read_text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, numbered from 1, with their ends as they are and without a byte order mark."""
+    """The lines of a text file, numbered from 1, with unchanged line ends and without a byte order mark."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -171,7 +171,9 @@ def _json_lines(path: Path) -> Read:
 def _json(path: Path) -> Read:
     first, line = next(((number, line) for number, line in _lines(path) if line.strip()), (1, ""))
     if line.strip() == "{":
-        raise InputError(f"{path}:{first}: an object over several lines; give a JSON array of objects, or one a line")
+        raise InputError(
+            f"{path}:{first}: an object over several lines; give a JSON array of objects, or one object per line"
+        )
     if not line.lstrip().startswith("["):
         yield from _json_lines(path)
         return
@@ -194,15 +196,15 @@ def _object(value: Any, source: str) -> dict[str, Any] | str:
     """A row, or what is wrong with a value that was read from the JSON text ``source``."""
     if not isinstance(value, dict):
         return f"expected a JSON object, not {ascii(value)[:40]}"
-    if "\\u" in source:  # JSON may cut an emoji in two, as tweets do; such a text can be written nowhere
+    if "\\u" in source:  # JSON may cut an emoji in half, as in tweets; such a text cannot be written to any file
         for name, item in value.items():
             if half := re.search("[\ud800-\udfff]", json.dumps([name, item], ensure_ascii=False)):
-                return f"half of a surrogate pair ({ascii(half[0])[1:-1]}) in `{ascii(name)[1:-1]}`; mend the text"
+                return f"half of a surrogate pair ({ascii(half[0])[1:-1]}) in `{ascii(name)[1:-1]}`; correct the text"
     return value
 
 
 def _csv(path: Path) -> Read:
-    # Strict: a quote mark that is not closed, or closed too early, is an error and no other text.
+    # Strict: a quotation mark that is not closed, or closed too early, is an error, not part of the text.
     csv.field_size_limit(2**31 - 1)
     tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
     reader = csv.reader((line for _, line in _lines(path)), delimiter="\t" if tabs else ",", strict=True)
@@ -221,14 +223,14 @@ def _csv(path: Path) -> Read:
             if cells and len(cells) != len(header):
                 wrong = f"{len(cells)} cells, but the header has {len(header)}"
         except csv.Error as error:
-            wrong = f"quote marks or line ends are wrong at line {reader.line_num}: {error}"
+            wrong = f"quotation marks or line ends are wrong at line {reader.line_num}: {error}"
         if wrong or cells:  # else a blank line, or the end
             number += 1
             yield f"{path}: row {number}", wrong or dict(zip(header, (cell or None for cell in cells or [])))
 
 
 def _table(path: Path) -> Read:
-    """The rows of a Parquet or Arrow file; the latter may be a file or a stream of record batches."""
+    """The rows of a Parquet or Arrow file; an Arrow file may be in the file or the stream format."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -263,7 +265,7 @@ def _table(path: Path) -> Read:
 
 
 def _values(batch: Any) -> list[Any]:
-    """The rows of a record batch; a text for one that Python cannot hold: not UTF-8, a date beyond the year 9999."""
+    """The rows of a record batch; a message for a row that Python cannot represent: not UTF-8, or a date after 9999."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -273,7 +275,7 @@ def _values(batch: Any) -> list[Any]:
 
 
 def _plain(values: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any] | str:
-    """A row with NaN as None and class numbers as their names, or what is wrong with it."""
+    """A row with NaN as None and class numbers as names, or what is wrong with it."""
     for key, value in values.items():
         if isinstance(value, float) and value != value:
             values[key] = None
@@ -302,4 +304,4 @@ def _reader(path: Path) -> Callable[[Path], Read]:
     for suffix, read in READERS.items():
         if path.name.lower().endswith(suffix):
             return read
-    raise InputError(f"{path}: not a known kind of data file; known are {KNOWN}")
+    raise InputError(f"{path}: not a known kind of data file; known kinds are {KNOWN}")

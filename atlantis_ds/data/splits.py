@@ -1,7 +1,7 @@
-"""Splits and folds in which no text stands on both sides, and seeded draws; all of it on columns.
+"""Splits and folds in which no text is on both sides, and seeded draws; all computed on columns.
 
-Every draw orders the rows by a hash of the seed and the row's own name: the same on every machine and Python version,
-whatever the order of the file, and a larger draw holds the smaller one.
+Every draw orders the rows by a hash of the seed and the row's own name: it is the same on every machine and Python
+version, does not depend on the order of the file, and a larger draw contains the smaller one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from atlantis_ds.errors import InputError
 
 
 def draw_order(seed: int, purpose: str, name: str) -> int:
-    """A number below 2**64 that depends on its arguments alone; sorting by it is a seeded random order."""
+    """A number below 2**64 that depends only on its arguments; sorting by it gives a seeded random order."""
     return int.from_bytes(hashlib.sha256(f"{seed}\t{purpose}\t{name}".encode()).digest()[:8])
 
 
@@ -29,26 +29,26 @@ def draws(seed: int, purpose: str, names: Iterable[str]) -> np.ndarray:
 def text_key(text: str) -> str:
     """A text that is equal for texts that differ only in case, white space or spacing around punctuation.
 
-    It says what "the same text" means for splits and folds: tokenised and plain forms of one sentence agree.
+    It defines "the same text" for splits and folds: tokenised and plain forms of a sentence are equal.
     """
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))
 
 
 def key_hash(key: str) -> int:
-    """The first 64 bits of a hash of ``text_key``: columns of numbers stand for the texts."""
+    """The first 64 bits of a hash of ``text_key``, so that columns of numbers represent the texts."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
 
 
 def keep_apart(
     train: np.ndarray, dev: np.ndarray | None, test: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
-    """Which rows of train and dev stay when no text may stand in two splits; test keeps all.
+    """Which rows of train and dev stay if no text may be in two splits; test keeps all rows.
 
     Rows of train and dev whose text is in test are dropped, then rows of train whose text is in dev.
 
     Args:
-        train, dev, test: ``key_hash`` of each row, uint64; ``dev`` None where it will be cut from train.
+        train, dev, test: ``key_hash`` of each row, uint64; ``dev`` is None if it will be cut from train.
 
     Returns:
         bool masks for train and dev, and how many rows were dropped, by reason.
@@ -65,7 +65,7 @@ def keep_apart(
 
 
 def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
-    """Rows of train that become dev: whole texts worth ``size`` rows, a row or two fewer where they do not add up.
+    """Rows of train that become dev: whole texts with ``size`` rows in total, or slightly fewer if they do not add up.
 
     Args:
         keys: ``key_hash`` of each row, uint64 [n].
@@ -75,13 +75,13 @@ def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
         bool [n].
 
     Raises:
-        InputError: ``size`` rows cannot be cut.
+        InputError: ``size`` rows cannot be taken.
     """
     chosen = np.zeros(len(keys), dtype=bool)
     if not size:
         return chosen
     if size >= len(keys):
-        raise InputError(f"data.dev_size: {size} examples are to be cut from train, which has {len(keys)}")
+        raise InputError(f"data.dev_size: {size} examples should be taken from train, which has only {len(keys)}")
     _, first, text, rows = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     room, texts = size, []
     for number in np.argsort(order[first], kind="stable").tolist():
@@ -91,31 +91,31 @@ def cut_dev(keys: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
         if not room:
             break
     if not texts:
-        raise InputError(f"data.dev_size: every text of train has more than {size} examples; ask for more")
+        raise InputError(f"data.dev_size: every text in train has more than {size} examples; increase the size")
     return np.isin(text, texts)
 
 
 SEEN_ELSEWHERE = 1 / 3
-"""A group is judged by the other folds where these hold at least this share of its label's examples."""
+"""A group is scored by the other folds if these have at least this share of its label's examples."""
 
 
 def group_folds(
     texts: np.ndarray, groups: np.ndarray, labels: np.ndarray | None, ordinary: np.ndarray, folds: int
 ) -> np.ndarray:
-    """Folds in which no group and no text stands on both sides, of about equal size.
+    """Folds of about equal size in which no group and no text is on both sides.
 
-    Groups that share a text stay together; largest first, each goes to the emptiest fold. Rows without a group keep
-    their ordinary folds.
+    Groups that share a text stay together. In order of size, each group goes to the emptiest fold. Rows without a group
+    keep their ordinary folds.
 
-    A label that hardly any other fold has, say one that only one rule gives, would be contradicted always, right or
-    wrong: where the other folds hold less than ``SEEN_ELSEWHERE`` of its examples, those of this fold get ordinary
-    folds.
+    A label that is rare in the other folds, such as a label from only one rule, would always be contradicted, right or
+    wrong. So if the other folds have less than ``SEEN_ELSEWHERE`` of its examples, the examples in this fold get
+    ordinary folds.
 
     Args:
         texts: uint64 [n], equal for equal texts.
         groups: int [n]; -1 for no group.
         labels: int [n], or None for responses.
-        ordinary: int [n]: folds by text alone.
+        ordinary: int [n]: folds by text only.
 
     Returns:
         int64 [n].
@@ -144,7 +144,7 @@ def group_folds(
 
 
 def _connected(texts: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """int64 [n]: rows of equal text or equal group, directly or by way of others, have one number."""
+    """int64 [n]: rows with equal text or group, directly or through other rows, have the same number."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -158,18 +158,18 @@ def _connected(texts: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def subset(order: np.ndarray, size: int | None, key: str, left_out: int = 0) -> np.ndarray:
-    """A seeded draw of ``size`` of n rows in their old order, int64; all of them with None.
+    """A seeded draw of ``size`` of n rows, in their original order, int64; None means all rows.
 
     Args:
         order: draw of each row, uint64 [n].
 
     Raises:
-        InputError: there are fewer than ``size``; ``key`` is the recipe's name for the size, ``left_out`` the number of
-            rows that ``keep_apart`` dropped.
+        InputError: there are fewer than ``size``; ``key`` is the name of the size in the recipe, ``left_out`` the
+            number of rows that ``keep_apart`` dropped.
     """
     if size is None:
         return np.arange(len(order))
     if size > len(order):
-        more = f" ({left_out} more have a text that stands in another split, too)" if left_out else ""
-        raise InputError(f"data.{key}: {size} examples asked for, but there are {len(order)}{more}")
+        more = f" ({left_out} more have a text that is also in another split)" if left_out else ""
+        raise InputError(f"data.{key}: {size} examples requested, but there are only {len(order)}{more}")
     return np.sort(np.argsort(order, kind="stable")[:size])
