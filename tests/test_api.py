@@ -178,11 +178,11 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ({"logp_large": [0.0]}, None, {}, "needs the columns logp_small, logp_reference"),
     ({"logp_reference": [0.0, np.nan]}, None, {"formula": "reference"}, "logp_reference: row 1 is not finite"),
     ({"logp_reference": ["a"]}, None, {"formula": "reference"}, "logp_reference: not numbers"),
-    ({"logp_reference": [[0.0]]}, None, {"formula": "reference"}, r"has the shape \(1, 1\); it must be \[n\]"),
-    ({"logp_reference": [0.0, 1.0]}, [0], {"formula": "reference"}, "one length: logp_reference 2, labels 1"),
+    ({"logp_reference": [[0.0]]}, None, {"formula": "reference"}, r"has shape \(1, 1\); it must be \[n\]"),
+    ({"logp_reference": [0.0, 1.0]}, [0], {"formula": "reference"}, "the same length: logp_reference 2, labels 1"),
     ({"logp_reference": [0.0]}, None, {"formula": "reference", "scope": "per_label"}, "labels: these weights"),
-    ({"label_set_logp_reference": [[0.0, 1.0]]}, [2], {"formula": "posterior"}, "labels: beside a label set of 2"),
-    ({"label_set_logp_reference": [[0.0, 1.0]]}, ["a"], {"formula": "posterior"}, "whole numbers from 0"),
+    ({"label_set_logp_reference": [[0.0, 1.0]]}, [2], {"formula": "posterior"}, "labels: with a label set of 2"),
+    ({"label_set_logp_reference": [[0.0, 1.0]]}, ["a"], {"formula": "posterior"}, "whole numbers: indices into the set, from 0"),
     ({"label_set_logp_reference": [[0.0, 1.0]]}, None, {"formula": "posterior"}, "labels: these weights"),
     ({"logp_reference": [0.0]}, None, {"formla": "reference"}, "weights.formla: unknown key; did you mean `formula`"),
     ({"logp_reference": [0.0]}, None, {"power": -1}, "weights.power: input should be greater than 0"),
@@ -260,7 +260,7 @@ def test_predictions_that_do_not_belong_together_are_refused(place: Path, tmp_pa
         ds.compare_runs({"sft": ["gone.jsonl"]})
     with pytest.raises(InputError, match="there is no arm 'gold'"):
         ds.compare_runs({"sft": ["sft-0.jsonl"]}, upper="gold")
-    with pytest.raises(InputError, match="metric: 'f1' is none of"):
+    with pytest.raises(InputError, match="metric: 'f1' is not one of"):
         ds.compare_runs({"sft": ["sft-0.jsonl"]}, metric="f1")
 
 
@@ -336,7 +336,7 @@ def test_weights_are_joined_by_id(place: Path) -> None:
     assert joined["mine"] == own["mine"] != [*range(COUNT)]
     assert joined["weight"] == [data["weight"][row] for row in own["mine"]]
     bad: list[tuple[Dataset, str]] = [
-        (own.select(range(COUNT - 1)), r"is not in it \(1 are not\)"),
+        (own.select(range(COUNT - 1)), r"is missing \(1 are missing\)"),
         (own.map(lambda row: {"id": "x" if row["mine"] == 3 else row["id"]}), "id x has no weight"),
         (own.select([0, *range(COUNT)]), "comes more than once"),
         (own.remove_columns("id"), "needs a column `id`"),

@@ -333,10 +333,10 @@ def test_hard_selection_and_files_of_ids(tiny_recipe: WriteRecipe, tmp_path: Pat
     listed = arm_weights(run, examples, "listed")
     assert np.flatnonzero(listed == 0).tolist() == [3, 5] and listed.mean() == pytest.approx(1)
     bad.write_text("nobody here\n")
-    with pytest.raises(InputError, match="id nobody here is no training example"):
+    with pytest.raises(InputError, match="id nobody here is not a training example"):
         arm_weights(run, examples, "listed")
     for command in ("compare", "run"):
-        refuse(launch("local", 1, command, path), "id nobody here is no training example")
+        refuse(launch("local", 1, command, path), "id nobody here is not a training example")
     assert not list(folder.root.glob("model/*")), "the last arm is refused before the first one trains"
     bad.write_text("\n".join(ids))
     with pytest.raises(InputError, match="no example is left"):

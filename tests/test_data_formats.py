@@ -98,7 +98,7 @@ def test_semeval_test_labels_are_the_official_key():
         (semeval_record(1, "a </e1>cat<e1> in a <e2>box</e2>"), 1, "encloses no text"),
         (semeval_record(1, "a <e1>cat</e1> <e1>in</e1> a <e2>box</e2>"), 1, "occurs twice"),
         (semeval_record(1) + semeval_record(2, label="Cause-Effect"), 6, "unknown label 'Cause-Effect'"),
-        (semeval_record(1) + semeval_record(2) + semeval_record(1), 9, "'1' comes twice"),
+        (semeval_record(1) + semeval_record(2) + semeval_record(1), 9, "'1' is a duplicate"),
         (semeval_record(1) + semeval_record(2, label=""), 6, "empty label"),
         (semeval_record(1) + '2\t"a <e1>cat</e1> in a <e2>box</e2>"', 6, "empty label"),
         (semeval_record(1) + "no tab here\r\nOther\r\n", 5, "expected `id TAB"),
@@ -128,7 +128,7 @@ def test_semeval_goes_on_behind_a_bad_record(tmp_path):
 def test_missing_file_and_bad_encoding(tmp_path, format):
     (tmp_path / "train.parquet").write_bytes(b"PAR1\x15\x94")
     said = refused(tmp_path, format=format, train=str(tmp_path / "train.parquet"))
-    assert "train.parquet: not a text file; give the folder that holds it as data.hub_id" in said
+    assert "train.parquet: not a text file; give its folder as data.hub_id" in said
     said = refused(tmp_path, format=format, train=str(tmp_path / "gone.txt"))
     assert said.startswith("data.train: ") and said.endswith("gone.txt: no such file")
     path = tmp_path / "latin1.txt"
@@ -207,7 +207,7 @@ def spert_document(**changes) -> dict:
         ({"relations": [{"type": "", "head": 0, "tail": 1}]}, "empty label"),
         ({"relations": None}, "`relations` is missing"),
         ({"tokens": []}, "`tokens` is missing"),
-        ({"orig_id": 5}, "comes twice"),
+        ({"orig_id": 5}, "is a duplicate"),
     ],
 )
 def test_spert_bad_document_is_named(tmp_path, changes, words):
@@ -299,8 +299,8 @@ def test_line_separators_inside_a_sentence_do_not_break_it(tmp_path):
         ({**GOOD, "id": None}, "`id` is missing"),
         ({**GOOD, "id": 1.5}, "`id` is missing or not a text or whole number"),
         ({**GOOD, "id": True}, "`id` is missing or not a text or whole number"),
-        ({**GOOD, "id": 1}, "'1' comes twice in train"),
-        ({**GOOD, "id": "1"}, "'1' comes twice in train"),
+        ({**GOOD, "id": 1}, "'1' is a duplicate in train"),
+        ({**GOOD, "id": "1"}, "'1' is a duplicate in train"),
         ({**GOOD, "id": 2, "label": 0.5}, "not a text"),
         ({**GOOD, "id": 2, "label": ["in"]}, "not a text"),
         ({**GOOD, "id": 2, "label": "under"}, "unknown label 'under'"),

@@ -89,7 +89,7 @@ def test_templates_by_default(task, columns, template):
 
 
 def test_templates_that_do_not_fit_the_columns():
-    with pytest.raises(BadRow, match=r"prompt.template is needed: which of the columns title, body make the prompt\?"):
+    with pytest.raises(BadRow, match=r"prompt.template is needed: which of the columns title, body belong in the prompt\?"):
         template_for("classification", Prompt(), {"title": "", "body": ""})
     with pytest.raises(BadRow, match=r"unknown field {text}; known: body, options"):
         template_for("classification", Prompt(template="{text}"), {"body": ""})
@@ -263,7 +263,7 @@ def test_prepare_exchanges_the_test_split(tmp_path):
     assert second.test.ids.to_pylist() == ["other-0", "other-1", "other-2"] and second == load_examples(folder)
     assert (second.train.table.to_pylist(), second.train_fingerprint) == (train, first.train_fingerprint)
     assert second.fingerprint != first.fingerprint, "the evaluation has to be done again"
-    with pytest.raises(InputError, match="training or dev examples of other data"):
+    with pytest.raises(InputError, match="training or dev examples from other data"):
         prepare(recipe({**data, "test": jsonl(tmp_path / "known.jsonl", [("known", *rows[3][1:])])}), folder)
     assert load_examples(folder) == second
 
@@ -310,7 +310,7 @@ def test_prepare_rows_with_own_dev_and_label_set(tmp_path):
     assert "t3" not in made.train.ids.to_pylist()
     assert made.info["dropped"] == {"train_in_test": 0, "dev_in_test": 1, "train_in_dev": 1}
     assert load_examples(RunFolder(tmp_path / "r")) == made
-    with pytest.raises(InputError, match=r"train_size: 10 .* there are 9 \(1 more have a text .* another split"):
+    with pytest.raises(InputError, match=r"train_size: 10 .* there are only 9 \(1 more have a text .* another split"):
         prepare(recipe({**jsonl_data(tmp_path, dev=dev), "train_size": 10}), RunFolder(tmp_path / "r2"))
     assert made.train.golds.null_count == 9 and set(made.train.correct) == {-1}
 
@@ -337,10 +337,10 @@ def test_prepare_says_what_it_left_out(tmp_path):
         ({"labels": ["x", "y", " "]}, "data.labels: "),
         ({"test": [("e0", "u0", "x"), ("e1", "u1", "new")]}, "test.jsonl:2: unknown label 'new'"),
         ({"test": [("e0", "u0", "x"), ("e1", "u1", None)]}, "test.jsonl:2: empty label"),
-        ({"test": [("e0", "u0", "x"), ("e0", "u1", "x")]}, "test.jsonl:2: the id 'e0' comes twice in test"),
+        ({"test": [("e0", "u0", "x"), ("e0", "u1", "x")]}, "test.jsonl:2: the id 'e0' is a duplicate in test"),
         ({"train": [("t0", "U0", "x")]}, "data.train: no example is left in train"),
         ({"noise": {"kind": "confusion", "rate": 0.5, "table": {"q": {"x": 1.0}}}}, "data.noise.table.q: "),
-        ({"negative_label": "none"}, "data.negative_label: 'none' is no label of train (x, y)"),
+        ({"negative_label": "none"}, "data.negative_label: 'none' is not a label in train (x, y)"),
     ],
 )
 def test_prepare_refuses_bad_data_and_writes_nothing(tmp_path, change, words):

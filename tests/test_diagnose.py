@@ -100,7 +100,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path) -> None:
     listed = run / "diagnosis" / "label_errors.csv"
     text = listed.read_text(encoding="utf-8")
     listed.write_text(text.removesuffix(",\n") + ",DROP\n", encoding="utf-8")
-    refuse(launch("local", 1, "diagnose", run), "label_errors.csv: holds corrections", "under another name")
+    refuse(launch("local", 1, "diagnose", run), "label_errors.csv: contains corrections", "under another name")
     listed.write_text(text, encoding="utf-8")
     refuse(launch("local", 1, "relabel", run, listed), "data.noise: its wrong labels are only in the run")
     refuse(launch("local", 1, "relabel", tmp_path / "nothing", listed), "nothing: no run here")

@@ -139,7 +139,7 @@ def test_what_is_fetched_runs_offline(site: Site, model_files: dict[str, bytes])
     out = succeeds(site, "check", site.recipe)
     assert "not in the hub's cache" not in out
     out = succeeds(site, "prepare", site.recipe)
-    assert "12 train, 0 dev, 5 test" in out and "left for later" not in out
+    assert "12 train, 0 dev, 5 test" in out and "computed later" not in out
     succeeds(site, "score", site.recipe)
     inputs = json.loads((site.run / "scores" / "scores.json").read_text())["inputs"]
     assert inputs["model large"]["revision"] == manifest[0]["commit"]

@@ -159,8 +159,8 @@ def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -
     for wrong, said in (
         ({"on": "dev", "folds": 2}, "`on: dev` needs `folds: 1`"),
         ({"folds": 1, "rounds": 2}, "`rounds` needs kind: finetuned and `folds` of 2 or more"),
-        ({"chat_template": True}, "`chat_template` is for kind: checkpoint"),
-        ({"kind": "checkpoint", "model_name_or_path": "x", "on": "dev"}, "`on` is for kind: finetuned"),
+        ({"chat_template": True}, "`chat_template` is only for kind: checkpoint"),
+        ({"kind": "checkpoint", "model_name_or_path": "x", "on": "dev"}, "`on` is only for kind: finetuned"),
     ):
         with pytest.raises(InputError, match=said):
             load_recipe(tiny_recipe(tmp_path / "wrong", {"models.reference": wrong}))

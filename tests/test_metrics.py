@@ -205,7 +205,7 @@ def test_bad_lists_are_refused():
         m.macro_f1(["Other", "Other"], ["Other"])
     with pytest.raises(InputError, match="no examples"):
         m.metrics(["a", "b"], [], [], [])
-    with pytest.raises(InputError, match="'7' comes more than once"):
+    with pytest.raises(InputError, match="'7' occurs more than once"):
         m.metrics(["a", "b"], ["6", "7", "7"], ["a", "a", "b"], ["a", "a", "b"])
     with pytest.raises(InputError, match="empty gold label"):
         m.metrics(["a", "b"], ["1"], [""], [""])

@@ -232,14 +232,14 @@ def edit(**cells: str) -> Callable[[Rows], Rows]:
 
 BAD = {
     "unknown label 'plaice'; the label set is animal, place, thing (or DROP)": edit(corrected="plaice"),
-    "id 'nobody' is no training example": edit(id="nobody"),
+    "id 'nobody' is not a training example": edit(id="nobody"),
     "stands in FILE:2, too": lambda rows: [*rows[:2], rows[0]],
     "the target of '5' is 'thing' in this run, not 'animal'": edit(target="animal"),
     "the prompt of '5' is '\"5\" of 5,' in this run, not 'another'": edit(prompt="another"),
     "needs the column `corrected`, once": lambda rows: [
         {key: row[key] for key in row if key != "corrected"} for row in rows
     ],
-    "no correction in it": lambda rows: rows,
+    "contains no correction": lambda rows: rows,
     "drops all training examples": lambda rows: [{**row, "corrected": "DROP"} for row in rows],
 }
 
@@ -284,7 +284,7 @@ def test_data_that_cannot_be_written_say_so(tmp_path: Path) -> None:
     rows = listed(run)
     rows[0]["corrected"] = "DROP"
     file = save(tmp_path / "mine.csv", rows)
-    with pytest.raises(InputError, match=r"is to end in \.jsonl"):
+    with pytest.raises(InputError, match=r"must end in \.jsonl"):
         relabel(run, file, tmp_path / "new.csv")
     with (tmp_path / "train.csv").open("a") as end:
         end.write("one more,thing,r1,\n")
@@ -313,7 +313,7 @@ def test_a_list_with_corrections_is_not_written_over(tmp_path: Path) -> None:
     page._refuse_to_lose_corrections(save(file, [{key: row[key] for key in page.COLUMNS} for row in rows]))
     rows[-1]["corrected"] = "DROP"
     for filled in (save(file, rows, "utf-8-sig"), save(file, [{**row, "seen by": "me"} for row in rows])):
-        with pytest.raises(InputError, match="holds corrections"):
+        with pytest.raises(InputError, match="contains corrections"):
             page._refuse_to_lose_corrections(filled)
 
 

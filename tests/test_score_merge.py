@@ -358,14 +358,14 @@ def test_doubled_example_is_refused(run):
     refused(run, f"{SHARDS[2]}: example {first} is scored twice")
     of_another_shard = read_table(run[1].scores / SHARDS[0])[0]["id"][0].as_py()
     change(path, lambda table: set_value(table, "id", 4, of_another_shard))
-    refused(run, f"{SHARDS[2]}: example {of_another_shard} is not of this shard")
+    refused(run, f"{SHARDS[2]}: example {of_another_shard} does not belong to this shard")
 
 
 def test_lost_and_strange_examples_are_refused(run):
     path = run[1].scores / SHARDS[2]
     gone = read_table(path)[0]["id"][9].as_py()
     change(path, lambda table: set_value(table, "id", 9, "nobody"))
-    refused(run, "example nobody is not of this shard")
+    refused(run, "example nobody does not belong to this shard")
     change(path, lambda table: table.slice(0, 9))
     refused(run, f"{gone} has no score")
 
@@ -384,7 +384,7 @@ def test_label_set_that_is_not_whole_is_refused(run, value):
     path = run[1].scores / SHARDS[1]
     example = read_table(path)[0]["id"][7].as_py()
     change(path, lambda table: set_value(table, "label_set_logp_small", 7, value))
-    refused(run, f"label_set_logp_small of example {example} is not finite, or not whole")
+    refused(run, f"label_set_logp_small of example {example} is not finite, or incomplete")
 
 
 def test_foreign_shard_is_refused(run):
@@ -394,7 +394,7 @@ def test_foreign_shard_is_refused(run):
 
 def test_shard_under_another_number_is_refused(run):
     shutil.copy(run[1].scores / SHARDS[0], run[1].scores / SHARDS[1])
-    refused(run, "shard-00001-of-00005.parquet: made from other inputs")
+    refused(run, "shard-00001-of-00005.parquet: computed from other inputs")
 
 
 def test_shard_of_another_run_is_refused(run, models, ranks, tmp_path):
@@ -403,7 +403,7 @@ def test_shard_of_another_run_is_refused(run, models, ranks, tmp_path):
     prepare(recipe, other)
     score(recipe, other, ranks)
     shutil.copy(other.scores / SHARDS[2], run[1].scores / SHARDS[2])
-    refused(run, "shard-00002-of-00005.parquet: made from other inputs")
+    refused(run, "shard-00002-of-00005.parquet: computed from other inputs")
 
 
 def test_file_not_written_here_is_refused(run):

@@ -153,7 +153,7 @@ def test_status_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
     assert status(tmp_path) == [
         ("examples", "not yet"),
-        ("score", "1 of 8 shards done, of the others 1 of 21 parts"),
+        ("score", "1 of 8 shards done, for the others 1 of 21 parts"),
         ("merge", "effective sample size 50.0%"),
         ("train sft", "step 3 of 9, loss 1.5, 0:01:00 left"),
         ("evaluate sft", "exact_match 0.2500, perplexity 3.5000"),

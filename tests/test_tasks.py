@@ -224,5 +224,5 @@ def test_too_long_is_said_before_anything_is_trained(files: Path, tmp_path: Path
     recipe = tiny_recipe(tmp_path, changes)
     refuse(launch("local", 2, "prepare", recipe), "example 0", "tokens", "on_too_long")
     out = succeed("local", 1, "prepare", recipe, "--set", "data.on_too_long=drop")
-    assert "left out 1 rows of test that are longer than a model reads" in out
+    assert "left out 1 rows of test that are longer than a model's context" in out
     succeed("local", 1, "prepare", recipe, "--set", "data.on_too_long=truncate_prompt")

@@ -213,7 +213,7 @@ def test_more_labels_than_max_labels(tmp_path):
     data = {"train": write(tmp_path / "train.jsonl", rows), "max_labels": 20}
     said = refused(tmp_path, data, check=False)
     assert said.startswith("data.labels: more than 20 different labels in train, such as 'a whole sentence of its own")
-    assert said.endswith("raise data.max_labels, or set data.task: response where the targets are free text")
+    assert said.endswith("raise data.max_labels, or set data.task: response if the targets are free text")
     assert len(said) < 250
     assert len(made(tmp_path, {**data, "max_labels": 21}).labels) == 21
     named = {**data, "labels": [row["label"] for row in rows]}
@@ -239,7 +239,7 @@ def test_an_unknown_label_among_many_does_not_print_all(tmp_path):
     data = {"train": write(tmp_path / "train.jsonl", train)}
     for label, words in (
         ("label 077", "unknown label 'label 077'; it is not one of the 40 labels; similar: label 07, "),
-        ("xyz", "unknown label 'xyz'; it is none of the 40 labels"),
+        ("xyz", "unknown label 'xyz'; it is not one of the 40 labels"),
     ):
         test = write(tmp_path / "test.jsonl", [{"text": "new", "label": label}])
         said = refused(tmp_path, {**data, "test": test}, check=False)
@@ -295,7 +295,7 @@ def test_the_same_id_in_two_splits(tmp_path):
     assert found.train.ids.to_pylist()[:2] == found.test.ids.to_pylist() == ["0", "1"]
     twice = write(tmp_path / "twice.jsonl", [*train, {"id": "3", "text": "late", "label": "no"}])
     said = refused(tmp_path, {**data, "train": twice}, check=False)
-    assert said == f"{twice}:7: the id '3' comes twice in train"
+    assert said == f"{twice}:7: the id '3' is a duplicate in train"
 
 
 # --- files
@@ -376,7 +376,7 @@ def test_gold_may_be_missing_in_train_but_not_in_test(tmp_path):
     data = {"train": write(tmp_path / "train.csv", LABELLED), "columns": {"gold": "true"}}
     test = write(tmp_path / "test.csv", [{"text": "new", "label": "no"}])
     said = refused(tmp_path, {**data, "test": test})
-    assert said == f"{test}: row 1: data.columns.gold: there is no column 'true'; the row has text, label"
+    assert said == f"{test}: row 1: data.columns.gold: no column 'true'; the row has text, label"
     good = write(tmp_path / "good.csv", [{"text": "new", "true": "no"}])
     assert made(tmp_path, {**data, "test": good}).test.golds.to_pylist() == ["no"]
 
@@ -385,7 +385,7 @@ def test_gold_may_be_missing_in_train_but_not_in_test(tmp_path):
 def test_no_label_column(tmp_path, task):
     train = write(tmp_path / "train.jsonl", [{"text": "<e1>a</e1> <e2>b</e2>", "class": "yes"}])
     said = refused(tmp_path, {"train": train, "task": task})
-    assert said == f"{train}:1: data.columns.label: there is no column 'label'; the row has text, class"
+    assert said == f"{train}:1: data.columns.label: no column 'label'; the row has text, class"
 
 
 def test_no_response_column(tmp_path):
@@ -393,16 +393,16 @@ def test_no_response_column(tmp_path):
     said = refused(tmp_path, {"train": train, "task": "response"})
     assert said.startswith(f"{train}:1: no column for the response; set it with data.columns.response")
     said = refused(tmp_path, {"train": train, "columns": {"response": "said"}})
-    assert said == f"{train}:1: data.columns.response: there is no column 'said'; the row has question, reply"
+    assert said == f"{train}:1: data.columns.response: no column 'said'; the row has question, reply"
     said = refused(tmp_path, {"train": train, "columns": {"messages": "chat"}})
-    assert said == f"{train}:1: data.columns.messages: there is no column 'chat'; the row has question, reply"
+    assert said == f"{train}:1: data.columns.messages: no column 'chat'; the row has question, reply"
 
 
 def test_templates_that_do_not_fit_are_one_line(tmp_path):
     rows = [{"title": f"title {i}", "body": "text", "label": "ab"[i % 2]} for i in range(30)]
     data = {"train": write(tmp_path / "train.jsonl", rows)}
     said = refused(tmp_path, data)
-    assert said == f"{data['train']}:1: prompt.template is needed: which of the columns title, body make the prompt?"
+    assert said == f"{data['train']}:1: prompt.template is needed: which of the columns title, body belong in the prompt?"
     said = refused(tmp_path, data, {"template": "{text}"})
     assert said == f"{data['train']}:1: prompt.template has an unknown field {{text}}; known: body, options, title"
     said = refused(tmp_path, {**data, "on_bad_row": "drop"}, {"template": "{text}"})
@@ -639,7 +639,7 @@ def test_chats_and_single_prompts_are_not_mixed(tmp_path):
         said = refused(tmp_path, {"task": "response", "train": train, "test": test})
         assert said == "data.test: one split has chats and another has single prompts; use one kind in all splits"
     said = refused(tmp_path, {"task": "response", "train": [chats, single]})
-    assert said.startswith(f"{single}:1: the row has prompt, but the rows before it messages")
+    assert said.startswith(f"{single}:1: the row has prompt, but the rows before it have messages")
 
 
 # --- bad rows

@@ -121,7 +121,7 @@ def test_a_score_to_choose_by_needs_labels(tiny_recipe: WriteRecipe, tmp_path: P
     changes = {**UNIFORM, "data": data, "train.metric_for_best_model": "accuracy"}
     recipe = load_recipe(tiny_recipe(tmp_path, changes))
     run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
-    with pytest.raises(InputError, match=r"train\.metric_for_best_model: responses have no label"):
+    with pytest.raises(InputError, match=r"train\.metric_for_best_model: responses have no labels"):
         stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
 
 

@@ -1,1 +1,1 @@
-"""Room 3: scores per shard, merged into one weight per example, with diagnostics."""
+"""Step 3: scores in shards, merged into one weight per example, with diagnostics."""

@@ -1,4 +1,4 @@
-"""What the reference model would say of each example, and how far that agrees with the labels given."""
+"""The label that the reference model would give to each example, and how far it agrees with the given labels."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from atlantis_ds.weights.formulas import Scores
 
 @dataclass(frozen=True)
 class Suggestions:
-    """What the reference model would say of n examples; see ``suggestion``."""
+    """The labels that the reference model would give to n examples; see ``suggestion``."""
 
     labels: np.ndarray
-    """int32 [n] into the label set: the likeliest label."""
+    """int32 [n], indices into the label set: the most likely label."""
     p_label: np.ndarray
-    """float64 [n]: its probability of the example's own label among those of the set."""
+    """float64 [n]: the probability of the example's own label among those of the set."""
     p_suggested: np.ndarray
-    """float64 [n]: that of the likeliest."""
+    """float64 [n]: the probability of the most likely label."""
 
 
 def suggestion(scores: Scores) -> Suggestions:
-    """The label that the reference model finds likeliest for each example, end-of-sequence token included, as in
+    """The label that the reference model finds most likely for each example, including the end-of-sequence token, as in
     ranking; the label set must have been scored."""
     every = scores.label_set
     assert every is not None
@@ -36,7 +36,7 @@ def suggestion(scores: Scores) -> Suggestions:
 
 
 def joined(parts: Sequence[Suggestions]) -> Suggestions:
-    """Those of chunks as those of all: [n, K] numbers are never in memory together."""
+    """Joins the suggestions of chunks, so that the [n, K] numbers are never all in memory."""
     return Suggestions(
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.p_label for part in parts]),
@@ -45,16 +45,16 @@ def joined(parts: Sequence[Suggestions]) -> Suggestions:
 
 
 def agreement(suggested: np.ndarray, given: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """How far the likeliest labels are those given.
+    """How often the most likely labels equal the given labels.
 
     Args:
-        suggested: int [n] into ``names``, the likeliest labels.
-        given: int [n], the labels given.
+        suggested: int [n], indices into ``names``: the most likely labels.
+        given: int [n], the given labels.
 
     Returns:
-        ``share`` of the examples where they are equal; ``majority`` and ``majority_share``: the most frequent label
-        given, which is what saying always the same would reach; ``never_said``: labels that are given and that the
-        reference finds likeliest nowhere, with the share of the examples that have them in ``never_said_share``.
+        ``share`` of the examples for which they are equal; ``majority`` and ``majority_share``: the most frequent given
+        label, and its share, which a constant prediction would reach; ``never_said``: given labels that the reference
+        finds most likely for no example, with their share of the examples in ``never_said_share``.
     """
     counts = np.bincount(given, minlength=len(names))
     never = np.flatnonzero((counts > 0) & (np.bincount(suggested, minlength=len(names)) == 0)).tolist()

@@ -32,25 +32,26 @@ from atlantis_ds.weights.posterior import (
 from atlantis_ds.weights.shards import read_shards
 
 WEIGHTS_VERSION = 4
-"""Goes up where the same scores and options give other weights or other diagnostics than before."""
+"""Must be raised if the same scores and options give different weights or diagnostics than before."""
 
 
 def arm_weights(run: Run, examples: Examples, arm: str) -> np.ndarray:
-    """The weights of one arm: float64 [n], mean 1, in the order of the training examples; 0 for what it leaves out.
+    """The weights of one arm: float64 [n], mean 1, in the order of the training examples; 0 for examples that it leaves
+    out.
 
-    Uniform weights need no scores. The recipe's own are read from ``weights.parquet``; other formulas are computed
-    from the same scores.
+    Uniform weights need no scores. The recipe's own weights are read from ``weights.parquet``; other formulas are
+    computed from the same scores.
 
     Raises:
-        InputError: the weights are missing or were merged from other scores or options; the arm's file of ids to
-            leave out is missing or names an unknown id, or nothing is left.
+        InputError: the weights are missing or were merged from other scores or options; the arm's file of ids is
+            missing or names an unknown id; or no example is left.
     """
     options = run.recipe.arms[arm]
     weights, log_weight = _merged_weights(run, examples, options.weights or run.recipe.weights)
     kept = np.ones(len(weights))
     if options.drop_lowest:
         if np.ptp(weights) == 0:
-            raise InputError(f"arm {arm}: all its weights are equal, so `drop_lowest` has nothing to go by")
+            raise InputError(f"arm {arm}: all its weights are equal, so `drop_lowest` cannot choose")
         kept[lowest_first(weights, log_weight)[: round(options.drop_lowest * len(weights))]] = 0
         weights = np.ones(len(weights))
     if options.drop_ids:
@@ -66,24 +67,25 @@ def _rows_of_ids(path: Path, examples: Examples) -> np.ndarray:
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
+        raise InputError(f"{path}: cannot be read as a list of ids, one per line: {error}") from None
     rows = pc.index_in(pa.array(ids, pa.string()), value_set=examples.train.ids.combine_chunks())
     if rows.null_count:
         unknown = ids[rows.is_null().to_pylist().index(True)]
-        raise InputError(f"{path}: id {unknown} is no training example of this run")
+        raise InputError(f"{path}: id {unknown} is not a training example of this run")
     return rows.to_numpy()
 
 
 def lowest_first(weights: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
-    """Row numbers, int64 [n], lowest weight first; weights that a bound made equal by what they were before."""
+    """Row numbers, int64 [n], lowest weight first; weights made equal by a bound are ordered by their values before
+    it."""
     return np.lexsort((log_weight, weights))
 
 
 def read_weights(folder: RunFolder) -> tuple[pa.Table, dict[str, Any]]:
-    """``weights.parquet`` (``id``, ``log_weight``, ``weight``) and what it was made from.
+    """``weights.parquet`` (``id``, ``log_weight``, ``weight``) and the ``info`` about its inputs.
 
     Raises:
-        InputError: it is missing or broken, or was merged from other scores than lie beside it now.
+        InputError: it is missing or broken, or was merged from other scores than those that are there now.
     """
     table, info = read_table(folder.weights)
     if (folder.scores / "scores.json").exists() and info["scores"] != scores_fingerprint(folder):
@@ -103,28 +105,28 @@ def _merged_weights(run: Run, examples: Examples, options: Weights) -> tuple[np.
     if info["fingerprint"] != weights_fingerprint(run.recipe, examples, options, info["scores"]):
         raise InputError(f"{folder.weights}: merged with other options than this recipe's; run `merge` again")
     if not table["id"].cast(pa.string()).equals(examples.train.ids):
-        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+        raise InputError(f"{folder.weights}: has other examples than the run; run `merge` again")
     return table["weight"].to_numpy(), table["log_weight"].to_numpy()
 
 
 @dataclass(frozen=True)
 class LogWeights:
-    """What the scores of a run give, before it is stabilised."""
+    """The log weights of a run, before stabilising."""
 
     values: np.ndarray
     """float64 [n]"""
     tokens: np.ndarray
     """int32 [n]: tokens of each target under the large model."""
     noise: Noise | None
-    """What ``posterior`` fitted."""
+    """The noise model that ``posterior`` fitted."""
     suggested: Suggestions | None
-    """What the reference would say; None where the label set was not scored."""
+    """The labels that the reference would give; None if the label set was not scored."""
     one_base: bool
-    """Whether large and small base give the same log-likelihood to every example."""
+    """Whether the large and small base give the same log-likelihood to every example."""
 
 
 def read_log_weights(run: Run, examples: Examples, options: Weights) -> LogWeights:
-    """Log weights, read shard by shard: memory holds a few numbers an example, however many labels.
+    """Log weights, computed shard by shard: memory holds only a few numbers per example, for any number of labels.
 
     Raises:
         InputError: see ``read_shards``.
@@ -149,7 +151,7 @@ def read_log_weights(run: Run, examples: Examples, options: Weights) -> LogWeigh
 
 
 def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:
-    """The noise of the given labels, from all examples, or from a sample of many."""
+    """The noise of the given labels, from all examples, or from a sample if there are many."""
     chosen = sample_rows(len(examples.train), len(examples.labels or ()), run.recipe.seed)
     parts = []
     for rows, chunk in _chunks(run, examples):
@@ -164,9 +166,9 @@ def _fit_noise(run: Run, examples: Examples, options: Weights) -> Noise:
 
 
 def known_pairs(dev: Split, labels: int) -> np.ndarray:
-    """How often dev has a true label (row) given as another (column), int [K, K].
+    """How often a true label (row) is given as another (column) in dev, int [K, K].
 
-    All 0 where every label of dev is its gold label: then its labels did not come the way those of train did.
+    All 0 if every label in dev equals its gold label: then its labels were made in another way than those of train.
     """
     counts = np.zeros((labels, labels), dtype=np.int64)
     if (dev.correct == 0).any():

@@ -1,4 +1,4 @@
-"""Scores from columns in memory, named as in the score shards, for those who have no run folder."""
+"""Scores from columns in memory, named as in the score shards, for use without a run folder."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MODELS = {
     "posterior": ("reference",),
     "uniform": (),
 }
-"""The models that a formula cannot do without."""
+"""The models that a formula needs."""
 
 
 def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, options: Weights) -> Scores:
-    """The scores that a formula needs; what it does not look at is 0, and one token.
+    """The scores that a formula needs; values that it does not use are 0, with one token.
 
     Args:
         columns: see ``api.weights_from_scores``.
-        labels: int or str [n]; None where no option looks at them.
+        labels: int or str [n]; None if no option uses them.
         options: the recipe's ``weights``.
 
     Raises:
-        InputError: a column or the labels are missing, of another length, or not finite.
+        InputError: a column or the labels are missing, not finite, or have another length.
     """
     names = set(columns.column_names if isinstance(columns, pa.Table) else columns)
     of_set = options.base_formula == "posterior" or options.calibrate == "label_set"
@@ -47,11 +47,11 @@ def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, option
         lengths["labels"] = len(codes)
     if len(set(lengths.values())) != 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "nothing is given"
-        raise InputError(f"scores: columns and labels must have one length: {told}")
+        raise InputError(f"scores: columns and labels must have the same length: {told}")
     n = next(iter(lengths.values()))
     if codes is None:
         if of_set or options.scope == "per_label" or options.calibrate != "none":
-            raise InputError("labels: these weights.* options look at the label of each example; give them, [n]")
+            raise InputError("labels: these weights.* options use the label of each example; give `labels` [n]")
         codes = np.zeros(n, dtype=np.int64)
     if not of_set:
         return _scores(arrays[""], (n,), codes)
@@ -66,7 +66,7 @@ def _wanted(names: set[str], prefix: str, options: Weights) -> list[str]:
     formula = options.base_formula
     models = list(MODELS[formula])
     if formula == "posterior" and all(f"{prefix}logp_{model}" in names for model in COLUMNS):
-        models = list(COLUMNS)  # how much the base ratio is worth is for the fit to say
+        models = list(COLUMNS)  # the fit decides how much the base ratio counts
     kinds = ["logp", *["eos"] * options.eos, *["tokens"] * (options.length == "mean")]
     wanted = [f"{kind}_{model}" for model in models for kind in kinds]
     if missing := [prefix + name for name in wanted if prefix + name not in names]:
@@ -75,7 +75,7 @@ def _wanted(names: set[str], prefix: str, options: Weights) -> list[str]:
 
 
 def _column(columns: Mapping[str, Any] | pa.Table, name: str) -> np.ndarray:
-    """A column as float64 [n], or [n, K] where it is of the label set."""
+    """A column as float64 [n], or [n, K] for the label set."""
     column = columns[name]
     try:
         if isinstance(column, (pa.Array, pa.ChunkedArray)) and pa.types.is_list(column.type):
@@ -86,8 +86,8 @@ def _column(columns: Mapping[str, Any] | pa.Table, name: str) -> np.ndarray:
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"scores: {name}: not numbers, or rows of different lengths: {error}") from None
     if values.ndim != (2 if name.startswith(LABEL_SET) else 1):
-        shape = "[n, K], one number a label" if name.startswith(LABEL_SET) else "[n]"
-        raise InputError(f"scores: {name}: has the shape {values.shape}; it must be {shape}")
+        shape = "[n, K], one number per label" if name.startswith(LABEL_SET) else "[n]"
+        raise InputError(f"scores: {name}: has shape {values.shape}; it must be {shape}")
     if len(bad := np.argwhere(~np.isfinite(values))):
         raise InputError(f"scores: {name}: row {bad[0][0]} is not finite")
     return values
@@ -96,10 +96,12 @@ def _column(columns: Mapping[str, Any] | pa.Table, name: str) -> np.ndarray:
 def _shape_of_set(arrays: dict[str, np.ndarray], codes: np.ndarray) -> tuple[int, int]:
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) > 1:
-        raise InputError(f"scores: columns of the label set have other shapes: {sorted(shapes)}")
+        raise InputError(f"scores: columns of the label set have different shapes: {sorted(shapes)}")
     (shape,) = shapes
     if codes.dtype.kind not in "iu" or (len(codes) and not (codes.min() >= 0 and codes.max() < shape[1])):
-        raise InputError(f"labels: beside a label set of {shape[1]} they must be whole numbers from 0 into it")
+        raise InputError(
+            f"labels: with a label set of {shape[1]}, they must be whole numbers: indices into the set, from 0"
+        )
     return int(shape[0]), int(shape[1])
 
 

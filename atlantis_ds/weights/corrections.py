@@ -1,4 +1,4 @@
-"""``atlantis-ds relabel``: the list of likely label errors comes back with corrections, and becomes training data."""
+"""``atlantis-ds relabel``: turns a corrected list of likely label errors into training data."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from atlantis_ds.run import Run
 from atlantis_ds.weights.page import CORRECTED, Listing
 
 DROP = "DROP"
-"""In the column of corrections: leave the row out."""
+"""Value in the column of corrections: leave the row out."""
 COMPARED = 1000
-"""Characters of a text that must be those of the run, white space apart: a spreadsheet cuts very long cells."""
+"""Characters of a text that must equal those of the run, ignoring white space: spreadsheets cut very long cells."""
 
 
 @dataclass(frozen=True)
 class Relabelled:
-    """What ``relabel`` wrote."""
+    """The result of ``relabel``."""
 
     files: dict[str, Path]
     """Split -> file."""
     changed: int
     dropped: int
     kept: int
-    """The other training examples of the run."""
+    """Number of the other training examples of the run."""
     labels: list[str] | None
-    """The label set, where it must now be named in the recipe: its last example of a label is gone."""
+    """The label set, if the recipe must now name it because the last example of a label is gone."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the file of corrections, as it was read."""
+    """A line of the file of corrections, as read."""
 
     where: str
     id: str
@@ -57,11 +57,10 @@ def relabel(run: Run, file: Path, out: Path | None) -> Relabelled:
 
     Args:
         file: ``label_errors.csv`` with its last column filled in, see docs/your-data.md.
-        out: the file to write; None for ``diagnosis/train_corrected`` with the suffix of its form.
+        out: the file to write; None for ``diagnosis/train_corrected`` with the suffix of its format.
 
     Raises:
-        InputError: a line that cannot be right (with file and line), or data that cannot be written. Nothing is
-            written then.
+        InputError: a line is invalid (with file and line), or the data cannot be written. Then nothing is written.
     """
     data = run.recipe.data
     refuse_unwritable(data)
@@ -69,11 +68,11 @@ def relabel(run: Run, file: Path, out: Path | None) -> Relabelled:
     refuse_other_data(run.recipe, run.folder)
     if examples.chat and data.train_on == "all":
         raise InputError(
-            "data.train_on: all: several answers of a chat cannot be corrected in one cell; edit your file"
+            "data.train_on: all: several answers of a chat cannot be corrected in one cell; edit your file instead"
         )
     corrections = read_corrections(file, examples)
     if not corrections:
-        raise InputError(f"{file}: no correction in it; fill in the column `{CORRECTED}`")
+        raise InputError(f"{file}: contains no correction; fill in the column `{CORRECTED}`")
     dropped = sum(right is None for right in corrections.values())
     if dropped == len(examples.train):
         raise InputError(f"{file}: drops all training examples")
@@ -84,30 +83,36 @@ def relabel(run: Run, file: Path, out: Path | None) -> Relabelled:
 
 
 def _lost(run: Run, examples: Examples, corrected: Path) -> list[str] | None:
-    """The label set, where the corrected file alone would give another one."""
+    """The label set, if it would be different without a list in the recipe."""
     data = run.recipe.data.model_copy(update={"hub_id": None, "train": str(corrected), "negative_label": None})
     found = label_set(run.recipe.model_copy(update={"data": data}))
     return examples.labels if found != examples.labels else None
 
 
 def read_corrections(file: Path, examples: Examples) -> Corrections:
-    """The corrections in a file, those alone that change something.
+    """The corrections in a file, but only those that change something.
 
     Raises:
-        InputError: with file and line: an id that is unknown or comes twice, a label or text that is not the run's, an
-            unknown label; a column is missing.
+        InputError: with file and line: an unknown or duplicate id, a label or text that differs from the run's, an
+            unknown label, or a missing column.
     """
     if examples.labels and DROP in examples.labels:
-        raise InputError(f"data.labels: there is a label {DROP}, which means here to leave a row out; rename it")
+        raise InputError(
+            f"data.labels: there is a label {DROP}, but in this file that word means to leave a row out; rename the "
+            "label"
+        )
     lines = list(_lines(file))
     ids = pa.array([line.id for line in lines], pa.string())
     rows = pc.index_in(ids, value_set=examples.train.ids.combine_chunks())
     seen: dict[str, str] = {}
     for line, row in zip(lines, rows.to_pylist()):
         if row is None:
-            raise InputError(f"{line.where}: id {line.id!r} is no training example of this run; is the file another's?")
+            raise InputError(
+                f"{line.where}: id {line.id!r} is not a training example of this run; does the file belong to another "
+                "run?"
+            )
         if line.id in seen:
-            raise InputError(f"{line.where}: id {line.id!r} stands in {seen[line.id]}, too; give each row once")
+            raise InputError(f"{line.where}: id {line.id!r} is also in {seen[line.id]}; give each row once")
         seen[line.id] = line.where
     found: dict[str, str | None] = {}
     own = Listing(examples, np.ones(len(examples.train)), None).entries(rows.to_numpy()) if lines else iter(())
@@ -144,13 +149,13 @@ def _lines(file: Path) -> Iterator[Line]:
 
 
 def _refuse_other_row(line: Line, prompt: str, target: str) -> None:
-    """A file of another run, or one in which a spreadsheet sorted a column alone, gives no corrections."""
+    """Refuse a file from another run, or one in which only one column was sorted."""
     for name, found, own in (("target", line.target, target), ("prompt", line.prompt, prompt)):
         if _start(found) != _start(own):
             raise InputError(
                 f"{line.where}: the {name} of {line.id!r} is {_start(own)[:60]!r} in this run, not "
-                f"{_start(found)[:60]!r}; "
-                f"is it another run's file? Fill in `{CORRECTED}` alone, and sort whole rows"
+                f"{_start(found)[:60]!r}; does the file belong to another run? Fill in only `{CORRECTED}`, and sort "
+                "whole rows"
             )
 
 
@@ -159,7 +164,7 @@ def _start(text: str) -> str:
 
 
 def _right(line: Line, examples: Examples) -> str | None:
-    """What is right for a line: a label or response, None to leave the row out, empty where nothing is said."""
+    """The correction of a line: a label or response, None to leave the row out, empty for no correction."""
     if line.corrected == DROP:
         return None
     if examples.labels and line.corrected and line.corrected not in examples.labels:

@@ -1,5 +1,5 @@
-"""Can these weights be trusted? Effective sample size, Pareto k-hat, shares of classes, groups and lengths, and, where
-gold labels are known, how well the weights find wrong labels; as numbers and as a table."""
+"""Can these weights be trusted? Effective sample size, Pareto k-hat, shares of classes, groups and lengths and, if gold
+labels are known, how well the weights find wrong labels; as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 MOST_ROWS = 30
-"""Rows of a table of shares in the terminal and the picture; ``weights.json`` and the page have all."""
+"""Rows of a table of shares in the terminal and the plot; ``weights.json`` and the page have all."""
 
 
 def diagnose(
     weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts, noise: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Numbers and warnings about one set of weights, ready for JSON (None where a number is not defined).
+    """Numbers and warnings about a set of weights, ready for JSON (None if a number is undefined).
 
     Args:
         weights: float64 [n], final, at least 0, not all 0.
         log_weight: float64 [n], before stabilising.
-        facts: of the same n examples.
-        noise: what ``formula: posterior`` fitted, from ``Noise.as_json``; it stands in the result as it is.
+        facts: facts about the same n examples.
+        noise: what ``formula: posterior`` fitted, from ``Noise.as_json``; it is copied into the result.
 
     Returns:
         ``n``; ``ess`` and ``ess_fraction`` (Kish 1965); ``pareto_k`` of ``log_weight``, ``pareto_k_final`` of the final
-        weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None where none can be fitted, see
+        weights and ``pareto_k_threshold`` (Vehtari et al. 2024; a k-hat is None if none can be fitted, see
         ``formulas.pareto_k``; the final one decides about the warning, unless no weight is large); ``max``;
         ``quantiles``; ``top_percent_share``: share of the weight on the heaviest 1% of examples.
 
         Lists of shares, each row with ``label``, ``examples`` (how many), ``data_share``, ``weight_share`` and their
-        ``ratio``: ``classes``, most frequent first, None for responses; ``groups``, likewise, None where no group is
-        known (beyond the 1,000 largest one row for all others, with their number in ``of``); ``label_lengths``: the
-        labels of equal length, shortest first, and ``target_lengths``: responses in up to ten ranges of tokens,
-        shortest first; either is None for the other task, or without tokens. Classes and groups also have
-        ``contradicted``, the share where the reference finds another label likelier, of ``judged`` examples (None where
-        folds go by group and the reference has seen others of the group), and ``wrong``, the share known to be wrong;
-        groups then also ``precision``, the share that is not contradicted, with its 95% interval.
-        ``length_correlation``: Spearman's, of weight and length, for responses.
+        ``ratio``: ``classes``, most frequent first, None for responses; ``groups``, likewise, None if no group is known
+            (beyond the 1,000 largest, one row for all others, with their number in ``of``); ``label_lengths``: labels
+            grouped by length, shortest first, and ``target_lengths``: responses in up to ten ranges of tokens, shortest
+            first; either is None for the other task, or without tokens. Classes and groups also have ``contradicted``,
+            the share of ``judged`` examples for which the reference finds another label more likely (None if folds are
+            by group and the reference has seen other examples of the group), and ``wrong``, the share known to be
+            wrong. Groups then also have ``precision``, the share that is not contradicted, with its 95% interval.
+        ``length_correlation``: Spearman's correlation of weight and length, for responses.
 
-        ``tied``: share of the examples that have the most frequent weight. ``one_base``: whether large and small base
-        are one model. ``agreement``: see ``agreement.agreement``; None where the label set was not scored.
-        ``groups_differ_p``: chance that groups differ as much in ``contradicted`` (chi-squared test).
+        ``tied``: share of the examples that have the most frequent weight. ``one_base``: whether the large and small
+            base are the same model. ``agreement``: see ``agreement.agreement``; None if the label set was not scored.
+        ``groups_differ_p``: p-value for the groups' differences in ``contradicted`` (chi-squared test).
 
         ``gold``: None, or over the examples with a known gold target ``known`` (their number), ``auroc_correct`` (of
-        the weight for "the target is right"), ``auroc_correct_global`` (with ``scope: global``; None where that is
-        set), ``auroc_correct_unbounded`` (without ``clip`` and ``truncate``), ``auroc_correct_within_class`` and
+        the weight for "the target is right"), ``auroc_correct_global`` (with ``scope: global``; None if that is set),
+        ``auroc_correct_unbounded`` (without ``clip`` and ``truncate``), ``auroc_correct_within_class`` and
         ``auroc_correct_within_group`` (mean over the classes, or known groups, that have right and wrong examples,
         weighted by their number), each with an ``_interval`` (95%, over examples), ``share_wrong``,
         ``weight_share_wrong`` and ``lowest_tenth_wrong`` (share of wrong targets in the tenth with the lowest weights;
@@ -94,7 +94,7 @@ def diagnose(
 
 
 def diagnosis_table(diagnosis: dict[str, Any]) -> Group:
-    """What ``diagnose`` returned, for a rich console: the numbers, the tables of shares, the warnings."""
+    """The result of ``diagnose`` for a rich console: the numbers, the tables of shares, the warnings."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -122,7 +122,7 @@ def number_rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if diagnosis["length_correlation"] is not None:
         yield "correlation with length", f"{diagnosis['length_correlation']:.2f} (Spearman)"
     if diagnosis["one_base"]:
-        yield "base models", "large and small are one model: the base ratio is 1, and product is reference"
+        yield "base models", "large and small are the same model: the base ratio is 1, and product equals reference"
     if found := diagnosis["agreement"]:
         often = f"{found['majority']!r} alone: {found['majority_share']:.1%}"
         yield "reference agrees with", f"{found['share']:.1%} of the labels ({often})"
@@ -142,9 +142,9 @@ def number_rows(diagnosis: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _noise_rows(noise: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What ``formula: posterior`` found: see ``posterior.Noise``."""
+    """The noise that ``formula: posterior`` found: see ``posterior.Noise``."""
     low, high = noise["interval"]
-    why = "not told from none" if noise["informed"] else "but the reference hardly knows the labels"
+    why = "not significant" if noise["informed"] else "but the reference hardly knows the labels"
     told = "" if noise["found"] else f"; {why}, so all weights are 1"
     yield "noise in the labels", f"{noise['rate']:.1%} [{low:.1%}, {high:.1%}]{told}"
     gain = noise["evidence"] - noise["evidence_clean"]
@@ -154,7 +154,7 @@ def _noise_rows(noise: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not noise["meaning"]:
         yield (
             "noise model",
-            f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats an example "
+            f"T {noise['temperature']:.2f}, share of the base ratio {noise['share']:g}, {gain:.3f} nats per example "
             "better than no noise",
         )
     at = [(p, t, g) for t, row in enumerate(noise["matrix"]) for g, p in enumerate(row) if t != g]

@@ -1,4 +1,4 @@
-"""What is known of weighted examples: their shares of the weight, by class, group and length, and against gold."""
+"""Facts about weighted examples: their shares of the weight by class, group and length, and comparison with gold."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from atlantis_ds.data.examples import Split
 
 LENGTH_BINS = 10
-MOST_GROUPS = 1000  # with rows of their own: a column of sources may have another text in nearly every example
+MOST_GROUPS = 1000  # groups with their own row: a column of sources may have a different text in almost every example
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What is known of n examples beside their weights; see ``weight_facts``."""
+    """What is known about n examples besides their weights; see ``weight_facts``."""
 
     labels: np.ndarray | None = None
-    """int [n] into ``label_names``, the labels trained on; None for responses."""
+    """int [n], indices into ``label_names``: the labels to train on; None for responses."""
     label_names: Sequence[str] = ()
     groups: np.ndarray | None = None
-    """int [m] into ``group_names``, what made the labels; -1 where it is not known."""
+    """int [m], indices into ``group_names``: what made the labels; -1 if unknown."""
     group_rows: np.ndarray | None = None
-    """int [m]: the example of each, where several groups made one label; None for one each, m = n."""
+    """int [m]: the example of each group, if several groups made one label; None if each has one group, m = n."""
     group_names: Sequence[str] = ()
     tokens: np.ndarray | None = None
     """int [n], tokens of each label or response under the large model."""
     correct: np.ndarray | None = None
-    """int [n]: 1 where the label or response is the gold one, 0 where it is not, -1 where that is not known."""
+    """int [n]: 1 if the label or response equals the gold one, 0 if not, -1 if unknown."""
     suggested: Suggestions | None = None
-    """What the reference would say; None where the label set was not scored."""
+    """The labels that the reference would give; None if the label set was not scored."""
     judged: np.ndarray | None = None
-    """bool [m]: whether the example's reference has seen nothing of that group; None where folds go by text."""
+    """bool [m]: whether the example's reference has seen nothing of that group; None if folds are by text."""
     options: Weights = field(default_factory=Weights)
-    """Of the weights: no warning advises what is set already,"""
+    """Options of the weights: no warning suggests what is already set,"""
     reference: Reference = field(default_factory=Reference)
-    """nor what the recipe refuses."""
+    """or what the recipe refuses."""
     one_base: bool = False
-    """Whether large and small base are one model."""
+    """Whether the large and small base are the same model."""
 
     @property
     def grouped(self) -> np.ndarray:
@@ -56,21 +56,21 @@ class WeightFacts:
 
     @property
     def contradicted(self) -> np.ndarray | None:
-        """float64 [n]: 1 where the reference finds another label likelier, 0 where it does not."""
+        """float64 [n]: 1 if the reference finds another label more likely, 0 if not."""
         if self.suggested is None or self.labels is None:
             return None
         return np.asarray(self.suggested.labels != self.labels, dtype=np.float64)
 
     @property
     def wrong(self) -> np.ndarray | None:
-        """float64 [n]: 1 where the label is not the gold one, 0 where it is, NaN where that is not known."""
+        """float64 [n]: 1 if the label differs from the gold one, 0 if it is equal, NaN if unknown."""
         if self.correct is None or not (self.correct >= 0).any():
             return None
         return np.where(self.correct < 0, np.nan, 1.0 - self.correct)
 
 
 def weight_facts(train: Split, options: Weights, **known: Any) -> WeightFacts:
-    """What ``diagnose`` wants to know of the n training examples, with what else is ``known`` of ``WeightFacts``."""
+    """The facts that ``diagnose`` needs about the n training examples, plus ``known`` fields of ``WeightFacts``."""
     rows, groups, names = train.memberships
     return WeightFacts(
         labels=None if train.labels is None else train.codes,
@@ -99,7 +99,7 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
         found["target_lengths"] = _shares(weights, *_length_bins(tokens))
         found["length_correlation"] = _rank_correlation(weights, tokens)
     if facts.groups is not None and (facts.groups >= 0).any():
-        # -1, no group, comes last among the names.
+        # -1 (no group) indexes the last name.
         names = [*facts.group_names, "(no group)"]
         shares = _shares(weights, facts.groups, names, facts.grouped, facts.judged, **means)
         found["groups"] = largest(_most_frequent_first(shares), MOST_GROUPS)
@@ -110,18 +110,17 @@ def all_shares(weights: np.ndarray, facts: WeightFacts) -> dict[str, Any]:
 
 
 def _precision(contradicted: float | None, judged: int) -> list[float] | None:
-    """Estimate of a group's share of right labels, by references that have not seen it, with Wilson's 95% interval."""
+    """Estimated share of right labels in a group, by references that have not seen it, with Wilson's 95% interval."""
     if contradicted is None:
         return None
     return [1 - contradicted, *wilson(round((1 - contradicted) * judged), judged)]
 
 
 def groups_differ_p(facts: WeightFacts) -> float | None:
-    """Chance that groups of one label differ as much in how often the reference contradicts them.
+    """p-value for the differences between groups of one label in how often the reference contradicts them.
 
-    Pearson's chi-squared test within each label, since some labels are harder than others; an example counts for the
-    first group that it names. Groups with less than one contradiction to be expected are one. None where no label has
-    two groups.
+    Pearson's chi-squared test within each label, since some labels are harder than others; an example counts for its
+    first group. Groups with less than one expected contradiction are pooled. None if no label has two groups.
     """
     if facts.contradicted is None or facts.labels is None or facts.groups is None:
         return None
@@ -158,10 +157,10 @@ def _shares(
     Args:
         weights: float64 [n].
         codes: int [m].
-        names: of the codes.
+        names: names of the codes.
         rows: int [m], the example of each code; None for m = n.
-        judged: bool [m], which of them count in ``contradicted``; None for all.
-        means: float64 [n], NaN where it is not known: each becomes its mean over what is known.
+        judged: bool [m], which entries count in ``contradicted``; None for all.
+        means: float64 [n], NaN where unknown: each becomes the mean over the known values.
     """
     rows = np.arange(len(weights)) if rows is None else rows
     numbers, code = np.unique(codes, return_inverse=True)
@@ -197,10 +196,10 @@ def _most_frequent_first(shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def largest(shares: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The rows with the largest shares of the data, in their order; then one row for all others, if there are any."""
+    """The rows with the largest shares of the data, in their order; then one row for all others, if any."""
     if len(shares) <= most:
         return shares
-    # A row that stands for others already is the last, and stays among them.
+    # A row that already represents others is the last, and stays with them.
     by_size = sorted(range(len(shares)), key=lambda row: ("of" in shares[row], -shares[row]["data_share"]))
     kept, rest = sorted(by_size[:most]), [shares[row] for row in by_size[most:]]
     data, weight = (math.fsum(row[key] for row in rest) for key in ("data_share", "weight_share"))
@@ -213,7 +212,7 @@ def largest(shares: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 
 def _length_bins(tokens: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Number of the range of tokens that each response falls into, int [n], and the names of the ranges: 1-16."""
+    """The range of tokens of each response, int [n], and the names of the ranges: 1-16."""
     quantiles = np.linspace(0, 1, LENGTH_BINS + 1)[1:]
     last = np.unique(np.quantile(tokens, quantiles, method="inverted_cdf")).astype(np.int64)
     first = np.append(tokens.min(), last[:-1] + 1)
@@ -230,7 +229,7 @@ def _rank_correlation(weights: np.ndarray, tokens: np.ndarray) -> float | None:
 
 
 def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts) -> dict[str, Any] | None:
-    """What ``diagnose`` returns as ``gold``: how well the weights tell right targets from wrong ones.
+    """What ``diagnose`` returns as ``gold``: how well the weights separate right targets from wrong ones.
 
     Args:
         weights: float64 [n], final.
@@ -271,9 +270,9 @@ def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts
 
 
 def _auroc(weights: np.ndarray, right: np.ndarray, codes: np.ndarray) -> tuple[float | None, list[float] | None]:
-    """Mean AUROC over the codes from 0, of the most frequent ones at most 1,000, by their number, and its interval.
+    """Mean AUROC over the codes from 0 (at most the 1,000 most frequent), weighted by their number, and its interval.
 
-    (None, None) where it is defined in none.
+    (None, None) if it is undefined for all of them.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -296,7 +295,8 @@ def auroc_interval(auroc: float, sizes: np.ndarray) -> list[float]:
     """95% interval of a mean AUROC over parts, each weighted by its number of examples.
 
     Newcombe 2006, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, method 5: the
-    values whose own standard error (Hanley and McNeil 1982) reaches the AUROC found. It holds for few examples, too.
+    values from which the observed AUROC is within 1.96 of their own standard errors (Hanley and McNeil 1982). It is
+    also valid for few examples.
 
     Args:
         sizes: int [parts, 2], right and wrong examples of each part, at least one of each.
@@ -307,7 +307,7 @@ def auroc_interval(auroc: float, sizes: np.ndarray) -> list[float]:
     share = (right + wrong) / sizes.sum()
 
     def beyond(value: float, way: float) -> float:
-        """How far the AUROC found lies beyond 1.96 standard errors from ``value``."""
+        """How far the observed AUROC is beyond 1.96 standard errors from ``value``."""
         mean = (right + wrong) / 2 - 1
         pairs = 1 + mean * (1 - value) / (2 - value) + mean * value / (1 + value)
         variance = float((share**2 * value * (1 - value) * pairs / (right * wrong)).sum())

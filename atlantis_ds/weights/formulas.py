@@ -1,19 +1,19 @@
-"""From three log-likelihoods an example to one weight an example: pure numpy, float64, in log space.
+"""From three log-likelihoods per example to one weight per example: pure numpy, float64, in log space.
 
 ``log_weights`` applies a formula. ``stabilise`` turns its result into final weights, in this order:
 
 1. centre: subtract the log of the mean weight
 2. power: log w becomes power · log w
 3. smooth: ``psis`` replaces the largest weights by quantiles of a fitted generalized Pareto distribution
-4. truncate: ``sqrt_n`` caps every weight at sqrt(n) times the mean weight of this stage
-5. clip: the weights become clip(c·w, lo, hi), with the one scale c that makes their mean 1
-6. temper: w becomes w^τ, with the largest τ in (0, 1] that reaches the effective sample size asked for
+4. truncate: ``sqrt_n`` limits every weight to sqrt(n) times the mean weight at this step
+5. clip: the weights become clip(c·w, lo, hi), with the scale c that makes their mean 1
+6. temper: w becomes w^τ, with the largest τ in (0, 1] that reaches the requested effective sample size
 7. normalise to mean 1
 
-With ``scope: per_label``, steps 1, 3, 4, 5 and 7 are done within each label, and n is the number of its examples;
-τ is one number for all labels. What holds of the result: with ``clip`` every final weight lies in [lo, hi] (to
-rounding), because step 5 already has mean 1 and tempering only moves weights towards their mean. After ``truncate``
-alone the largest final weight may exceed sqrt(n), since normalising divides by a mean that the cap has lowered.
+With ``scope: per_label``, steps 1, 3, 4, 5 and 7 are done within each label, and n is the number of its examples; τ is
+one number for all labels. With ``clip``, every final weight is in [lo, hi] (up to rounding), because step 5 already
+gives mean 1 and tempering only moves weights towards their mean. With ``truncate`` alone, the largest final weight may
+exceed sqrt(n), since normalising divides by a mean that the limit has lowered.
 
 Sources: ATLANTIS (Liu et al., ACL 2025, Algorithm 1, Eq. 7 and 8); Ionides 2008, Truncated importance sampling;
 Vehtari et al. 2024, Pareto smoothed importance sampling (JMLR 25); Kish 1965, Survey sampling. The normalisation,
@@ -32,7 +32,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.weights.posterior import fit_noise, log_posterior, sample_rows
 
 MIN_PSIS = 25
-"""Fewest weights that PSIS can be fitted to: the tail, a fifth of them, needs five points."""
+"""Fewest weights to which PSIS can be fitted: the tail, a fifth of them, needs five points."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scores:
     """Log-likelihoods (natural log) of n labels under the three models."""
 
     large: np.ndarray
-    """float64 [n]: log p_L, summed over the label's own tokens; so are ``small`` and ``reference``."""
+    """float64 [n]: log p_L, summed over the label's own tokens; the same for ``small`` and ``reference``."""
     small: np.ndarray
     reference: np.ndarray
     tokens_large: np.ndarray
@@ -54,7 +54,7 @@ class Scores:
     labels: np.ndarray
     """int or str [n]: the label that was scored."""
     label_set: Scores | None = None
-    """The same of every label of the label set, where it was scored: arrays [n, K], ``labels`` [K]."""
+    """The same for every label of the label set, if it was scored: arrays [n, K], ``labels`` [K]."""
 
 
 def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarray:
@@ -62,11 +62,11 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
 
     With a, s, r the log-likelihoods under the large, the small and the reference model: ``product`` a - s + r
     (ATLANTIS, Algorithm 1), ``ratio`` a - s (Eq. 7), ``influence`` r - s (Eq. 8), ``reference`` r, ``uniform`` 0,
-    ``shuffled`` a permutation, drawn with ``seed``, of what ``options.shuffled_from`` gives. Before the formula each of
-    a, s and r gets the end-of-sequence token (``eos``), is divided by its number of tokens (``length: mean``; the
-    end-of-sequence token counts as one), and loses its mean over the examples of the same label (``calibrate:
-    label_mean``), or the log of the sum of the probabilities of all labels (``label_set``). ``posterior`` is a page of
-    its own, ``posterior.py``; its ``labels`` are numbers into the label set.
+    ``shuffled`` a permutation, drawn with ``seed``, of the result of ``options.shuffled_from``. Before the formula is
+    applied, each of a, s and r includes the end-of-sequence token (``eos``), is divided by its number of tokens
+    (``length: mean``; the end-of-sequence token counts as one), and is reduced by its mean over the examples of the
+    same label (``calibrate: label_mean``), or by the log of the sum of the probabilities of all labels (``label_set``).
+    ``posterior`` is described in ``posterior.py``; its ``labels`` are indices into the label set.
 
     Raises:
         InputError: ``calibrate: label_set`` or ``posterior`` without the scores of the label set.
@@ -80,7 +80,7 @@ def log_weights(scores: Scores, options: recipe.Weights, seed: int) -> np.ndarra
 
 
 def label_set_evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
-    """``evidence`` of every label of the label set: float64 [3, n, K].
+    """``evidence`` for every label of the label set: float64 [3, n, K].
 
     Raises:
         InputError: the label set was not scored.
@@ -91,16 +91,16 @@ def label_set_evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
 
 
 def evidence(scores: Scores, options: recipe.Weights) -> np.ndarray:
-    """a, s and r of each example as the options want them, before any step that looks at other examples.
+    """a, s and r of each example according to the options, before any step that uses other examples.
 
     Returns:
-        float64 [3, n], in the order large, small, reference: a chunk of the examples at a time will do.
+        float64 [3, n], in the order large, small, reference; it can be computed for chunks of the examples.
     """
     return np.stack([_score(scores, model, options) for model in ("large", "small", "reference")])
 
 
 def combine(models: np.ndarray, labels: np.ndarray, options: recipe.Weights, seed: int) -> np.ndarray:
-    """Log weights, float64 [n], from the ``evidence`` [3, n] of all examples, which it may change; see log_weights."""
+    """Log weights, float64 [n], from the ``evidence`` [3, n] of all examples, which may be changed; see log_weights."""
     formula = options.base_formula
     if formula == "uniform":
         return np.zeros(len(labels))
@@ -118,12 +118,13 @@ def combine(models: np.ndarray, labels: np.ndarray, options: recipe.Weights, see
 
 
 def shuffled(log_weight: np.ndarray, options: recipe.Weights, seed: int) -> np.ndarray:
-    """The log weights, in an order drawn with ``seed`` where the formula is ``shuffled``."""
+    """The log weights, in an order drawn with ``seed`` if the formula is ``shuffled``."""
     return np.random.default_rng(seed).permutation(log_weight) if options.formula == "shuffled" else log_weight
 
 
 def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weights) -> np.ndarray:
-    """Final weights, float64 [n], with mean 1 (within each label for ``scope: per_label``); see the module's page.
+    """Final weights, float64 [n], with mean 1 (within each label for ``scope: per_label``); see the docstring of the
+    module.
 
     Args:
         log_weight: float64 [n], from ``log_weights``.
@@ -131,7 +132,7 @@ def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weight
         options: the recipe's ``weights``.
 
     Raises:
-        InputError: no examples, or a log weight that is not finite.
+        InputError: there are no examples, or a log weight is not finite.
     """
     log_weight = np.asarray(log_weight, dtype=np.float64)
     if not len(log_weight):
@@ -165,9 +166,9 @@ def effective_sample_size(weights: np.ndarray) -> float:
 def pareto_k(log_weight: np.ndarray) -> float:
     """Tail shape k̂ of the weights by PSIS (Vehtari et al. 2024), from log weights of any scale.
 
-    -inf: the largest weights are all equal, so there is no tail. nan: not defined, for fewer than 25 weights or
-    because too many weights tie at the foot of the tail. inf: the weights spread so far that a quarter of the tail is
-    zero beside the largest weight.
+    -inf: the largest weights are all equal, so there is no tail. nan: undefined, for fewer than 25 weights or because
+    too many weights are equal at the start of the tail. inf: the weights vary so much that a quarter of the tail is
+    zero compared with the largest weight.
     """
     return psis(np.asarray(log_weight, dtype=np.float64))[1]
 
@@ -178,10 +179,10 @@ def pareto_k_threshold(n: int) -> float:
 
 
 def psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed log weights, float64 [n], their sum of weights 1, and k̂.
+    """Pareto-smoothed log weights, float64 [n], whose weights sum to 1, and k̂.
 
-    Where no tail can be fitted (see ``pareto_k``) the log weights come back as they are. Equal weights in the tail
-    get neighbouring quantiles, in no promised order.
+    If no tail can be fitted (see ``pareto_k``), the log weights are returned unchanged. Equal weights in the tail get
+    neighbouring quantiles, in unspecified order.
     """
     n = len(log_weight)
     if n and np.ptp(log_weight) < 1e-9:
@@ -192,7 +193,7 @@ def psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
 
     try:
         with np.errstate(all="ignore"):
-            # It takes log-likelihoods, as leave-one-out uses it, and negates them into log weights.
+            # It expects log-likelihoods, as for leave-one-out, and negates them to get log weights.
             smoothed, fitted = array_stats.psislw(-log_weight)
     except ValueError:  # "All tail values are the same"
         return log_weight, -math.inf
@@ -219,14 +220,16 @@ def _score(scores: Scores, model: str, options: recipe.Weights) -> np.ndarray:
         score = score / tokens
     if options.calibrate == "label_set":
         if scores.label_set is None:
-            raise InputError("weights.calibrate: label_set: the scores lack it; score with score.label_set: true")
+            raise InputError(
+                "weights.calibrate: label_set: the scores lack the label set; score with score.label_set: true"
+            )
         every = _score(scores.label_set, model, options.model_copy(update={"calibrate": "none"}))
         score = score - np.logaddexp.reduce(every, axis=1)
     return score
 
 
 def _groups(labels: np.ndarray, scope: str) -> list[np.ndarray]:
-    """Row numbers of each group that is normalised by itself."""
+    """Row numbers of each group that is normalised separately."""
     if scope == "global":
         return [np.arange(len(labels))]
     _, code = np.unique(labels, return_inverse=True)
@@ -240,7 +243,7 @@ def _log_mean(log_weight: np.ndarray) -> float:
 
 
 def _clip(log_weight: np.ndarray, lo: float, hi: float) -> np.ndarray:
-    """log clip(c·w, lo, hi) with the scale c that makes the mean 1, so that the bounds survive the normalising.
+    """log clip(c·w, lo, hi) with the scale c that makes the mean 1, so that the bounds still hold after normalising.
 
     The mean grows with c: it is at most 1 where the largest c·w is 1, at least 1 where the smallest is.
     """

@@ -1,4 +1,4 @@
-"""The weights of a run beside its examples, or beside the rows of a user's own: for training elsewhere."""
+"""Joins the weights of a run with its examples, or with a user's own rows, for training elsewhere."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def weighted_table(folder: RunFolder, messages: bool = False) -> pa.Table:
     """The training examples of a run with their weights.
 
     Args:
-        messages: prompt and target as one chat: a user's turn and the assistant's, or the turns that they are.
+        messages: prompt and target as one chat: a user turn and an assistant turn, or the turns of the chat.
 
     Returns:
-        ``id``, ``prompt`` and ``target`` (text; of a chat lists of {role, content} turns), or ``messages`` in place of
+        ``id``, ``prompt`` and ``target`` (text; for chats lists of {role, content} turns), or ``messages`` instead of
         these two, and ``weight`` (float64, mean 1).
 
     Raises:
-        InputError: the weights are missing, or are not those of the run's scores and examples.
+        InputError: the weights are missing, or do not belong to the run's scores and examples.
     """
     examples = load_examples(folder)
     weights = read_diagnosis(folder, examples)[0]
@@ -44,7 +44,7 @@ def weighted_table(folder: RunFolder, messages: bool = False) -> pa.Table:
 
 
 def as_turns(batch: pa.RecordBatch, chat: bool, messages: bool) -> pa.Table:
-    """Prompts and targets of examples as lists of {role, content} turns: two columns, or one of ``messages``."""
+    """Prompts and targets of examples as lists of {role, content} turns: two columns, or one column ``messages``."""
 
     def turns(column: str, role: str) -> list[list[dict[str, str]]]:
         texts = batch[column].to_pylist()
@@ -60,7 +60,7 @@ def weights_of_ids(folder: RunFolder, ids: Iterable[Any]) -> np.ndarray:
     """The weights of a run in the order of these ids, float64 [n].
 
     Raises:
-        InputError: an id comes twice, has no weight, or a weight has no id; or as ``weighted_table``.
+        InputError: an id is duplicated or has no weight, or a weight has no id; or as in ``weighted_table``.
     """
     weights = read_diagnosis(folder, load_examples(folder))[0]
     known, wanted = weights["id"].cast(pa.string()).combine_chunks(), pa.array(map(str, ids), pa.string())
@@ -68,17 +68,17 @@ def weights_of_ids(folder: RunFolder, ids: Iterable[Any]) -> np.ndarray:
     if rows.null_count:
         unknown = wanted.filter(rows.is_null())
         raise InputError(
-            f"dataset: id {unknown[0].as_py()} has no weight in {folder.weights} ({len(unknown)} of {len(wanted)} have "
-            "none): leave out what `prepare` left out, or take the dataset that the run was made from"
+            f"dataset: id {unknown[0].as_py()} has no weight in {folder.weights} ({len(unknown)} of {len(wanted)} "
+            "have none): leave out what `prepare` left out, or use the dataset from which the run was made"
         )
     if (distinct := len(pc.unique(wanted))) < len(wanted):
         twice = pc.value_counts(wanted)
         first = twice.filter(pc.greater(twice.field("counts"), 1))[0].as_py()["values"]
-        raise InputError(f"dataset: id {first} comes more than once; the ids must differ")
+        raise InputError(f"dataset: id {first} occurs more than once; ids must be unique")
     if distinct < len(known):
         gone = known.filter(pc.invert(pc.is_in(known, value_set=wanted)))
         raise InputError(
-            f"dataset: example {gone[0].as_py()} of {folder.weights} is not in it ({len(gone)} are not): weights have "
-            "mean 1 over all examples of the run, so all must be there"
+            f"dataset: example {gone[0].as_py()} of {folder.weights} is missing ({len(gone)} are missing): weights "
+            "have mean 1 over all examples of the run, so all must be there"
         )
     return np.asarray(weights["weight"].to_numpy()[rows.to_numpy()])

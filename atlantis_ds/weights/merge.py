@@ -1,4 +1,4 @@
-"""Merge the score shards into one weight per training example, and say whether the weights can be trusted."""
+"""Merges the score shards into one weight per training example, and says whether the weights can be trusted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merge(run: Run) -> dict[str, Any]:
     """Write ``weights.parquet``, ``weights.png`` and, last, ``weights.json``.
 
     Returns:
-        what stands in ``weights.json``: diagnostics, options and fingerprints.
+        the contents of ``weights.json``: diagnostics, options and fingerprints.
     """
     recipe, folder = run.recipe, run.folder
     refuse_other_data(recipe, folder)
@@ -33,7 +33,7 @@ def merge(run: Run) -> dict[str, Any]:
     mark = weights_fingerprint(recipe, examples, recipe.weights, scores)
     if finished(folder.weights_info, mark) and finished(folder.weights, mark) and folder.weights_plot.exists():
         found: dict[str, Any] = read_json(folder.weights_info)
-        # Gold labels or groups may come later: the weights stay, and what is said of them does not.
+        # Gold labels or groups may be added later: the weights stay the same, but the diagnostics change.
         if found["examples"] == examples.fingerprint:
             return found
     found_weights = read_log_weights(run, examples, recipe.weights)
@@ -50,7 +50,7 @@ def merge(run: Run) -> dict[str, Any]:
         one_base=found_weights.one_base and not run.folder.round,
     )
     diagnosis = diagnose(weight, log_weight, facts, told)
-    if run.folder.round:  # its weights are for the next round alone, with options that nobody sets
+    if run.folder.round:  # its weights are only for the next round, with fixed options
         diagnosis["warnings"] = []
     info = {
         "fingerprint": mark,
@@ -62,7 +62,7 @@ def merge(run: Run) -> dict[str, Any]:
         "atlantis_ds": __version__,
         **diagnosis,
     }
-    ids = train.ids.cast(pa.int64()) if examples.info["whole_ids"] else train.ids  # as they were in the data
+    ids = train.ids.cast(pa.int64()) if examples.info["whole_ids"] else train.ids  # the same type as in the data
     write_table(
         folder.weights,
         pa.table({"id": ids, "log_weight": log_weight, "weight": weight}),

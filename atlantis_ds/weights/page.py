@@ -1,4 +1,4 @@
-"""``atlantis-ds diagnose``: what the weights say, as one page to read and one list to work through."""
+"""``atlantis-ds diagnose``: the diagnosis of the weights, as a page to read and a list to work through."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from atlantis_ds.weights.shards import read_shards
 
 COLUMNS = ("id", "prompt", "target", "suggested_label", "p_label", "p_suggested", "weight", "gold", "group")
 CORRECTED = "corrected"
-"""The further column of ``label_errors.csv``, empty, for people to fill in; see ``corrections.py``."""
+"""The empty column of ``label_errors.csv`` for people to fill in; see ``corrections.py``."""
 SHOWN = 50
-"""Rows of a list on the page; the CSV file has all."""
+"""Rows of a list on the page; the CSV file has all rows."""
 ROWS_AT_ONCE = 10_000
 
 
 def write_diagnosis(run: Run) -> dict[str, Any]:
     """Write ``diagnosis/`` in the run folder: ``diagnosis.json``, ``diagnosis.html``, ``weights.png`` and
-    ``label_errors.csv``, all training examples with those of the lowest weights first.
+    ``label_errors.csv``: all training examples, those with the lowest weights first.
 
     Returns:
-        what stands in ``diagnosis.json``: the diagnosis of ``weights.json``, with the options of the weights.
+        the contents of ``diagnosis.json``: the diagnosis from ``weights.json``, with the options of the weights.
 
     Raises:
-        InputError: the weights are missing, or are not those of the run's scores and examples; the list of before
-            holds corrections.
+        InputError: the weights are missing, or do not belong to the run's scores and examples; or the existing list
+            contains corrections.
     """
     folder = run.folder
     examples = load_examples(folder)
@@ -66,7 +66,7 @@ def read_diagnosis(folder: RunFolder, examples: Examples) -> tuple[pa.Table, dic
     """``weights.parquet`` (see ``read_weights``) and ``weights.json``, which must belong together.
 
     Raises:
-        InputError: one is missing, or they are not those of the run's scores and examples.
+        InputError: one is missing, or they do not belong to the run's scores and examples.
     """
     diagnosis = read_json(folder.weights_info)
     table, info = read_weights(folder)
@@ -75,19 +75,19 @@ def read_diagnosis(folder: RunFolder, examples: Examples) -> tuple[pa.Table, dic
     if info["fingerprint"] != diagnosis["fingerprint"]:
         raise InputError(f"{folder.weights}: does not belong to {folder.weights_info.name}; run `merge` again")
     if not table["id"].cast(pa.string()).equals(examples.train.ids):
-        raise InputError(f"{folder.weights}: holds other examples than the run; run `merge` again")
+        raise InputError(f"{folder.weights}: has other examples than the run; run `merge` again")
     return table, diagnosis
 
 
 def _lowest_of_groups(
     examples: Examples, diagnosis: dict[str, Any], order: np.ndarray, listed: Listing
 ) -> dict[str, dict[str, Any]]:
-    """The example of the lowest weight of each of the largest groups, by the group's name."""
+    """The example with the lowest weight in each of the largest groups, by group name."""
     rows, groups, names = examples.train.memberships
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     first = np.full(len(names) + 1, len(order))
-    np.minimum.at(first, groups, place[rows])  # -1, no group, is the last
+    np.minimum.at(first, groups, place[rows])  # -1 (no group) indexes the last entry
     shown = {row["label"] for row in (diagnosis["groups"] or ())[:SHOWN]}
     chosen = [number for number, name in enumerate(names) if name in shown]
     return dict(zip([names[number] for number in chosen], listed.entries(order[first[chosen]])))
@@ -100,14 +100,14 @@ def _suggestions(run: Run, examples: Examples) -> Suggestions | None:
 
 
 class Listing:
-    """The training examples as rows for people to read, made only where they are asked for."""
+    """The training examples as rows for people to read, created only when needed."""
 
     def __init__(self, examples: Examples, weights: np.ndarray, suggested: Suggestions | None) -> None:
         """
         Args:
-            examples: of the run, n of them to train on.
+            examples: the examples of the run, with n training examples.
             weights: float64 [n].
-            suggested: for the training examples, None where there is no label set or it was not scored.
+            suggested: for the training examples; None if there is no label set or it was not scored.
         """
         self._train, self._weights, self._suggested = examples.train, weights, suggested
         self._labels = examples.labels or []
@@ -117,8 +117,8 @@ class Listing:
     def entries(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         """The examples of these rows, in this order: dicts with the keys ``COLUMNS``.
 
-        ``suggested_label``, ``p_label`` and ``p_suggested`` are None where the label set was not scored, ``gold`` and
-        ``group`` where they are not known.
+        ``suggested_label``, ``p_label`` and ``p_suggested`` are None if the label set was not scored, ``gold`` and
+        ``group`` if unknown.
         """
         for start in range(0, len(rows), ROWS_AT_ONCE):
             some = rows[start : start + ROWS_AT_ONCE]
@@ -145,7 +145,7 @@ class Listing:
 def taken(split: Split, rows: np.ndarray) -> list[list[Any]]:
     """Ids, prompts, targets, golds and groups of the rows, in their order, as lists of str or None.
 
-    Chunk by chunk: Arrow's own ``take`` joins the chunks of a text column first, and cannot above 2 GB.
+    Works chunk by chunk: Arrow's own ``take`` first joins the chunks of a text column, which fails above 2 GB.
     """
     columns = [split.ids, split.prompts, split.targets, split.golds, split.groups]
     order = np.argsort(rows, kind="stable")
@@ -162,7 +162,7 @@ def taken(split: Split, rows: np.ndarray) -> list[list[Any]]:
 
 
 def prompt_view(prompts: pa.ChunkedArray, chat: bool) -> Callable[[str], str]:
-    """A function that shows a prompt without what all ``prompts`` begin and end with; a chat as lines."""
+    """A function that shows a prompt without the common beginning and end of all ``prompts``; a chat as lines."""
     if chat:
         skip = common_turns(prompts)
         return lambda text: turns_text(text, skip)
@@ -171,9 +171,9 @@ def prompt_view(prompts: pa.ChunkedArray, chat: bool) -> Callable[[str], str]:
 
 
 def distinct_part(prompts: pa.ChunkedArray) -> tuple[int, int]:
-    """How many characters all prompts begin with, and how many they end with, back to a blank or line end.
+    """Number of common characters at the beginning and at the end of all prompts, cut at a space or line end.
 
-    At least one character of every prompt is left; (0, 0) where all are equal.
+    At least one character of every prompt is left; (0, 0) if all prompts are equal.
     """
     low, high = _bounds(prompts)
     if low == high:
@@ -182,7 +182,7 @@ def distinct_part(prompts: pa.ChunkedArray) -> tuple[int, int]:
     start = _whole_words(_common_start(low, high)[: shortest - 1])
     backwards = None
     for chunk in prompts.chunks:
-        # To turn all texts round takes longer than to see that a chunk ends as those before it.
+        # Reversing all texts would take longer than checking that a chunk ends like those before it.
         if backwards is None or not pc.all(pc.ends_with(chunk, backwards[::-1])).as_py():
             ends = _bounds(pc.utf8_reverse(chunk))
             backwards = _common_start(*ends, *([] if backwards is None else [backwards]))
@@ -191,13 +191,13 @@ def distinct_part(prompts: pa.ChunkedArray) -> tuple[int, int]:
 
 
 def common_turns(prompts: pa.ChunkedArray) -> int:
-    """How many turns all chats begin with, but for the last of the shortest. ``prompts`` are JSON lists of turns."""
+    """Number of common first turns of all chats, without the last turn of the shortest. ``prompts`` are JSON lists."""
     start = _common_start(*_bounds(prompts))
     decoder, at, turns = json.JSONDecoder(), 1, 0
     while True:
         try:
             _, at = decoder.raw_decode(start, at)
-        except ValueError:  # this turn is not the same in all
+        except ValueError:  # this turn differs between chats
             return turns
         if start[at : at + 2] != ", ":
             return turns
@@ -210,7 +210,7 @@ def turns_text(text: str, skip: int = 0) -> str:
 
 
 def _bounds(texts: pa.Array | pa.ChunkedArray) -> tuple[str, str]:
-    """The first and the last in alphabetical order: what both begin with, all begin with."""
+    """The first and last in alphabetical order: their common beginning is common to all."""
     bounds = pc.min_max(texts).as_py()
     return bounds["min"] or "", bounds["max"] or ""
 
@@ -221,12 +221,12 @@ def _common_start(*texts: str) -> str:
 
 
 def _whole_words(text: str) -> int:
-    """Length of the text up to its last white space, that included."""
+    """Length of the text up to and including its last white space."""
     return next((at for at in range(len(text), 0, -1) if text[at - 1].isspace()), 0)
 
 
 def _refuse_to_lose_corrections(path: Path) -> None:
-    """Hours of somebody's work may stand in the list that would be replaced."""
+    """Refuse to overwrite a list that may contain hours of somebody's work."""
     if not path.exists():
         return
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -236,7 +236,9 @@ def _refuse_to_lose_corrections(path: Path) -> None:
         changed = head not in ([*COLUMNS], [*COLUMNS, CORRECTED])
         changed |= any(len(row) != len(head) or (CORRECTED in head and row[-1].strip() != "") for row in rows)
     if changed:
-        raise InputError(f"{path}: holds corrections, or was changed; save it under another name before `diagnose`")
+        raise InputError(
+            f"{path}: contains corrections, or was changed; save it under another name before you run `diagnose`"
+        )
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The picture of the weights: their distribution, the shares of labels or groups and of lengths, the fitted noise."""
+"""The plot of the weights: their distribution, the shares by label or group and by length, the fitted noise."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_CELLS = 40
-"""Labels up to which the noise matrix is drawn; ``weights.json`` has all."""
+"""The noise matrix is drawn up to this many labels; ``weights.json`` always has it."""
 
 
 class Panel(NamedTuple):
-    """A part of the picture."""
+    """A part of the plot."""
 
     name: str
     says: str
@@ -33,13 +33,13 @@ class Panel(NamedTuple):
 
 
 def plot_weights(path: Path, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
-    """Write a PNG: the distribution of the weights; data share beside weight share, by label, or else by group, and by
+    """Write a PNG: the distribution of the weights; data share and weight share, by label or else by group, and by
     length; the fitted noise.
 
     Args:
         path: the file to write.
         weights: float64 [n], final.
-        diagnosis: what ``diagnose`` returned for them.
+        diagnosis: the result of ``diagnose`` for them.
     """
     from matplotlib.figure import Figure
 
@@ -93,7 +93,7 @@ def _panels(weights: np.ndarray, diagnosis: dict[str, Any]) -> list[Panel]:
 
 
 def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) -> None:
-    # Weights below 1e-6 of the mean are as good as zero; they share the first bin.
+    # Weights below 1e-6 of the mean are practically zero; they share the first bin.
     low, high = max(float(weights.min()), 1e-6), float(weights.max())
     if high / low < 1.5:
         low, high = low / 10, 10 * high
@@ -118,7 +118,7 @@ def _plot_histogram(axes: Axes, weights: np.ndarray, diagnosis: dict[str, Any]) 
 
 def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
     *shown, last = shares
-    if "of" in last:  # one bar for all others would dwarf every other one
+    if "of" in last:  # one bar for all others would make every other bar tiny
         shares, title = shown, f"{title}, {last['of']:,} smaller ones left out"
     at = np.arange(len(shares))
     for offset, key, colour, name in (
@@ -146,9 +146,9 @@ def _plot_shares(axes: Axes, shares: list[dict[str, Any]], title: str) -> None:
 
 
 def _plot_noise(axes: Axes, noise: dict[str, Any]) -> None:
-    """The noise matrix: a row a true label, a column the label it is given, probabilities in the cells."""
+    """The noise matrix: each row is a true label, each column a given label, the cells are probabilities."""
     matrix, names = np.array(noise["matrix"]), [_short(name) for name in noise["labels"]]
-    # Not imshow: its pixels would blur in a page.
+    # Not imshow: its pixels would be blurred on a page.
     axes.pcolormesh(matrix, cmap="Blues", vmin=0, vmax=1, edgecolors=MUTED, linewidth=0.2)
     axes.invert_yaxis()
     if len(names) <= 15:
@@ -160,7 +160,7 @@ def _plot_noise(axes: Axes, noise: dict[str, Any]) -> None:
                 )
     axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=45, ha="right", fontsize=8, parse_math=False)
     axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8, parse_math=False)
-    axes.set_xlabel("label given")
+    axes.set_xlabel("given label")
     axes.set_ylabel("true label")
     low, high = noise["interval"]
     axes.set_title(f"noise in %: {noise['rate']:.1%} of labels wrong [{low:.1%}, {high:.1%}]", fontsize=10.5)

@@ -1,14 +1,14 @@
-"""How likely each given label is the true one, from the scores of a closed label set and a fitted noise matrix.
+"""The probability that each given label is true, from the scores of a closed label set and a fitted noise matrix.
 
-The reference says P_i(y) ∝ exp(z_i(y) / T) over the K labels, with z = r + λ (a - s): λ is the share of the base ratio.
-The given label ỹ_i is seen through M[y, ỹ], the probability that a true y is written as ỹ. M is fitted by EM, under a
-Dirichlet prior worth ``PRIOR`` examples a row of noise that is the same for all labels, at the rate found; T and λ by
-the marginal likelihood Σ_i log Σ_y P_i(y) M[y, ỹ_i]. No gold label is used. The posterior is q_i(y) ∝ P_i(y) M[y, ỹ_i],
-and the weight of an example q_i(ỹ_i).
+The reference gives P_i(y) ∝ exp(z_i(y) / T) over the K labels, with z = r + λ (a - s): λ is the share of the base
+ratio. The given label ỹ_i depends on M[y, ỹ], the probability that a true y is written as ỹ. M is fitted by EM,
+with a Dirichlet prior worth ``PRIOR`` examples per row, for noise that is the same for all labels, at the estimated
+rate; T and λ by the marginal likelihood Σ_i log Σ_y P_i(y) M[y, ỹ_i]. No gold label is used. The posterior is q_i(y) ∝
+P_i(y) M[y, ỹ_i], and the weight of an example is q_i(ỹ_i).
 
-Where both labels of ``ENOUGH_PAIRS`` other examples are known, these count in M, too. They also show whether the
-reference has learned errors, which its scores then hide: what it says is a given label, M is counted from the pairs,
-and P_i(y) = Σ_ỹ P_i(ỹ) C[ỹ, y] with C, from the pairs, the true labels of those given.
+If both labels are known for ``ENOUGH_PAIRS`` other examples, these also count in M. They also show whether the
+reference has learned errors, which its scores then hide. In that case its prediction is a given label, M is counted
+from the pairs, and P_i(y) = Σ_ỹ P_i(ỹ) C[ỹ, y], where C, also from the pairs, gives the true labels for given ones.
 
 Sources: Patrini et al. 2017, Making deep neural networks robust to label noise; Northcutt et al. 2021, Confident
 learning; the choice of T, λ and the translation by evidence is ours. Pure numpy, float64.
@@ -24,21 +24,21 @@ import numpy as np
 
 TEMPERATURES = np.geomspace(0.5, 8, 17)
 SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
-"""Values of λ that are tried, where large and small base model differ at all."""
+"""Values of λ to try, if the large and small base models differ."""
 LIKELIEST = 20
-"""Labels an example that count; what the reference gives to others is left out."""
+"""Labels per example that count; the probability of other labels is left out."""
 CELLS = 1_000_000
-"""Examples times such labels that the noise is fitted on; beyond it a sample of the examples."""
+"""Limit of examples times such labels for the noise fit; above it, a sample of the examples is used."""
 PRIOR = 5.0
 ROUNDS, ENOUGH = 300, 1e-6
-"""EM ends after so many rounds, or when the evidence of an example changes by less."""
+"""EM ends after this many rounds, or when the mean evidence changes by less than this."""
 ENOUGH_PAIRS = 50
 INFORMED = 0.1
-"""See ``Noise.informed``: the kept references reach 0.4 and more, a model without training 0.02."""
+"""See ``Noise.informed``: the references of the studies reach 0.4 and more, a model without training 0.02."""
 DRAWS = 100
 """Bootstrap draws for the interval of the noise rate."""
 CLEAN = 0.01
-"""A noise rate whose interval reaches below this is not told from 0: a reference errs that often itself."""
+"""A noise rate whose interval reaches below this counts as 0: a reference makes that many errors itself."""
 
 
 @dataclass(frozen=True)
@@ -46,45 +46,45 @@ class Noise:
     """A fitted noise model."""
 
     matrix: np.ndarray
-    """float64 [K, K]: row, the true label; column, the given one. Rows sum to 1."""
+    """float64 [K, K]: rows are true labels, columns are given labels. Rows sum to 1."""
     temperature: float
     share: float
-    """λ: how much of the base ratio counts."""
+    """λ: the share of the base ratio that counts."""
     rate: float
     """Mean probability that a given label is wrong."""
     interval: tuple[float, float]
-    """Of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples, T and λ kept; Wilson's over the pairs
-    where the rate is theirs."""
+    """Interval of the rate: the middle 95% of ``DRAWS`` bootstrap draws over the examples, with fixed T and λ; Wilson's
+    interval over the pairs if the rate comes from them."""
     evidence: float
-    """Marginal likelihood of the given labels, natural log, mean over the examples fitted on."""
+    """Marginal log-likelihood of the given labels (natural log), mean over the examples of the fit."""
     evidence_clean: float
     """The same without noise (M = 1), at its own best T."""
     evidence_shares: float
-    """The same of a model that knows the shares of the given labels and nothing else."""
+    """The same for a model that knows only the frequencies of the given labels."""
     examples: int
-    """That it was fitted on."""
+    """Number of examples of the fit."""
     pairs: int = 0
-    """Of a true and a given label, that count in M."""
+    """Number of pairs of a true and a given label that count in M."""
     meaning: np.ndarray | None = None
-    """float64 [K, K], where the reference has learned the errors: row, the label it says; column, the true one."""
+    """float64 [K, K], if the reference has learned the errors: rows are its labels, columns the true labels."""
 
     @property
     def found(self) -> bool:
-        """Whether there is noise that can be told from none, by a reference that knows the labels at all."""
+        """Whether there is significant noise, according to a reference that knows the labels at all."""
         if not self.informed:
             return False
         return self.interval[0] >= CLEAN and (self.evidence > self.evidence_clean or self.meaning is not None)
 
     @property
     def informed(self) -> bool:
-        """Whether the reference explains the given labels better than their shares do, by ``INFORMED`` of what is left.
+        """Whether the reference explains the given labels better than their frequencies do, by a share ``INFORMED``.
 
-        A reference that knows nothing contradicts most labels, and that would pass for noise."""
+        A reference that knows nothing contradicts most labels, which would look like noise."""
         best = max(self.evidence, self.evidence_clean)
         return best - self.evidence_shares > -INFORMED * self.evidence_shares
 
     def as_json(self, labels: list[str]) -> dict[str, Any]:
-        """All of it, the matrix with its labels."""
+        """All fields, and the matrix with its labels."""
         arrays = {"matrix": self.matrix.tolist(), "meaning": None if self.meaning is None else self.meaning.tolist()}
         return {**vars(self), **arrays, "labels": labels, "found": self.found, "informed": self.informed}
 
@@ -96,10 +96,10 @@ def fit_noise(
 
     Args:
         reference: float64 [n, K], log-likelihoods r of every label under the reference.
-        ratio: float64 [n, K], a - s of every label.
-        given: int [n], the labels given.
-        seed: of the bootstrap.
-        pairs: int [K, K], known examples beside these: how often a true label (row) is given as another (column).
+        ratio: float64 [n, K], a - s for every label.
+        given: int [n], the given labels.
+        seed: seed of the bootstrap.
+        pairs: int [K, K], additional known examples: how often a true label (row) is given as another (column).
     """
     labels = reference.shape[1]
     pairs = np.zeros((labels, labels)) if pairs is None else pairs
@@ -128,10 +128,11 @@ def fit_noise(
 def fit_noise_with_pairs(
     reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, seed: int, pairs: np.ndarray
 ) -> Noise:
-    """``fit_noise``, with pairs of a true and a given label beside the examples.
+    """``fit_noise``, with additional pairs of a true and a given label.
 
-    They count in M as known examples. Where the share of wrong labels among them is above what the scores show, and not
-    by chance (Wilson's interval above that of the rate), the reference has learned errors: see the page.
+    They count in M as known examples. If the share of wrong labels among them is significantly above the rate from the
+    scores (Wilson's interval is above the rate's interval), the reference has learned errors: see the docstring of the
+    module.
 
     Args:
         pairs: int [K, K], how often a true label (row) is known to be given as another (column).
@@ -170,7 +171,7 @@ def wilson(count: int, of: int) -> tuple[float, float]:
 
 
 def _plain(rate: float, of_given: np.ndarray) -> np.ndarray:
-    """Noise [K, K] that is the same for all labels, with the labels given in these shares."""
+    """Noise [K, K] that is the same for all labels, where given labels have these shares."""
     return np.asarray((1 - rate) * np.eye(len(of_given)) + rate * of_given)
 
 
@@ -179,9 +180,9 @@ def _rows_to_1(counts: np.ndarray) -> np.ndarray:
 
 
 def log_posterior(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, noise: Noise) -> np.ndarray:
-    """log q_i(ỹ_i) of each example, float64 [n], at least -30; 0 where no noise was found.
+    """log q_i(ỹ_i) of each example, float64 [n], at least -30; 0 if no noise was found.
 
-    Weights are then all 1: where labels are clean, those that a reference finds hard lose nothing. Arguments as in
+    Weights are then all 1, so that right labels lose no weight because the reference finds them hard. Arguments as in
     ``fit_noise``.
     """
     if not noise.found:
@@ -191,14 +192,14 @@ def log_posterior(reference: np.ndarray, ratio: np.ndarray, given: np.ndarray, n
 
 
 def sample_rows(n: int, labels: int, seed: int) -> np.ndarray:
-    """The examples to fit on, int64, in their order: all, or as many as ``CELLS`` allows."""
+    """The examples for the fit, int64, in their order: all, or as many as ``CELLS`` allows."""
     size = max(1, CELLS // min(labels, LIKELIEST))
     return np.arange(n) if n <= size else np.sort(np.random.default_rng(seed).choice(n, size, replace=False))
 
 
 @dataclass(frozen=True)
 class _Chances:
-    """P_i(y) of the likeliest labels of each example, the given one always among them."""
+    """P_i(y) of the most likely labels of each example, always including the given label."""
 
     labels: np.ndarray
     """int [n, m]"""
@@ -214,7 +215,7 @@ class _Chances:
 
     @property
     def evidence_clean(self) -> float:
-        """Mean log-likelihood of the given labels where none is wrong."""
+        """Mean log-likelihood of the given labels if none is wrong."""
         return float(np.log(np.take_along_axis(self.values, self.column[:, None], 1)).mean())
 
     def of_given(self, matrix: np.ndarray) -> np.ndarray:
@@ -229,7 +230,7 @@ def _chances(scores: np.ndarray, given: np.ndarray, temperature: float, meaning:
     values /= values.sum(axis=1, keepdims=True)
     if meaning is not None:
         values = values @ meaning
-    # A given label of probability 0 would make the evidence of no noise infinite.
+    # A given label with probability 0 would make the evidence without noise infinite.
     values = np.maximum(values, 1e-13)
     if scores.shape[1] <= LIKELIEST:
         labels = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)

@@ -1,8 +1,8 @@
-"""Score every training example under the frozen models, shard by shard, sharded over ranks.
+"""Scores every training example under the frozen models, shard by shard, distributed over ranks.
 
-Shards are cut by the data, and the batches of a shard depend on that shard alone: any number of ranks gives the same
-scores, and a run begun on one world size may finish on another. One base model is in memory at a time; what a shard got
-from it is written at once as a *part*, and a shard is whole when all its parts are there.
+Shards depend only on the data, and the batches of a shard only on that shard: any number of ranks gives the same
+scores, and a run can finish with another world size. One base model is in memory at a time. Its scores for a shard are
+written at once as a *part*, and a shard is complete when all its parts are there.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pass:
-    """One frozen model over some of the examples: all of them, or the fold that a cross-fitted reference leaves out."""
+    """One frozen model and the examples that it scores: all, or the fold that a cross-fitted reference leaves out."""
 
     column: str
     """large, small or reference."""
     model: Model
     fold: int | None = None
     same_as: str | None = None
-    """The pass before it with the same model: what that one reads counts for both."""
+    """The earlier pass with the same model, whose results count for both."""
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
 
 
 def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Give shards to ranks, dearest first to the least loaded rank: balanced, and the same on every rank.
+    """Assign shards to ranks, most expensive first, to the least loaded rank: balanced, and the same on every rank.
 
     Returns:
         for each rank, the indices of its shards in ascending order.
@@ -83,11 +83,11 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     """Write ``scores/shard-*.parquet`` for all training examples; do only what is missing.
 
     Args:
-        part: (I, N): do the I-th of N parts of the shards, counted from 1, for N jobs that share the work.
+        part: (I, N): do part I of N of the shards, counted from 1, for N jobs that share the work.
 
     Raises:
-        InputError: the scores there were made from other inputs; the one that differs is named.
-        Preempted: the job was asked to stop; whole shards stay, the one that a signal came into is done again.
+        InputError: the existing scores were computed from other inputs; the message names the input that differs.
+        Preempted: the job was asked to stop; complete shards are kept, the interrupted one is computed again.
     """
     from atlantis_ds.lm.frozen import Frozen
     from atlantis_ds.lm.load import model_identity
@@ -131,7 +131,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """The training examples cut into shards, in their order."""
+    """The training examples divided into shards, in their order."""
 
     examples: Examples
     size: int
@@ -148,7 +148,7 @@ class Shards:
 
 
 def _dtype(run: Run) -> str:
-    """Of the model bodies. Where the recipe leaves it open and shards are there, theirs: one run has one precision."""
+    """Precision of the model bodies. With ``auto``, that of existing shards, if any: a run has one precision."""
     from atlantis_ds.lm.load import dtype_on
 
     manifest = run.folder.scores / "scores.json"
@@ -165,7 +165,7 @@ def _claim_folder(folder: RunFolder, manifest: dict[str, Any]) -> None:
             keys = sorted(set(old["inputs"]) | set(manifest["inputs"]))
             differing = [key for key in keys if old["inputs"].get(key) != manifest["inputs"].get(key)]
             raise InputError(
-                f"{folder.scores}: holds scores made from other inputs (differs: {', '.join(differing)}); "
+                f"{folder.scores}: contains scores computed from other inputs (different: {', '.join(differing)}); "
                 "choose another `name`, or remove this folder to score again"
             )
         return
@@ -200,7 +200,7 @@ def _score_pass(
     samples = [encoded[row] for row in sample_rows(encoded.lengths)]
     ways = check_scoring(model, samples, labels, samples[0].eos, prefix=not sharded)
     run.say(f"score {scoring.name}: {ways}")
-    # A sharded model needs all ranks in every forward: they go shard by shard, one that has none left with a stand-in.
+    # A sharded model needs all ranks in every forward pass; a rank without shards left runs dummy passes.
     turns: list[int | None] = [*mine, *[None] * (max(map(len, assigned)) - len(mine) if sharded else 0)]
     total = sum(len(rows[shard]) for shard in mine)
     tokens = 0
@@ -211,14 +211,14 @@ def _score_pass(
             tokens += batch_tokens
             steps.advance(count)
             if not sharded and stop_asked(folder, look=False):
-                raise _StopAsked  # a shard of thousands of labels takes longer than a queue waits
+                raise _StopAsked  # a shard with thousands of labels takes longer than a queue waits
 
         def agree(forwards: int) -> int:
             return max(ranks.gather(forwards))
 
         for shard in turns:
             chosen = rows[shard] if shard is not None else np.empty(0, dtype=np.int64)
-            # Without examples of this fold a sharded model still runs: all ranks meet in every forward.
+            # A sharded model also runs without examples of this fold: all ranks take part in every forward pass.
             read = chosen if len(chosen) or not sharded else np.zeros(1, dtype=np.int64)
             try:
                 columns = _score_rows(
@@ -253,7 +253,7 @@ def _score_pass(
 
 
 class _StopAsked(Exception):
-    """Leaves a shard half-way."""
+    """Raised to leave a shard before it is complete."""
 
 
 def _of_fold(rows: np.ndarray, folds: np.ndarray | None, fold: int | None) -> np.ndarray:
@@ -281,10 +281,11 @@ def _score_rows(
     agree: Callable[[int], int] | None,
     ways: Ways,
 ) -> dict[str, Any]:
-    """Columns of a part: ``logp``, ``eos``, ``tokens``; with ``labels``, the token ids of the set, those of every one.
+    """Columns of a part: ``logp``, ``eos``, ``tokens``; with ``labels`` (token ids of the set) also those of every
+    label.
 
     Args:
-        own: int32 [n], each example's own label in the label set.
+        own: int32 [n], the index of each example's own label in the label set.
     """
     from atlantis_ds.lm.likelihood import score_choices, score_pairs
 

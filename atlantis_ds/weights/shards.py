@@ -1,4 +1,4 @@
-"""The score shards of a run: what stands in them, and reading them with a check of every one."""
+"""The score shards of a run: their contents, and how to read and check them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.formulas import Scores
 
 VERSION = 2
-"""Goes up where the same examples and settings give other scores than before."""
+"""Must be raised if the same examples and settings give different scores than before."""
 COLUMNS = ("large", "small", "reference")
 LABEL_SET = "label_set_"
-"""Begins the names of columns that hold a list: one value for each label of the label set."""
+"""Prefix of columns that contain lists: one value for each label of the label set."""
 _TYPES = {"logp": pa.float64(), "eos": pa.float64(), "tokens": pa.int64()}
 
 
@@ -32,7 +32,7 @@ def shard_path(folder: RunFolder, shard: int, of: int) -> Path:
 
 
 def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
-    """All that the scores depend on, less the models: what ``merge`` can check without them."""
+    """Everything that the scores depend on except the models: what ``merge`` can check without them."""
     return {
         "version": VERSION,
         "examples": examples.train_fingerprint,
@@ -55,20 +55,20 @@ def shard_schema(label_set: bool) -> pa.Schema:
 
 
 def read_shards(run: Run, examples: Examples) -> Iterator[Scores]:
-    """The score shards one after another, in the order of the training examples.
+    """The score shards, one after another, in the order of the training examples.
 
     Raises:
-        InputError: a shard is missing, broken, doubled, foreign or made from other inputs; an example is missing or
-            doubled; a score is not finite. The file or example is named.
+        InputError: a shard is missing, broken, duplicated, from another run or computed from other inputs; an example
+            is missing or duplicated; or a score is not finite. The message names the file or example.
     """
     recipe, folder, train = run.recipe, run.folder, examples.train
     manifest = read_json(folder.scores / "scores.json")
     wanted = scoring_inputs(recipe, examples)
-    if wanted["dtype"] == "auto":  # whatever the machine that scored took
+    if wanted["dtype"] == "auto":  # whatever the scoring machine used
         del wanted["dtype"]
     for key, value in wanted.items():
         if manifest["inputs"].get(key) != value:
-            raise InputError(f"{folder.scores}: made with another `{key}` than this recipe's; score again")
+            raise InputError(f"{folder.scores}: computed with another `{key}` than in this recipe; score again")
     of = manifest["shards"]
     expected = {shard_path(folder, shard, of).name for shard in range(of)}
     look_again(folder.scores)
@@ -77,14 +77,15 @@ def read_shards(run: Run, examples: Examples) -> Iterator[Scores]:
         raise InputError(f"{folder.scores / foreign[0]}: not a shard of this run ({of} shards); remove it")
     if missing := sorted(expected - found):
         raise InputError(
-            f"{folder.scores / missing[0]}: missing ({len(missing)} of {of} shards are); run `score` to complete them"
+            f"{folder.scores / missing[0]}: missing ({len(missing)} of {of} shards are missing); run `score` to "
+            "complete them"
         )
     schema, size = shard_schema(recipe.score.label_set), recipe.score.shard_size
     for shard in range(of):
         path = shard_path(folder, shard, of)
         table, info = read_table(path)
         if info.get("fingerprint") != manifest["fingerprint"] or info.get("shard") != shard:
-            raise InputError(f"{path}: made from other inputs than scores.json says; remove it and score again")
+            raise InputError(f"{path}: computed from other inputs than scores.json says; remove it and score again")
         if not table.schema.equals(schema):
             raise InputError(f"{path}: broken Parquet file (it has other columns); remove it and score again")
         _check_ids(path, table["id"], train.ids.slice(shard * size, size))
@@ -98,10 +99,10 @@ def _check_ids(path: Path, found: pa.ChunkedArray, expected: pa.ChunkedArray) ->
     if double := sorted(id for id, times in Counter(ids).items() if times > 1):
         raise InputError(f"{path}: example {double[0]} is scored twice; remove it and score again")
     if foreign := set(ids) - set(wanted):
-        raise InputError(f"{path}: example {min(foreign)} is not of this shard; remove it and score again")
+        raise InputError(f"{path}: example {min(foreign)} does not belong to this shard; remove it and score again")
     if gone := set(wanted) - set(ids):
         raise InputError(f"{path}: example {min(gone)} has no score ({len(gone)} in all); remove it and score again")
-    raise InputError(f"{path}: holds its examples in another order; remove it and score again")
+    raise InputError(f"{path}: its examples are in another order; remove it and score again")
 
 
 def _scores(folder: RunFolder, table: pa.Table, labels: np.ndarray, label_set: int) -> Scores:
@@ -121,14 +122,14 @@ def _scores(folder: RunFolder, table: pa.Table, labels: np.ndarray, label_set: i
 
 
 def _array(folder: RunFolder, table: pa.Table, name: str, labels: int) -> np.ndarray:
-    """A column of scores: [n], or [n, K] where it holds lists; without gaps, and finite."""
+    """A column of scores: [n], or [n, K] if it contains lists; without gaps, and finite."""
     column, lists = table[name], name.startswith(LABEL_SET)
     if column.null_count == 0 and (not lists or pc.all(pc.equal(pc.list_value_length(column), labels)).as_py()):
         values = (pc.list_flatten(column) if lists else column).to_numpy().reshape(len(table), -1)
         if np.isfinite(values).all():
             return values if lists else values[:, 0]
     short = [row for row, value in enumerate(column.to_pylist()) if not _finite(value, labels if lists else 1)]
-    raise InputError(f"{folder.scores}: {name} of example {table['id'][short[0]].as_py()} is not finite, or not whole")
+    raise InputError(f"{folder.scores}: {name} of example {table['id'][short[0]].as_py()} is not finite, or incomplete")
 
 
 def _finite(value: Any, length: int) -> bool:
@@ -137,7 +138,7 @@ def _finite(value: Any, length: int) -> bool:
 
 
 def load_scores(run: Run, examples: Examples) -> Scores:
-    """All shards of ``read_shards`` in one, for those who want every score at once."""
+    """All shards of ``read_shards`` in one, for callers that need all scores at once."""
 
     def join(chunks: list[Scores]) -> Scores:
         names = [name for name in vars(chunks[0]) if name not in ("labels", "label_set")]
