@@ -182,7 +182,12 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ({"logp_reference": [0.0, 1.0]}, [0], {"formula": "reference"}, "the same length: logp_reference 2, labels 1"),
     ({"logp_reference": [0.0]}, None, {"formula": "reference", "scope": "per_label"}, "labels: these weights"),
     ({"label_set_logp_reference": [[0.0, 1.0]]}, [2], {"formula": "posterior"}, "labels: with a label set of 2"),
-    ({"label_set_logp_reference": [[0.0, 1.0]]}, ["a"], {"formula": "posterior"}, "whole numbers: indices into the set, from 0"),
+    (
+        {"label_set_logp_reference": [[0.0, 1.0]]},
+        ["a"],
+        {"formula": "posterior"},
+        "whole numbers: indices into the set, from 0",
+    ),
     ({"label_set_logp_reference": [[0.0, 1.0]]}, None, {"formula": "posterior"}, "labels: these weights"),
     ({"logp_reference": [0.0]}, None, {"formla": "reference"}, "weights.formla: unknown key; did you mean `formula`"),
     ({"logp_reference": [0.0]}, None, {"power": -1}, "weights.power: input should be greater than 0"),

@@ -89,7 +89,9 @@ def test_templates_by_default(task, columns, template):
 
 
 def test_templates_that_do_not_fit_the_columns():
-    with pytest.raises(BadRow, match=r"prompt.template is needed: which of the columns title, body belong in the prompt\?"):
+    with pytest.raises(
+        BadRow, match=r"prompt.template is needed: which of the columns title, body belong in the prompt\?"
+    ):
         template_for("classification", Prompt(), {"title": "", "body": ""})
     with pytest.raises(BadRow, match=r"unknown field {text}; known: body, options"):
         template_for("classification", Prompt(template="{text}"), {"body": ""})

@@ -407,11 +407,14 @@ def test_a_few_gold_labels_do_not_warn_of_good_weights():
     for seed in range(60):
         weights, log_weight, correct = few_gold_labels(seed=seed)
         warned += any(
-            "hardly distinguish" in text for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"]
+            "hardly distinguish" in text
+            for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"]
         )
     assert warned <= 1  # by the AUROC itself it was one in six
     weights, log_weight, correct = few_gold_labels(known=300, shift=0.1)
-    assert any("hardly distinguish" in text for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"])
+    assert any(
+        "hardly distinguish" in text for text in diagnose(weights, log_weight, None, None, correct=correct)["warnings"]
+    )
 
 
 def test_weights_held_at_a_bound_are_named():
@@ -530,7 +533,9 @@ def test_advice_can_be_followed(reference, grouped, wanted, unwanted):
     weights = formulas.stabilise(0.3 * rng.normal(size=900), labels, Weights())
     known = WeightFacts(**facts, reference=Reference(**reference))
     (warning,) = [
-        text for text in diagnostics.diagnose(weights, np.log(weights), known)["warnings"] if "hardly distinguish" in text
+        text
+        for text in diagnostics.diagnose(weights, np.log(weights), known)["warnings"]
+        if "hardly distinguish" in text
     ]
     assert all(words in warning for words in wanted) and not any(words in warning for words in unwanted)
 

@@ -103,7 +103,9 @@ def test_labels_that_only_case_tells_apart_cannot_be_generated(tiny_recipe: Writ
         data[split] = str(tmp_path / f"{split}.jsonl")
         Path(data[split]).write_text("\n".join(map(json.dumps, rows)))
     changes = {"data": data, "evaluate.method": "generate", "arms": {"sft": {"weights": {"formula": "uniform"}}}}
-    refuse(launch("local", 1, "run", tiny_recipe(tmp_path, changes)), "'Yes', 'yes'", "differ only in case", "method: rank")
+    refuse(
+        launch("local", 1, "run", tiny_recipe(tmp_path, changes)), "'Yes', 'yes'", "differ only in case", "method: rank"
+    )
 
 
 def test_many_labels_are_cut_into_several_trees() -> None:

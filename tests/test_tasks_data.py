@@ -402,7 +402,9 @@ def test_templates_that_do_not_fit_are_one_line(tmp_path):
     rows = [{"title": f"title {i}", "body": "text", "label": "ab"[i % 2]} for i in range(30)]
     data = {"train": write(tmp_path / "train.jsonl", rows)}
     said = refused(tmp_path, data)
-    assert said == f"{data['train']}:1: prompt.template is needed: which of the columns title, body belong in the prompt?"
+    assert (
+        said == f"{data['train']}:1: prompt.template is needed: which of the columns title, body belong in the prompt?"
+    )
     said = refused(tmp_path, data, {"template": "{text}"})
     assert said == f"{data['train']}:1: prompt.template has an unknown field {{text}}; known: body, options, title"
     said = refused(tmp_path, {**data, "on_bad_row": "drop"}, {"template": "{text}"})

@@ -1,1 +1,1 @@
-"""Room 2: language models: load, encode, batch, and the one label log-likelihood function."""
+"""Step 2: language models: load, encode, batch, and the only label log-likelihood function."""

@@ -1,4 +1,4 @@
-"""Encoded examples into batches of tensors."""
+"""Turns encoded examples into batches of tensors."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ import torch
 from atlantis_ds.lm.encode import Encoded
 
 NEAR, ENOUGH = 0.9, 0.25
-"""A batch that has this share of its token budget takes no example of less than this share of its longest one's tokens:
-a smaller batch is read as fast, and padding is not."""
+"""A batch that fills this share of its token budget gets no example shorter than this share of its longest example: a
+smaller batch is just as fast, but padding is not."""
 
 PACKED_SHARE, PACKED_TOKENS = 0.9, 4096
-"""A micro-batch is packed into one row where that is at most this share of its padded tokens, and this many tokens."""
+"""A micro-batch is packed into one row if that needs at most this share of its padded tokens, and this many tokens."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 ROW_MULTIPLE = 32
-"""A packed row is filled up to a multiple of so many tokens: kernels are made for few shapes, and for whole tiles."""
+"""A packed row is filled up to a multiple of this many tokens: kernels support few shapes, and whole tiles."""
 
 COMMON, FILLING = -1, -2
-"""In a packed row, the owners of what all examples begin with, and of what fills the row up."""
+"""In a packed row, the owners of the common prefix and of the filling."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward pass over B examples with N label positions in all (label tokens and end tokens).
 
-    ``weight`` travels inside the batch, so that no collator or column filter can lose it.
+    ``weight`` is part of the batch, so that no collator or column filter can lose it.
     """
 
     inputs: dict[str, Any]
-    """What the model's forward takes: int64 [B, T], and what may stand before them, as a cache."""
+    """Inputs of the model's forward pass: int64 [B, T], and a cache for tokens before them, if any."""
     positions: torch.Tensor
     """int64 [N]: index into the flattened [B * T] hidden states of the position that predicts each target (fewer than N
     with ``shared``)."""
     targets: torch.Tensor
     """int64 [N]: token ids to predict."""
     example: torch.Tensor
-    """int64 [N]: row of the batch that each target belongs to."""
+    """int64 [N]: the batch row to which each target belongs."""
     is_eos: torch.Tensor
-    """int64 [N]: 1 where the target is a token that ends a label, a response or a turn."""
+    """int64 [N]: 1 if the target is a token that ends a label, a response or a turn."""
     weight: torch.Tensor
     """float64 [B]: importance weights; 0 for padding examples."""
     shared: torch.Tensor | None = None
-    """int64 [N]: which of ``positions`` predicts each target, where several targets share one; else each its own."""
+    """int64 [N]: which of ``positions`` predicts each target, if several targets share one; else each has its own."""
     owner: torch.Tensor | None = None
-    """int64 [T], of a packed row: the example of each position, ``COMMON`` or ``FILLING``. ``packed_mask`` makes the
-    mask of it, on the model's device."""
+    """int64 [T], for a packed row: the example of each position, ``COMMON`` or ``FILLING``. ``packed_mask`` computes
+    the mask from it, on the model's device."""
     chunked: bool = True
-    """Whether many logits may be made a chunk at a time; not for a model that changes them behind its head."""
+    """Whether many logits may be computed in chunks; not for a model that changes them after its head."""
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """In memory from which a GPU copies by itself, while the program goes on."""
+        """In pinned memory, from which a GPU copies while the program continues."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -76,7 +76,7 @@ class Batch:
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made, None, None]:
-    """``make`` of each item in turn; the next is made on a thread of its own while one is in use."""
+    """``make`` of each item in turn; the next one is made in another thread while the current one is in use."""
     with ThreadPoolExecutor(1) as thread:
         coming = None
         for item in items:
@@ -88,14 +88,14 @@ def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[Made
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int, prefix: int = 0) -> list[list[int]]:
-    """Cut examples, longest first, into batches of at most ``budget`` tokens with padding, and of little padding.
+    """Divide examples, longest first, into batches of at most ``budget`` tokens including padding, with little padding.
 
-    Longest first makes an out-of-memory error come at once and the remaining time an upper bound.
+    Longest first, so that an out-of-memory error occurs at once, and the estimated remaining time is an upper bound.
 
     Args:
         lengths: tokens of each example.
-        budget: largest (examples in the batch) x (longest example of it); one longer example goes alone.
-        prefix: tokens that every example begins with and that are in memory, but not read again.
+        budget: limit of (examples in the batch) x (its longest example); a longer example is a batch of its own.
+        prefix: common first tokens of all examples, which are in memory but not read again.
 
     Returns:
         lists of indices into ``lengths``; every index occurs once.
@@ -118,7 +118,7 @@ def collate(
 ) -> Batch:
     """Build the tensors of one batch; the model's config decides between causal and encoder-decoder.
 
-    Causal inputs are padded on the right and need no attention mask: no position sees a later one.
+    Causal inputs are padded on the right and need no attention mask, because no position sees a later one.
     """
     if config.is_encoder_decoder:
         decoder = [[config.decoder_start_token_id, *pair.label] for pair in examples]
@@ -141,7 +141,7 @@ def collate(
 def _batch(
     inputs: dict[str, Any], starts: list[int], examples: Sequence[Encoded], weights: Sequence[float] | None
 ) -> Batch:
-    """A batch whose example i has its label's first token predicted from position ``starts[i]``."""
+    """A batch in which position ``starts[i]`` predicts the first label token of example i."""
     turns = [(row, start, end) for row, pair in enumerate(examples) for start, end in pair.turns]
     targets = [[*pair.label, pair.eos] for pair in examples]
     return Batch(
@@ -155,10 +155,10 @@ def _batch(
 
 
 def padded_prompts(prompts: Sequence[Sequence[int]], config: Any, pad_token_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask``, int64 [B, T], of prompts to go on from.
+    """``input_ids`` and ``attention_mask``, int64 [B, T], of prompts to continue.
 
-    A causal model goes on from the last column, so its padding stands on the left. An encoder counts its positions from
-    the first column, whatever the mask says: there it stands on the right.
+    A causal model continues from the last column, so its padding is on the left. An encoder counts its positions from
+    the first column, whatever the mask says, so its padding is on the right.
     """
     width = max(map(len, prompts))
     padding = [[0] * (width - len(ids)) for ids in prompts]
@@ -171,9 +171,9 @@ def padded_prompts(prompts: Sequence[Sequence[int]], config: Any, pad_token_id: 
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that all prompts begin with, where each keeps a token of its own."""
+    """Number of common first tokens of all prompts, leaving each prompt at least one token of its own."""
     shortest = min(map(len, prompts)) - 1
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # a common prefix of these two is common to all
     return next((at for at in range(shortest) if first[at] != last[at]), shortest)
 
 
@@ -184,13 +184,13 @@ def collate_to_train(
     weights: Sequence[float] | None = None,
     packed: Literal["never", "less", "always"] = "less",
 ) -> Batch:
-    """The batch of ``collate``, with the causal examples in one row without padding where that is less to read.
+    """The batch of ``collate``, with causal examples in one row without padding if that has fewer tokens.
 
-    What all prompts begin with stands in front, once. Each example behind it sees that prefix and itself alone, and
-    counts its positions from the prefix's end: log-likelihoods and gradients are those of the padded batch.
+    The common prefix of all prompts comes first, once. Each example after it sees only that prefix and itself, and
+    counts its positions from the end of the prefix: log-likelihoods and gradients are those of the padded batch.
 
     Args:
-        packed: ``never`` for models that do not take such a row (see ``ways``), ``always`` to find that out.
+        packed: ``never`` for models that cannot use such a row (see ``ways``), ``always`` to test this.
     """
     if config.is_encoder_decoder or packed == "never":
         return collate(examples, config, pad_token_id, weights)
@@ -199,8 +199,8 @@ def collate_to_train(
     prefix = 0 if flash else common_prefix([pair.prompt for pair in examples])
     width = prefix + sum(len(pair) - prefix for pair in examples)
     width += 0 if flash else -width % ROW_MULTIPLE
-    # In one row every position is compared with every other, which is not worth it for a few tokens: but for kernels
-    # that read where each example begins.
+    # In one row, attention compares every position with every other, which does not pay off for a few tokens, except
+    # for kernels that know where each example begins.
     if packed == "less" and width > min(PACKED_SHARE * padded, width if flash else PACKED_TOKENS):
         return collate(examples, config, pad_token_id, weights)
     ids, position_ids, owner, starts = list(examples[0].prompt[:prefix]), list(range(prefix)), [COMMON] * prefix, []
@@ -219,25 +219,25 @@ def collate_to_train(
 
 
 def is_flash(config: Any) -> bool:
-    """Whether a model attends by FlashAttention, which takes no mask, but where each example of a row begins."""
+    """Whether a model uses FlashAttention, which takes the start of each example in a row instead of a mask."""
     return "flash_attention" in str(getattr(config, "_attn_implementation", None))
 
 
 def _where_examples_begin(examples: Sequence[Encoded]) -> dict[str, Any]:
-    """What FlashAttention takes of a packed row: cumulated lengths, int32 [B + 1], and the longest."""
+    """FlashAttention's arguments for a packed row: cumulative lengths, int32 [B + 1], and the longest."""
     ends = torch.tensor([0, *map(len, examples)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     longest = max(map(len, examples))
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def packed_mask(owner: torch.Tensor, config: Any) -> Any:
-    """Who sees whom in a packed row: what all examples begin with, and one's own example up to oneself.
+    """The attention mask of a packed row: a position sees the common prefix, and its own example up to itself.
 
     Args:
         owner: ``Batch.owner``, on the model's device.
 
     Returns:
-        what the model's attention takes: a mask [1, 1, T, T], or for ``flex_attention`` a BlockMask.
+        the mask for the model's attention: [1, 1, T, T], or for ``flex_attention`` a BlockMask.
     """
     if getattr(config, "_attn_implementation", None) == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -252,7 +252,7 @@ def packed_mask(owner: torch.Tensor, config: Any) -> Any:
 
 @dataclass(frozen=True)
 class LabelTree:
-    """The labels of a set as a tree of tokens: what labels begin with in common stands in it once."""
+    """The labels of a set as a tree of tokens: common beginnings of labels occur only once."""
 
     tokens: list[int]
     """Token id of each of M nodes; a node comes after its parent."""
@@ -261,7 +261,7 @@ class LabelTree:
     sees: torch.Tensor
     """bool [M, M]: a node sees its ancestors and itself."""
     paths: list[list[int]]
-    """For each label the nodes of its tokens."""
+    """For each label, the nodes of its tokens."""
 
 
 def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
@@ -276,23 +276,23 @@ def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
 
 
 def attention_mask(sees: torch.Tensor, config: Any) -> torch.Tensor:
-    """A bool mask as a model's attention takes it: eager attention adds it, the others read it."""
+    """A bool mask in the form that the model's attention expects: eager attention adds it, the others interpret it."""
     if getattr(config, "_attn_implementation", None) != "eager":
         return sees
     return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, torch.finfo(torch.float32).min)
 
 
 def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int, config: Any) -> Batch:
-    """One batch of causal prompts, each followed by the tree of all labels: a prompt is read once, not once a label.
+    """One batch of causal prompts, each followed by the tree of all labels: a prompt is read once, not once per label.
 
-    A token of the tree sees the prompt, what its label has before it, and itself, and counts its position along its
+    A token of the tree sees the prompt, the earlier tokens of its label, and itself, and counts its position along its
     label: a label's log-likelihood is that of the plain pair.
 
     Args:
         prompts: token ids of B prompts.
-        tree: that of K labels, from ``label_tree``.
+        tree: the tree of K labels, from ``label_tree``.
         eos: the end-of-sequence token.
-        config: the model's.
+        config: the model's config.
 
     Returns:
         a batch of B * K examples: the K labels of the first prompt, then those of the second, and so on.
@@ -300,7 +300,7 @@ def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int,
     width = max(map(len, prompts)) + len(tree.tokens)
     ids = torch.full((len(prompts), width), eos)
     position_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    # Every position sees itself, also those of the padding: a row without any would be NaN.
+    # Every position sees itself, including padding: a row that sees nothing would be NaN.
     sees = torch.eye(width, dtype=torch.bool).repeat(len(prompts), 1, 1)
     positions: list[range] = []
     for row, prompt in enumerate(prompts):
@@ -312,7 +312,7 @@ def collate_choices(prompts: Sequence[Sequence[int]], tree: LabelTree, eos: int,
         sees[row, end:stop, :end] = True
         sees[row, end:stop, end:stop] = tree.sees
         positions.append(range(row * width + end - 1, row * width + stop))
-    # A prompt's last token predicts the first token of every label, a node of the tree what its labels go on with.
+    # A prompt's last token predicts the first token of every label; a tree node predicts the next tokens of its labels.
     ends = range(0, len(positions) * len(positions[0]), len(positions[0]))
     shared = [[end, *(end + 1 + node for node in path)] for end in ends for path in tree.paths]
     targets = [[*(tree.tokens[node] for node in path), eos] for path in tree.paths] * len(prompts)

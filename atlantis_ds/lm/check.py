@@ -1,9 +1,9 @@
-"""Which fast ways a model takes: found out on a few of the run's own examples, each against one plain forward.
+"""Checks which fast ways are correct for a model, on a few of the run's own examples, against plain forward passes.
 
-The plain way is padded pairs without a mask of ours: no position of a causal model sees a later one. The fast ways rest
-on a mask and on positions that we give: examples packed into one row, the labels of a set as a tree, what all prompts
-begin with read once. Not every model takes them: some add a mask where we mean "may see", some ignore it, a sliding
-window or a recurrent layer sees past it. None of them says so, so each model is asked.
+The plain way is padded pairs without our own mask: no position of a causal model sees a later one. The fast ways depend
+on a mask and positions that we supply: examples packed into one row, the labels of a set as a tree, the common prefix
+of all prompts read once. Not every model handles these correctly: some add a mask that means "may see", some ignore it,
+a sliding window or a recurrent layer sees past it. None of them raises an error, so each model is checked.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from atlantis_ds.lm.load import takes_hidden_states_of_any_type
 from atlantis_ds.lm.ways import FAST, PLAIN, Ways
 
 SAMPLES = 3
-"""Examples of a check: the longest, and others spread over the data."""
+"""Number of examples in a check: the longest, and others spread over the data."""
 LABELS = 8
-"""Labels of a check, the longest among them."""
+"""Number of labels in a check, including the longest."""
 ROUNDING = {torch.float32: 5e-4, torch.bfloat16: 0.01}
-"""Nats a token (root mean square over a target) that are always taken for rounding. What rounding really makes, with
-another padding alone, is measured beside; in bf16 up to 0.25 was seen (SmolLM2-135M), and with a mask that is not taken
-1 to 44."""
+"""Nats per token (root mean square over a target) that always count as rounding. The real effect of rounding is also
+measured, by changing only the padding: in bf16 up to 0.25 was observed (SmolLM2-135M), and 1 to 44 with a mask that the
+model handles wrongly."""
 NOISES = 4
-"""A fast way may differ by this many times what another padding makes."""
+"""A fast way may differ by this many times the effect of other padding."""
 REFUSED = {torch.float32: 1e-3, torch.bfloat16: 1.0}
-"""Nats a token by which padding may change an example."""
+"""Nats per token by which padding may change an example."""
 PADDED = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Nats by which padding may change the likeliest next token of a prompt, for generation in batches."""
+"""Nats by which padding may change the most likely next token of a prompt, for generation in batches."""
 Scores = list[torch.Tensor]
-"""For each of some examples, log p of its target tokens: float64."""
+"""For each of several examples, log p of its target tokens: float64."""
 
 
 def sample_rows(lengths: np.ndarray) -> list[int]:
-    """Rows to check a model on: that of the longest example, and others spread over the data.
+    """Rows to check a model on: the longest example, and others spread over the data.
 
     Args:
         lengths: int [n], n at least 1: tokens of each example.
@@ -60,7 +60,7 @@ def sample_rows(lengths: np.ndarray) -> list[int]:
 
 
 def sample_labels(labels: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """Labels to check a model on: the longest, and the first few; all of a small set."""
+    """Labels to check a model on: the longest and the first few; all labels of a small set."""
     if not labels:
         return []
     longest = max(range(len(labels)), key=lambda at: len(labels[at]))
@@ -72,12 +72,12 @@ def check_packed(model: Any, pairs: Sequence[Encoded], pad_token_id: int) -> Way
     """Whether training may pack examples into one row.
 
     Args:
-        model: as in ``token_log_likelihoods``, in eval mode. Of one that is sharded over ranks all
-            ranks must ask, with the same pairs.
+        model: as in ``token_log_likelihoods``, in eval mode. If it is sharded over ranks, all ranks must call this,
+            with the same pairs.
         pairs: a few examples, see ``sample_rows``.
 
     Raises:
-        InputError: an example's log-likelihood depends on what it is padded beside.
+        InputError: an example's log-likelihood depends on the other examples in the batch.
     """
     check = _Check(model, pairs, pad_token_id)
     if check.config.is_encoder_decoder or len(pairs) < 2 or not check.finite:
@@ -94,8 +94,8 @@ def check_scoring(
     """Which fast ways scoring and ranking may take; arguments as in ``check_packed``.
 
     Args:
-        labels: token ids of the label set, where all of it is scored behind each prompt.
-        prefix: whether the prefix would be read once at all; a model sharded over ranks does without.
+        labels: token ids of the label set, if all labels are scored after each prompt.
+        prefix: whether a common prefix would be read once; not for a model sharded over ranks.
     """
     check = _Check(model, pairs, pad_token_id)
     ways, pairs = check.chunked, check.pairs
@@ -124,7 +124,7 @@ def check_scoring(
 
 @torch.no_grad()
 def check_generation(lm: Any, prompts: Sequence[Sequence[int]], pad_token_id: int, ways: Ways = FAST) -> Ways:
-    """``ways``, with what is found of padded prompts: the next token's log-probabilities, against each prompt alone."""
+    """``ways``, plus the result for padded prompts: the next token's log-probabilities, against each prompt alone."""
 
     def next_token(rows: Sequence[Sequence[int]]) -> torch.Tensor:
         batch = {name: tensor.to(lm.device) for name, tensor in padded_prompts(rows, lm.config, pad_token_id).items()}
@@ -150,11 +150,11 @@ def check_generation(lm: Any, prompts: Sequence[Sequence[int]], pad_token_id: in
 
 
 class _Check:
-    """A few examples under one model, each alone: what the other ways are held against."""
+    """A few examples under one model, each alone, with which the other ways are compared."""
 
     def __init__(self, model: Any, pairs: Sequence[Encoded], pad_token_id: int) -> None:
         self.model, self.lm, self.pad = model, module_of(model), pad_token_id
-        # Longest first, as in training: a short example that stands far from a shared prefix shows a window's edge.
+        # Longest first, as in training: a short example far from a shared prefix reveals the edge of a window.
         self.pairs = sorted(pairs, key=len, reverse=True)
         self.config = self.lm.config
         self.device = next(model.parameters()).device
@@ -164,14 +164,14 @@ class _Check:
         self.plain = self.one_by_one(self.pairs)
         self.finite = all(bool(tokens.isfinite().all()) for tokens in self.plain)
         if not (self.finite and pairs):
-            return  # nothing can be told from these; training and merging have guards of their own
+            return  # these allow no conclusion; training and merging have their own checks
         beside = self.score(self.collate(self.pairs))
         noise = _most_a_token(beside, self.plain)
         if not noise <= REFUSED.get(dtype, REFUSED[torch.bfloat16]):
             raise InputError(
                 f"model {self.config.model_type}: the log-likelihood of an example changes by "
-                f"{_most(beside, self.plain):.3g} nats with the examples beside it, so no score or gradient of this "
-                "model can be trusted"
+                f"{_most(beside, self.plain):.3g} nats with the other examples in its batch, so no score or gradient "
+                "of this model can be trusted"
             )
         self.rounding = max(self.rounding, NOISES * noise)
         self.chunked = FAST
@@ -188,7 +188,7 @@ class _Check:
         return [self.score(self.collate([pair]))[0] for pair in pairs]
 
     def in_chunks(self) -> Scores:
-        """The examples with two positions a chunk."""
+        """The examples with two positions per chunk."""
         kept = likelihood.CHUNK
         likelihood.CHUNK = 2 * self.config.get_text_config().vocab_size
         try:
@@ -197,7 +197,7 @@ class _Check:
             likelihood.CHUNK = kept
 
     def ways(self, plain: Scores, **tried: Callable[[], Scores]) -> Ways:
-        """Each way tried, and whether it gives what the plain one does but for rounding."""
+        """Each way that was tried, and whether it agrees with the plain way up to rounding."""
         taken: dict[str, bool] = {}
         said: dict[str, str] = {}
         for way, run in tried.items():
@@ -205,7 +205,7 @@ class _Check:
                 found = run()
                 taken[way] = _most_a_token(found, plain) <= self.rounding
                 said[way] = f"off by {_most(found, plain):.2g} nats"
-            except Exception as error:  # a model's own code, of any kind: what it cannot do it is not asked to do
+            except Exception as error:  # a model's own code may raise anything: a way that fails is not used
                 taken[way], said[way] = False, _named(error)
         return Ways(**taken, differences=said)
 
@@ -216,9 +216,9 @@ def _most(found: Scores, plain: Scores) -> float:
 
 
 def _most_a_token(found: Scores, plain: Scores) -> float:
-    """The largest root mean square over an example's target tokens of their differences, in nats."""
+    """The largest root mean square difference over the target tokens of an example, in nats."""
     each = [(one - other).square().mean().sqrt() for one, other in zip(found, plain, strict=True)]
-    return float(torch.stack(each).max())  # NaN where one is
+    return float(torch.stack(each).max())  # NaN if any is NaN
 
 
 def _named(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Prompts and targets into token ids. The two are tokenised apart, so that a label has the same ids everywhere."""
+"""Prompts and targets to token ids. They are tokenised separately, so that a label has the same ids everywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atlantis_ds.errors import InputError
 
 Span = tuple[int, int]
 DAY = datetime(2024, 7, 26)
-"""Today, to a chat template that writes the date: tokens and scores are the same on every day. Llama's own default."""
+"""The date for chat templates that write today's date, so that tokens and scores never change. Llama's own default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Encoded:
     label: list[int]
     eos: int
     spans: tuple[Span, ...] = ()
-    """In a chat with several assistant turns to learn: where each lies in ``[*label, eos]``, its end token last. What
-    is between is context. Empty: all of it is one target."""
+    """In a chat with several assistant turns to learn: the span of each in ``[*label, eos]``, with its end token last.
+    The rest is context. Empty: all of it is one target."""
 
     def __len__(self) -> int:
         """Tokens that the model reads for this pair."""
@@ -38,12 +38,12 @@ class Encoded:
 
     @property
     def turns(self) -> tuple[Span, ...]:
-        """``spans``, said of any pair."""
+        """``spans``, defined for any pair."""
         return self.spans or ((0, len(self.label) + 1),)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the target, without those that end it."""
+        """Number of target tokens, without those that end it."""
         return sum(end - start - 1 for start, end in self.turns)
 
 
@@ -52,14 +52,14 @@ class Encoder:
 
     Args:
         tokenizer: a transformers tokenizer with an end-of-sequence token.
-        config: the model's config; decides between causal and encoder-decoder and gives the longest input.
-        labels: the label set; room is left for its longest label. None for responses.
+        config: the model's config; decides between causal and encoder-decoder, and gives the maximum input length.
+        labels: the label set; space is reserved for its longest label. None for responses.
         chat: prompts and targets are JSON lists of turns, for the tokenizer's own chat template.
-        as_turn: write a text prompt as a user's turn in the chat template, the answer's turn begun.
+        as_turn: write a text prompt as a user turn in the chat template, followed by the start of the assistant turn.
         truncate: cut the beginning of prompts that are too long.
 
     Raises:
-        InputError: the tokenizer has no end-of-sequence token, or no chat template where one is needed.
+        InputError: the tokenizer has no end-of-sequence token, or no chat template although one is needed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Encoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.is_encoder_decoder = bool(config.is_encoder_decoder)
-        # T5 has relative positions and no limit of its own.
+        # T5 has relative positions and no limit.
         self.max_tokens: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size: int | None = getattr(config, "vocab_size", None)
         if tokenizer.eos_token_id is None:
@@ -114,16 +114,16 @@ class Encoder:
         if self.as_turn:
             turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
             return [self._ids(self._render(turn, begin=True)) for turn in turns]
-        # The line end is part of a causal prompt: it keeps prompt and label from merging into one token.
+        # The newline is part of a causal prompt, so that prompt and label cannot merge into one token.
         texts = [prompt if self.is_encoder_decoder else prompt + "\n" for prompt in prompts]
         ids: list[list[int]] = self.tokenizer(texts)["input_ids"]
         if self.is_encoder_decoder:
             return ids
-        # Some tokenizers end every text with an end token, which would stand between prompt and target.
+        # Some tokenizers end every text with an end token, which would be between prompt and target.
         return [prompt[:-1] if prompt[-1] == self.tokenizer.eos_token_id else prompt for prompt in ids]
 
     def last_prompt(self, prompt: str, target: str) -> list[int]:
-        """Token ids of a chat up to its last turn, that turn begun: what a model is to answer."""
+        """Token ids of a chat up to its last turn, with the start of that turn, for the model to answer."""
         turns = [*json.loads(prompt), *json.loads(target)[:-1]]
         return self._ids(self._render(turns, begin=True))
 
@@ -136,7 +136,7 @@ class Encoder:
         return self._label_ids[label]
 
     def refuse_foreign_tokens(self, pair: Encoded, id: str) -> None:
-        """Raises InputError where a token of the pair has no row in the model's embedding."""
+        """Raise InputError if a token of the pair has no row in the model's embedding."""
         largest = max(max(pair.prompt), max(pair.label, default=0), pair.eos)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise InputError(
@@ -145,20 +145,20 @@ class Encoder:
             )
 
     def _refuse_equal_labels(self, labels: Sequence[str]) -> None:
-        """Two labels of the same token ids are one to the model: it could never tell them apart."""
+        """Refuse two labels with the same token ids: the model could never distinguish them."""
         first: dict[tuple[int, ...], str] = {}
         for label in labels:
             other = first.setdefault(tuple(self.label_ids(label)), label)
             if other != label:
                 raise InputError(
-                    f"labels {other!r} and {label!r} are the same tokens to the tokenizer of "
-                    f"{self.tokenizer.name_or_path}, so the model cannot tell them apart; rename one"
+                    f"labels {other!r} and {label!r} have the same tokens in the tokenizer of "
+                    f"{self.tokenizer.name_or_path}, so the model cannot distinguish them; rename one"
                 )
 
     def excess(self, pair: Encoded) -> int:
-        """By how many tokens a pair, or its prompt with the longest label, is longer than the model reads; at least 0.
+        """By how many tokens a pair, or its prompt with the longest label, exceeds the model's context; at least 0.
 
-        An encoder-decoder reads prompt and target apart; its limit, where it has one, is taken for the prompt.
+        An encoder-decoder reads prompt and target separately; its limit, if any, applies to the prompt.
         """
         if self.max_tokens is None:
             return 0
@@ -179,9 +179,9 @@ class Encoder:
         return ids
 
     def _chat_pair(self, before: list[dict[str, str]], learned: list[dict[str, str]]) -> Encoded:
-        """A chat as the template writes it: each assistant turn, with the token that ends it, is a target.
+        """A chat as formatted by the template: each assistant turn, with the token that ends it, is a target.
 
-        The text of a turn is what the template adds to everything before it: that must not change what came before.
+        The text of a turn is what the template adds to the text before it, which must not change.
         """
         turns = [*before, *learned]
         written = self._render(turns[: len(before)], begin=True)
@@ -196,11 +196,13 @@ class Encoder:
             content = turns[at]["content"].strip()
             stop = added.find(content) + len(content)
             if stop < len(content):
-                raise InputError(f"chat template of {self.tokenizer.name_or_path}: it leaves out an assistant's words")
+                raise InputError(
+                    f"chat template of {self.tokenizer.name_or_path}: it leaves out text of an assistant turn"
+                )
             own, tail = self._ids(added[:stop]), self._ids(added[stop:])
             end = next((place for place, id in enumerate(tail) if id in self._ends), None)
             if end is None:
-                raise InputError(f"chat template of {self.tokenizer.name_or_path}: no token ends an assistant's turn")
+                raise InputError(f"chat template of {self.tokenizer.name_or_path}: no token ends an assistant turn")
             spans.append((len(ids), len(ids) + len(own) + end + 1))
             ids += own + tail
         last = spans[-1][1]
@@ -216,25 +218,25 @@ class Encoder:
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"chat template of {self.tokenizer.name_or_path}: it refuses the turns: {reason}"
+                f"chat template of {self.tokenizer.name_or_path}: it rejects the turns: {reason}"
             ) from None
         return text
 
     def _added(self, written: str, more: str) -> str:
         if not more.startswith(written):
             raise InputError(
-                f"chat template of {self.tokenizer.name_or_path}: it writes earlier turns in another way once a later "
-                "one follows; take data.train_on: last"
+                f"chat template of {self.tokenizer.name_or_path}: it changes earlier turns when a later one follows; "
+                "use data.train_on: last"
             )
         return more[len(written) :]
 
     def _ids(self, text: str) -> list[int]:
-        # The template has written what begins and ends a sequence; nothing may be doubled.
+        # The template already writes the tokens that begin and end a sequence; they must not occur twice.
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 
 def last_turn(target: str) -> str:
-    """The words of the last turn of a chat's target."""
+    """The text of the last turn of a chat's target."""
     words: str = json.loads(target)[-1]["content"]
     return words

@@ -1,4 +1,4 @@
-"""Frozen models for scoring: a replica on each rank where it fits, sharded over the ranks by ZeRO-3 where not."""
+"""Frozen models for scoring: a replica on each rank if it fits, otherwise sharded over the ranks by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from atlantis_ds.lm.load import (
 from atlantis_ds.progress import console
 
 ROOM = 1.25
-"""A replica takes this many times its weights: activations and the logits of label positions come on top."""
+"""A replica needs this many times the memory of its weights, plus activations and logits of label positions."""
 
 
 CopyOf = Callable[[Model], Path | None]
-"""Says where this node has a copy of a model's weights; see ``node_copy``."""
+"""Returns the folder of this node's copy of a model's weights; see ``node_copy``."""
 
 
 class Frozen:
-    """One base model in memory at a time, for the passes that score with it or with adapters on it.
+    """One base model in memory at a time, for the passes that score with it or with its adapters.
 
-    Two passes in a row over one base load it once: an adapter is put on it for its own pass, and taken off after.
-    Every rank makes the same calls, but for ``load`` of a replica, which ranks without work leave out.
+    Two consecutive passes with the same base load it once: an adapter is added for its own pass and removed after it.
+    Every rank makes the same calls, except ``load`` of a replica, which ranks without work skip.
     """
 
     def __init__(self, settings: Score, ranks: Ranks, copy_of: CopyOf = lambda base: None) -> None:
@@ -50,7 +50,7 @@ class Frozen:
         self._lm: Any = None
 
     def choose(self, model: Model, name: str) -> bool:
-        """Whether ``model`` is sharded over the ranks; rank 0 says so and why. Frees any other base."""
+        """Whether ``model`` is sharded over the ranks; rank 0 prints this and the reason. Frees any other base."""
         base = adapter_base(model) or model
         if base != self._base:
             self.free()
@@ -68,10 +68,10 @@ class Frozen:
         if self.ranks.world_size == 1:
             return False, "one rank"
         need, free = replica_bytes(base, self.dtype), free_bytes(self.ranks)
-        return need > free, f"it takes {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free for each"
+        return need > free, f"it needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free for each"
 
     def load(self, model: Model) -> Any:
-        """The model that ``choose`` was asked about, for ``score_pairs``; what was returned before is used up."""
+        """The model passed to ``choose``, for ``score_pairs``; a model returned earlier must not be used any more."""
         if self._sharded:
             self.free(keep_base=True)
             self._lm = load_sharded_scorer(model, self.dtype, self._copy)
@@ -89,7 +89,7 @@ class Frozen:
         return self._lm
 
     def free(self, keep_base: bool = False) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._sharded and self._lm is not None:
             self._lm.destroy()
         self._lm = None
@@ -99,7 +99,7 @@ class Frozen:
 
 
 def replica_bytes(model: Model, dtype: str) -> int:
-    """Memory of one replica for scoring: weights in ``dtype``, the LM head in fp32 beside, room for a batch."""
+    """Memory of one replica for scoring: weights in ``dtype``, plus the LM head in fp32 and one batch."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = load_config(model)
@@ -111,9 +111,9 @@ def replica_bytes(model: Model, dtype: str) -> int:
 
 
 def free_bytes(ranks: Ranks) -> int:
-    """Memory that every rank may fill: its share of its host's, and on GPUs no more than is free there.
+    """Memory that every rank can use: its share of the host's memory, and on GPUs at most what is free there.
 
-    The host counts on GPUs too: a replica goes through its memory. The same value on all ranks.
+    Host memory also counts on GPUs, because a replica is loaded through it. The same value on all ranks.
     """
     import psutil  # type: ignore[import-untyped]
 
@@ -130,7 +130,7 @@ def free_bytes(ranks: Ranks) -> int:
 
 
 def cgroup_room(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes that this process's control group, a job's memory limit, leaves it; 2**63 where there is no limit."""
+    """Bytes left by the memory limit of this process's control group; 2**63 if there is no limit."""
     room = 2**63
     with contextlib.suppress(OSError, ValueError):
         for line in of.read_text().splitlines():
@@ -143,7 +143,7 @@ def cgroup_room(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self
 
 
 def _rooms(root: Path, path: str, limit: str, used: str) -> list[int]:
-    """The room of a control group and of each above it; a limit holds for all below."""
+    """The memory left in a control group and each of its parents; a limit applies to all groups below it."""
     found = [2**63]
     for folder in [root / path.lstrip("/"), *(root / path.lstrip("/")).parents]:
         if not folder.is_relative_to(root):
@@ -156,8 +156,8 @@ def _rooms(root: Path, path: str, limit: str, used: str) -> list[int]:
 def load_sharded_scorer(model: Model, dtype: str, copy: Path | None = None) -> Any:
     """Load a frozen model sharded over all ranks; the scores are those of ``load_scorer``.
 
-    Every rank must call it, and run the same number of forwards afterwards. With a bf16 body each rank holds a whole
-    head of its own.
+    Every rank must call it, and then run the same number of forward passes. With a bf16 body, each rank has its own
+    whole head.
 
     Returns:
         a DeepSpeed engine, for ``score_pairs``.

@@ -1,4 +1,4 @@
-"""Log-likelihoods of a label set for prompts and a model in memory, outside any run."""
+"""Log-likelihoods of a label set for prompts and a model in memory, without a run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from atlantis_ds.lm.load import wide_head
 def score_label_set(
     lm: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], tokens_per_batch: int
 ) -> np.ndarray:
-    """log p of every label behind every prompt, by the functions and the check of ``score``.
+    """log p of every label after every prompt, with the functions and the check of ``score``.
 
     Args:
-        lm: a transformers model, bare or wrapped by peft; it is left in the mode it was in.
-        tokenizer: its tokenizer, with a fast form.
+        lm: a transformers model, bare or wrapped by peft; its mode is restored.
+        tokenizer: its tokenizer, in a fast version.
         prompts: n texts.
         labels: K different texts.
-        tokens_per_batch: token budget of one batch, padding included.
+        tokens_per_batch: token budget of one batch, including padding.
 
     Returns:
         float64 [n, K, 2]: label tokens, end-of-sequence token.
 
     Raises:
-        InputError: no prompt or label, one without tokens or too long, or a model whose scores depend on padding.
+        InputError: there is no prompt or label, one has no tokens or is too long, or the model's scores depend on
+            padding.
     """
     if not (len(prompts) and len(labels)):
-        raise InputError("prompts and labels: there must be one of each at least")
+        raise InputError("prompts and labels: give at least one of each")
     if len(set(labels)) < len(labels):
-        raise InputError(f"labels: {next(label for label in labels if list(labels).count(label) > 1)!r} comes twice")
+        raise InputError(f"labels: {next(label for label in labels if list(labels).count(label) > 1)!r} is a duplicate")
     encoder = Encoder(tokenizer, lm.config, labels)
     label_set, end = encoder.label_set or [], tokenizer.eos_token_id
     ids = encoder.prompt_ids(list(prompts))
@@ -46,7 +47,9 @@ def score_label_set(
     for row, pair in enumerate(pairs):
         encoder.refuse_foreign_tokens(pair, str(row))
         if over := encoder.excess(pair):
-            raise InputError(f"prompt {row}: {over} tokens longer, with the longest label, than the model reads")
+            raise InputError(
+                f"prompt {row}: with the longest label, it is {over} tokens longer than the model's context"
+            )
     samples = [pairs[row] for row in sample_rows(np.array([len(pair) for pair in pairs]))]
     with _scoring(lm):
         ways = check_scoring(lm, samples, label_set, end, prefix=True)
@@ -55,7 +58,7 @@ def score_label_set(
 
 @contextmanager
 def _scoring(lm: Any) -> Iterator[None]:
-    """Within it a model is in eval mode and gives fp32 logits, as one from ``load_scorer``; then it is as it was."""
+    """Puts a model into eval mode with fp32 logits, as from ``load_scorer``, and restores it at the end."""
     head, modes = lm.get_output_embeddings(), [(module, module.training) for module in lm.modules()]
     narrow = head.weight.dtype != torch.float32
     lm.eval()

@@ -1,4 +1,4 @@
-"""The one function that computes label log-likelihoods: for scoring, training and ranking alike."""
+"""The only function that computes label log-likelihoods, used by scoring, training and ranking."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def label_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
 def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
     """log p of each label token of a batch, given the prompt and the label tokens before it; differentiable.
 
-    Only the hidden states that predict a label token reach the LM head: with a vocabulary of 152k the full logits
-    would be the memory peak. Log-softmax is in fp32.
+    Only the hidden states that predict a label token reach the LM head: with a vocabulary of 152k, the full logits
+    would dominate the memory. Log-softmax is in fp32.
 
     Args:
         model: a causal or encoder-decoder LM of transformers, bare, wrapped by peft, or a DeepSpeed engine.
@@ -68,11 +68,11 @@ def token_log_likelihoods(model: Any, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _tokens_in_chunks(model: Any, batch: Batch) -> Iterator[list[torch.Tensor]]:
-    """Within it the LM head computes the log-likelihoods themselves, a chunk of positions at a time.
+    """Makes the LM head compute log-likelihoods directly, in chunks of positions.
 
-    All of it happens inside one call of the head: under ZeRO-3 its weights are gathered once, however many chunks there
-    are, and ranks with other numbers of chunks do not wait for each other. What the model's forward returns is of no
-    use; a list receives the values, float32 [N]. A soft cap on the logits (Gemma) is applied here.
+    All chunks are computed inside one call of the head: under ZeRO-3 its weights are gathered only once, and ranks with
+    different numbers of chunks do not wait for each other. The output of the model's forward pass is not used; a list
+    receives the values, float32 [N]. A soft cap on the logits (Gemma) is applied here.
     """
     lm = module_of(model)
     head, config = lm.get_output_embeddings(), lm.config.get_text_config()
@@ -103,7 +103,7 @@ def _tokens_in_chunks(model: Any, batch: Batch) -> Iterator[list[torch.Tensor]]:
         places = torch.cat([here for here, _ in pieces])
         values = torch.cat([values for _, values in pieces])
         found.append(values if batch.shared is None else values[places.argsort()])
-        # The model goes on with something of a head's shape, one column wide.
+        # The model continues with a tensor like the head's output, one column wide.
         return found[0].to(hidden.dtype)[None, :, None]
 
     head.forward = instead
@@ -118,7 +118,7 @@ def _tokens_in_chunks(model: Any, batch: Batch) -> Iterator[list[torch.Tensor]]:
 
 
 def sum_over_labels(tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sum float64 [N], one value a label token, to [B, 2]: the label's own tokens, and its end-of-sequence token."""
+    """Sum float64 [N], one value per label token, to [B, 2]: the label's own tokens, and its end-of-sequence token."""
     sums = torch.zeros(2 * batch.size, dtype=torch.float64, device=tokens.device)
     return sums.index_add(0, 2 * batch.example + batch.is_eos, tokens).view(-1, 2)
 
@@ -138,7 +138,7 @@ def _label_positions_only(model: Any, positions: torch.Tensor) -> Iterator[None]
 
 
 MIN_PREFIX = 8
-"""Fewest common tokens at the beginning of prompts that are worth a forward of their own."""
+"""Fewest common tokens at the beginning of prompts for which a separate forward pass pays off."""
 
 Progress = Callable[[int, int], None]
 """Called with (examples, tokens) after each batch."""
@@ -159,12 +159,12 @@ def score_pairs(
     Args:
         model: as in ``token_log_likelihoods``, in eval mode.
         pairs: encoded examples.
-        pad_token_id: any token id; what stands in the padding changes nothing.
-        tokens_per_batch: token budget of one batch, padding included.
+        pad_token_id: any token id; the content of the padding has no effect.
+        tokens_per_batch: token budget of one batch, including padding.
         progress: see ``Progress``.
-        agree: for a model sharded over ranks, which needs the same number of forwards on all of them: takes this
-            rank's number, gives the largest.
-        ways: what the model may be run with.
+        agree: for a model sharded over ranks, which needs the same number of forward passes on all of them: takes this
+            rank's number and returns the largest.
+        ways: the fast ways that are correct for the model.
 
     Returns:
         float64 [n, 2] on the CPU, in the order of ``pairs``: label tokens, end-of-sequence token.
@@ -195,14 +195,14 @@ def score_choices(
     agree: Callable[[int], int] | None = None,
     ways: Ways = FAST,
 ) -> torch.Tensor:
-    """Label log-likelihoods of every label behind every prompt; each prompt is read once for all labels.
+    """Label log-likelihoods of every label after every prompt; each prompt is read once for all labels.
 
     Args:
         model: as in ``token_log_likelihoods``, in eval mode.
         prompts: token ids of n prompts.
         labels: token ids of K labels, without the end-of-sequence token.
         eos: the end-of-sequence token.
-        tokens_per_batch, progress, agree, ways: as in ``score_pairs``; a prompt counts with all labels behind it.
+        tokens_per_batch, progress, agree, ways: as in ``score_pairs``; a prompt counts with all labels after it.
 
     Returns:
         float64 [n, K, 2] on the CPU, in the order of the arguments: label tokens, end-of-sequence token.
@@ -239,7 +239,7 @@ def score_choices(
 
 
 def cut_labels(labels: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Labels in groups of at most ``TREE_TOKENS`` tokens, in their order; one longer label makes a group of its own."""
+    """Labels in groups of at most ``TREE_TOKENS`` tokens, in their order; a longer label is a group of its own."""
     parts: list[list[Sequence[int]]] = [[]]
     tokens = 0
     for label in labels:
@@ -252,7 +252,7 @@ def cut_labels(labels: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
 
 
 class _Shares:
-    """Progress over several trees: an example counts when its share of each has been scored."""
+    """Progress over several trees: an example is counted in equal shares, one for each tree."""
 
     def __init__(self, progress: Progress | None, trees: int) -> None:
         self.progress, self.trees, self.done = progress, trees, 0
@@ -273,7 +273,7 @@ def _score_each(
     agree: Callable[[int], int] | None,
     ways: Ways,
 ) -> torch.Tensor:
-    """``score_choices`` pair by pair, for models that do not take a tree."""
+    """``score_choices`` pair by pair, for models that cannot use a tree."""
     pairs = [Encoded(list(prompt), list(label), eos) for prompt in prompts for label in labels]
     scores = score_pairs(model, pairs, eos, tokens_per_batch, _Shares(progress, len(labels)), agree, ways)
     return scores.reshape(len(prompts), len(labels), 2)
@@ -281,21 +281,21 @@ def _score_each(
 
 @dataclass(frozen=True)
 class Prefix:
-    """The keys and values of what all prompts of a causal model begin with, read once for all of them."""
+    """The keys and values of the common prefix of all prompts of a causal model, read once for all of them."""
 
     tokens: int
     cache: Any
-    """A transformers cache of one sequence."""
+    """A transformers cache for one sequence."""
 
     def before(self, batch: Batch) -> Batch:
-        """The batch, encoded without the prefix, as if it stood behind it."""
+        """The batch, encoded without the prefix, as if it followed the prefix."""
         size, width = batch.inputs["input_ids"].shape
-        cache = copy.deepcopy(self.cache)  # a forward appends to it
+        cache = copy.deepcopy(self.cache)  # a forward pass appends to it
         cache.batch_repeat_interleave(size)
         positions = torch.arange(width, device=batch.targets.device).expand(size, -1)
         inputs = {"position_ids": positions, **batch.inputs, "past_key_values": cache}
         inputs["position_ids"] = inputs["position_ids"] + self.tokens
-        if "attention_mask" in inputs:  # of collate_choices: which position sees which
+        if "attention_mask" in inputs:  # from collate_choices: which position sees which
             mask = inputs["attention_mask"]
             seen = mask.new_full((size, 1, width, self.tokens), mask.dtype == torch.bool)  # or nothing to add
             inputs["attention_mask"] = torch.cat([seen, inputs["attention_mask"]], dim=-1)
@@ -303,7 +303,7 @@ class Prefix:
 
 
 def read_prefix(lm: Any, prompts: Sequence[Sequence[int]]) -> Prefix | None:
-    """What all prompts begin with, or None where that is hardly anything. Each prompt keeps a token of its own."""
+    """The common prefix of all prompts, or None if it is too short. Each prompt keeps at least one token of its own."""
     if not prompts or lm.config.is_encoder_decoder:
         return None
     tokens = common_prefix(prompts)
@@ -322,11 +322,13 @@ def _in_batches(
     progress: Progress | None,
     agree: Callable[[int], int] | None,
 ) -> torch.Tensor:
-    """``forward`` over batches of rows under a token budget; its values [rows, ...] in the order of the rows."""
+    """``forward`` over batches of rows with a token budget; its values [rows, ...] in the order of the rows."""
     if not lengths:
         return torch.empty(0, 2, dtype=torch.float64)
     batches = token_budget_batches(lengths, tokens_per_batch, prefix)
-    forwards = agree(len(batches)) if agree else 0  # before the first: ranks in a forward exchange weights alone
+    forwards = (
+        agree(len(batches)) if agree else 0
+    )  # before the first: during a forward pass, ranks exchange only model weights
     order: list[int] = []
     values: list[torch.Tensor] = []
     for rows, batch in zip(batches, ahead(make, batches), strict=True):
@@ -340,7 +342,7 @@ def _in_batches(
 
 
 def _encode_once(lm: Any, batch: Batch, times: int) -> Batch:
-    """A batch in which each prompt stands ``times`` times in a row, with the encoder run once for each prompt."""
+    """A batch in which each prompt is repeated ``times`` times, with the encoder run once per prompt."""
     inputs = dict(batch.inputs)
     first = slice(None, None, times)
     prompts, mask = inputs.pop("input_ids")[first], inputs["attention_mask"][first]

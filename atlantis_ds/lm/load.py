@@ -1,4 +1,4 @@
-"""Load tokenizers and models; say exactly which model it was."""
+"""Loads tokenizers and models, and identifies exactly which model it was."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def model_source(recipe: Recipe, folder: RunFolder, name: str) -> Model:
-    """The model called ``large`` or ``small``, or the one the ``reference`` is or starts from, as path or id.
+    """The path or id of the ``large`` or ``small`` model, or of the model that the ``reference`` is or starts from.
 
-    An id that ``fetch`` brought for this run is taken at the commit that was fetched.
+    For an id that ``fetch`` downloaded for this run, the fetched commit is used.
 
     Raises:
         InputError: a model that ``prepare`` builds is not built yet.
@@ -69,15 +69,15 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
-        if "tiktoken" in reason:  # what transformers tries last
+        if "tiktoken" in reason:  # the last format that transformers tries
             reason = "its tokenizer has no tokenizer.json, and its other files cannot be converted to one"
         if not Path(path).expanduser().is_dir():
-            path += " (no folder of this name here, so taken for a Hugging Face id)"
+            path += " (there is no folder of this name, so it is treated as a Hugging Face id)"
             if (
                 offline()
                 and cached(Repository("model", "model", str(model.model_name_or_path), model.revision)) is None
             ):
-                reason = "HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not brought it"
+                reason = "HF_HUB_OFFLINE is set, and `atlantis-ds fetch` has not downloaded it"
         raise InputError(f"model {path}: cannot be loaded: {reason[:300]}") from None
 
 
@@ -85,21 +85,21 @@ def load_tokenizer(model: Model) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        InputError: it cannot be loaded, or has no fast (Rust) form, on which fingerprints and batches rest.
+        InputError: it cannot be loaded, or has no fast (Rust) version, which fingerprints and batches need.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _from_pretrained(AutoTokenizer, model)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise InputError(
-            f"model {model.model_name_or_path}: its tokenizer ({type(tokenizer).__name__}) has no fast form "
-            "(tokenizer.json); take a model with one"
+            f"model {model.model_name_or_path}: its tokenizer ({type(tokenizer).__name__}) has no fast version "
+            "(tokenizer.json); use a model that has one"
         )
     return tokenizer
 
 
 def load_config(model: Model) -> Any:
-    """The transformers config of a model, or of the base of an adapter.
+    """The transformers config of a model, or of an adapter's base model.
 
     Raises:
         InputError: it cannot be loaded.
@@ -118,12 +118,12 @@ def load_model(
 ) -> Any:
     """Load a causal or encoder-decoder LM from safetensors, on the CPU (or in shards, within ``sharded_at_load``).
 
-    A folder with a LoRA adapter loads its base model, whole and in ``dtype``, with the adapter merged in.
+    For a folder with a LoRA adapter, the whole base model is loaded in ``dtype``, with the adapter merged into it.
 
     Args:
-        quantised: for a base in 4 bits, ``quantization_config`` and ``device_map`` of ``from_pretrained``.
-        attention: ``attn_implementation`` of ``from_pretrained``; ``auto`` leaves the choice to transformers.
-        copy: read the weights (of an adapter's base) from this folder, which holds the same; see ``node_copy``.
+        quantised: for a 4-bit base, ``quantization_config`` and ``device_map`` for ``from_pretrained``.
+        attention: ``attn_implementation`` for ``from_pretrained``; ``auto`` leaves the choice to transformers.
+        copy: read the weights (of an adapter's base) from this folder, which has the same weights; see ``node_copy``.
 
     Raises:
         InputError: it cannot be loaded.
@@ -138,7 +138,7 @@ def load_model(
     if copy:
         there = Model(model_name_or_path=str(copy), trust_remote_code=model.trust_remote_code)
         lm = load_model(there, dtype, quantised, attention)
-        # Adapters and configs that are saved later name the model, not this node's copy.
+        # Adapters and configs that are saved later must name the model, not this node's copy.
         lm.name_or_path = lm.config.name_or_path = str(model.model_name_or_path)
         return lm
     config = load_config(model)
@@ -152,24 +152,24 @@ def load_model(
 
 
 def _load_untied_t5(loader: Any, model: Model, config: Any, options: dict[str, Any]) -> Any:
-    """A T5 with a head of its own, as Flan-T5 (one that does not scale its outputs, in the terms of its config).
+    """A T5 with its own head, such as Flan-T5 (in terms of the config: one that does not scale its outputs).
 
-    transformers 5 calls every T5 tied, and keeps the head apart only where its values differ from the embedding's.
-    Under ZeRO-3 it compares empty shards, and silently puts the embedding in place of the head.
+    transformers 5 treats every T5 as tied, and keeps the head separate only if its values differ from the embedding's.
+    Under ZeRO-3 it compares empty shards, and silently replaces the head by the embedding.
     """
     kind = loader._model_mapping[type(config)]
     declared = kind._tied_weights_keys
     kind._tied_weights_keys = {key: to for key, to in declared.items() if key != "lm_head.weight"}
     try:
         lm = _from_pretrained(loader, model, **options)
-        lm._tied_weights_keys = kind._tied_weights_keys  # its own, for a later tie_weights()
+        lm._tied_weights_keys = kind._tied_weights_keys  # an attribute of its own, for a later tie_weights()
     finally:
         kind._tied_weights_keys = declared
     return lm
 
 
 def _tensor_names(model: Model) -> set[str]:
-    """Names of the tensors in a model's safetensors files, read without loading them; empty where there are none."""
+    """Names of the tensors in a model's safetensors files, read without loading them; empty if there are none."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -186,7 +186,7 @@ def _tensor_names(model: Model) -> set[str]:
 
 
 def dtype_on(dtype: str, device: torch.device) -> str:
-    """What ``auto`` means for a frozen model on a device; any other dtype is itself."""
+    """The dtype that ``auto`` means for a frozen model on a device; any other dtype is returned unchanged."""
     return dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 
 
@@ -205,8 +205,8 @@ def load_scorer(model: Model, dtype: str, device: torch.device, copy: Path | Non
 def wide_head(head: Any, device: torch.device) -> torch.nn.Linear:
     """A frozen copy of a bf16 LM head whose logits are fp32.
 
-    On GPUs it multiplies bf16 by bf16 on the matrix units and adds up in fp32; elsewhere torch cannot, and the copy is
-    in fp32. Products of two bf16 numbers are exact in fp32: only the order of the sums differs.
+    On GPUs it multiplies bf16 by bf16 on the matrix units and accumulates in fp32; elsewhere torch cannot do this, and
+    the copy is in fp32. Products of two bf16 numbers are exact in fp32: only the order of the sums differs.
     """
     kind, dtype = (_Fp32Logits, torch.bfloat16) if device.type == "cuda" else (torch.nn.Linear, torch.float32)
     wide = kind(head.in_features, head.out_features, bias=head.bias is not None, device=head.weight.device, dtype=dtype)
@@ -223,7 +223,7 @@ class _Fp32Logits(torch.nn.Linear):
 
 @contextmanager
 def takes_hidden_states_of_any_type(lm: Any) -> Iterator[None]:
-    """A scorer may have its head in fp32 behind a bf16 body: within this it serves plain forwards as well."""
+    """Makes a scorer with an fp32 head on a bf16 body usable for plain forward passes as well."""
     head = lm.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
     try:
@@ -233,22 +233,22 @@ def takes_hidden_states_of_any_type(lm: Any) -> Iterator[None]:
 
 
 def start_deepspeed() -> Any:
-    """DeepSpeed, on the process group that is there: sharding at load needs to know the world size."""
+    """Initialise DeepSpeed on the existing process group: sharding during loading needs the world size."""
     import deepspeed
 
-    # DeepSpeed asks this for one op alone, which only inference uses. On CPUs it would compile it: half a minute, and a
-    # rank that is killed meanwhile leaves a lock on which every later run waits for ever. And to answer, it runs the
-    # compiler for each of its ops: seconds, at every start.
+    # DeepSpeed asks this only for one op, which only inference uses. On CPUs it would compile the op: this takes half a
+    # minute, and a rank that is killed meanwhile leaves a lock on which every later run waits forever. To answer, it
+    # also runs the compiler for each of its ops: seconds at every start.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Free what models and engines that nobody names any more still hold.
+    """Free the memory of models and engines that are no longer referenced.
 
-    DeepSpeed's engines refer to themselves in circles, and two of its globals keep the modules and shards of every
-    ZeRO-3 engine there was (seen with 0.19.8: `destroy` and a collection alone left all of it).
+    DeepSpeed's engines contain reference cycles, and two of its globals keep the modules and shards of every earlier
+    ZeRO-3 engine (seen with 0.19.8: `destroy` and garbage collection alone freed nothing).
     """
     if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
         from deepspeed.runtime.zero import parameter_offload
@@ -256,7 +256,7 @@ def give_memory_back(device: torch.device) -> None:
 
         parameter_offload.FWD_MODULE_STACK.clear()
         release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-        inspect.getclosurevars(release).nonlocals["func"].cache_clear()  # behind a decorator that wraps the cache
+        inspect.getclosurevars(release).nonlocals["func"].cache_clear()  # inside a decorator that wraps the cache
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -264,7 +264,7 @@ def give_memory_back(device: torch.device) -> None:
 
 @contextmanager
 def sharded_at_load(config: dict[str, Any]) -> Iterator[None]:
-    """Within it ``load_model`` shards over the ranks, where the DeepSpeed config has ZeRO stage 3."""
+    """Makes ``load_model`` shard over the ranks, if the DeepSpeed config has ZeRO stage 3."""
     from transformers.integrations import HfDeepSpeedConfig
 
     sharding = HfDeepSpeedConfig(config)  # transformers keeps a weak reference to it
@@ -275,14 +275,14 @@ def sharded_at_load(config: dict[str, Any]) -> Iterator[None]:
 
 
 def hash_files(model: Model) -> dict[str, str]:
-    """SHA-256 of a model folder's weights and config, by name; nothing for a Hugging Face id."""
+    """SHA-256 of a model folder's weights and config, by name; empty for a Hugging Face id."""
     path = Path(str(model.model_name_or_path)).expanduser()
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return {file.name: file_hash(file) for file in [*files, path / "config.json"] if file.is_file()}
 
 
 def tokenizer_hash(model: Model) -> str:
-    """Of all that decides what a model's tokenizer makes of a text. One that has not changed is hashed once."""
+    """Hash of everything that determines the tokens of a text. An unchanged tokenizer is hashed only once."""
     folder = Path(str(model.model_name_or_path)).expanduser()
     files = sorted(path for path in folder.glob("*") if path.suffix != ".safetensors") if folder.is_dir() else []
     return _tokenizer_hash(model, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
@@ -302,7 +302,7 @@ def _tokenizer_hash(model: Model, *state: tuple[str, int, int]) -> str:
 
 
 def model_identity(model: Model) -> dict[str, str]:
-    """What a fingerprint says of a model: its id and commit, or the hash of its files; and its tokenizer's hash."""
+    """A model in a fingerprint: its id and commit, or the hash of its files; and its tokenizer's hash."""
     tokens = tokenizer_hash(model)
     path = Path(str(model.model_name_or_path)).expanduser()
     if not path.is_dir():

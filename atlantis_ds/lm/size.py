@@ -1,4 +1,4 @@
-"""How large a model is, and what a pass through it costs."""
+"""The size of a model, and the cost of a pass through it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "4090": 165e12}
-"""Dense bf16 FLOP/s of GPUs (the makers' data sheets), by a word of their names."""
+"""Dense bf16 FLOP/s of GPUs (from data sheets), by a word in their names."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Shape:
     largest: int
     """The largest trainable tensor."""
     body: int
-    """Weights that every token of the prompt is multiplied with: all but embeddings, head and decoder."""
+    """Weights that each prompt token is multiplied with: all except embeddings, head and decoder."""
     decoder: int
-    """The same for label tokens of an encoder-decoder; 0 in a causal LM, where they go through the body."""
+    """The same for label tokens of an encoder-decoder; 0 for a causal LM, where they go through the body."""
     head: int
-    """LM head: label positions only."""
+    """LM head: only for label positions."""
     linear: int
-    """Weights that 4-bit loading quantises: all linear layers but the head."""
+    """Weights that 4-bit loading quantises: all linear layers except the head."""
     largest_linear: int
 
 
 def model_shape(lm: Any) -> Shape:
-    """Count the weights of a model; nothing of it is computed."""
+    """Count the weights of a model, without running it."""
     head = lm.get_output_embeddings().weight
     embeddings = {id(m.weight) for m in lm.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
     linears = [m.weight for m in lm.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
@@ -58,7 +58,7 @@ def model_shape(lm: Any) -> Shape:
 
 
 def numbers(parameter: torch.Tensor) -> int:
-    """How many weights a parameter stands for: of one that ZeRO-3 shards, or that is packed into 4 bits, in all."""
+    """Number of weights in a parameter; if it is sharded by ZeRO-3 or packed into 4 bits, its full number."""
     if hasattr(parameter, "ds_numel"):
         return int(parameter.ds_numel)
     packed = getattr(parameter, "quant_state", None)
@@ -66,7 +66,7 @@ def numbers(parameter: torch.Tensor) -> int:
 
 
 def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> float:
-    """Floating-point operations of one forward pass over one example: 2 a weight and token.
+    """Floating-point operations of one forward pass over one example: 2 per weight and token.
 
     Attention scores are left out: a few percent at a few hundred tokens. Only label positions reach the head.
     """
@@ -75,7 +75,7 @@ def forward_flops(shape: Shape, prompt_tokens: float, label_tokens: float) -> fl
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s that a GPU can do at most; None of a CPU, or where its kind is not known."""
+    """Peak bf16 FLOP/s of a GPU; None for a CPU, or if the kind of GPU is unknown."""
     if device.type != "cuda":
         return None
     words = re.split(r"\W", torch.cuda.get_device_name(device))
@@ -83,7 +83,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory this rank has held so far: torch's on its GPU, or the whole process on CPUs; GiB."""
+    """Peak memory of this rank so far: torch's memory on its GPU, or the whole process on CPUs; GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB

@@ -1,4 +1,4 @@
-"""A node's own copy of a model's weights: the shared file system is read once a node, not once a rank."""
+"""A node's own copy of a model's weights: the shared file system is read once per node, not once per rank."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from atlantis_ds.hub import adapter_base, cached, of_model
 from atlantis_ds.run import Run
 
 COPIED = "copied.json"
-"""Size and SHA-256 of each file, as they were read from the source."""
+"""Size and SHA-256 of each file, as read from the source."""
 BLOCK = 2**24
 
 
 def node_copy(run: Run, model: Model) -> Path | None:
-    """A folder on this node with the weights and configs of a model, or of an adapter's base. Every rank must call it.
+    """A folder on this node with the weights and configs of a model, or of an adapter's base. All ranks must call it.
 
-    The first rank of each host makes it, where it is not there and whole; the others wait.
+    The first rank on each host creates it if it is missing or incomplete; the others wait.
 
     Returns:
-        the folder; None where the recipe has no ``models.stage``.
+        the folder; None if the recipe has no ``models.stage``.
 
     Raises:
         InputError: a variable in ``models.stage`` is not set, or the model is not in the hub's cache.
@@ -54,7 +54,7 @@ def node_copy(run: Run, model: Model) -> Path | None:
     copies = run.ranks.gather(found)
     for problem in copies:
         if isinstance(problem, Exception):
-            raise problem  # on every rank, so that none waits for one that has ended
+            raise problem  # on every rank, so that none waits for a rank that has ended
     copy: Path = copies[first]
     return copy
 
@@ -70,7 +70,7 @@ def _copy(model: Model, stage: str, minutes: float) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with _alone(target.with_name(f".{target.name}.lock"), minutes):
         if target.exists() and target.stat().st_uid != os.getuid():
-            raise RunError(f"models.stage: {target} belongs to another user; name another folder")
+            raise RunError(f"models.stage: {target} belongs to another user; use another folder")
         if not _whole(target):
             shutil.rmtree(target, ignore_errors=True)
             _fill(target, files)
@@ -89,7 +89,7 @@ def _source(model: Model) -> Path:
 
 @contextmanager
 def _alone(path: Path, minutes: float) -> Iterator[None]:
-    """Keep other jobs of this node from the same copy; the system ends the lock with the process, however it dies."""
+    """Keep other jobs on this node from making the same copy; the system releases the lock when the process ends."""
     end = time.monotonic() + 60 * minutes
     with path.open("a") as file:
         while True:
@@ -98,13 +98,15 @@ def _alone(path: Path, minutes: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise RunError(f"{path}: another job has copied for {minutes:g} minutes; see its log") from None
+                    raise RunError(
+                        f"{path}: another job has been copying for {minutes:g} minutes; see its log"
+                    ) from None
                 time.sleep(0.1)
         yield
 
 
 def _whole(copy: Path) -> bool:
-    """Whether a copy has all of its files, with the bytes that were read from the source."""
+    """Whether a copy has all of its files, with the same bytes as the source."""
     try:
         files = read_json(copy / COPIED)
         with ThreadPoolExecutor(4) as threads:
@@ -127,7 +129,9 @@ def _fill(target: Path, files: list[Path]) -> None:
             found = list(threads.map(lambda file: _copy_file(file, folder / file.name), files))
         write_json(folder / COPIED, dict(zip((file.name for file in files), found)))
         if not _whole(folder):
-            raise RunError(f"models.stage: {target}: what was written there reads back otherwise; is the disk broken?")
+            raise RunError(
+                f"models.stage: {target}: the data read back differ from the data written; is the disk broken?"
+            )
 
     try:
         write_folder(target, write)
@@ -143,7 +147,7 @@ def _fill(target: Path, files: list[Path]) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a file; its size and SHA-256, which a large file of the hub's cache has for a name."""
+    """Copy a file; return its size and SHA-256, which is the name of a large file in the hub's cache."""
     digest = hashlib.sha256()
     with source.open("rb") as read, target.open("wb") as write:
         while block := read.read(BLOCK):
@@ -151,5 +155,5 @@ def _copy_file(source: Path, target: Path) -> dict[str, Any]:
             write.write(block)
     known = source.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", known) and known != digest.hexdigest():
-        raise RunError(f"{source}: other bytes than the hub's hash says; run `atlantis-ds fetch` again")
+        raise RunError(f"{source}: content differs from the hub's hash; run `atlantis-ds fetch` again")
     return {"size": target.stat().st_size, "sha256": digest.hexdigest()}

@@ -1,7 +1,7 @@
 """The examples as token ids: encoded once for each tokenizer, in parallel, and memory-mapped by every stage and rank.
 
-A file holds the tokens of ``ROWS`` examples. Ranks share the files out among themselves, and each rank among processes
-of its own where it has the cores; what is there already is not done again.
+A file has the tokens of ``ROWS`` examples. The files are divided among the ranks, and each rank divides its files among
+several processes if it has the cores; existing files are not computed again.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 
 VERSION = 3
-"""Goes up where the same examples and tokenizer give other tokens than before."""
+"""Must be raised if the same examples and tokenizer give different tokens than before."""
 SCHEMA = pa.schema(
     [
         pa.field("ids", pa.list_(pa.int32())),  # prompt and target
         pa.field("prompt", pa.int32()),  # tokens of the prompt
         pa.field("eos", pa.int32()),
-        pa.field("targets", pa.int32()),  # target tokens, those that end a target counted
+        pa.field("targets", pa.int32()),  # target tokens, including those that end a target
         pa.field("spans", pa.list_(pa.int32())),  # see Encoded.spans: start, end, start, end
     ]
 )
 ROWS_AT_ONCE = 256
-"""Rows that are encoded at once: a tokenizer holds some 200 bytes a token until they are done."""
+"""Rows to encode at once: a tokenizer needs about 200 bytes per token until they are done."""
 
 
 class Tokens:
@@ -54,7 +54,7 @@ class Tokens:
         self.lengths = np.concatenate([none, *(np.diff(part.offsets) for part in self._parts)])
         """int32 [n]: tokens that a model reads for each example."""
         self.targets = np.concatenate([none, *(table["targets"].to_numpy() for table in tables)])
-        """int32 [n]: target tokens of each, the one that ends it counted."""
+        """int32 [n]: target tokens of each example, including the one that ends it."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,7 +91,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a process needs to encode any part of a split."""
+    """Everything that a process needs to encode a part of a split."""
 
     examples: Path
     column: str
@@ -105,16 +105,16 @@ class _Task:
 def encode_split(
     run: Run, examples: Examples, name: str, model: Model, column: str = "target", as_turn: bool = False
 ) -> Tokens:
-    """The tokens of one split for a model's tokenizer; encodes what is not there yet. Every rank must call it.
+    """The tokens of one split for a model's tokenizer; encodes what is missing. Every rank must call it.
 
     Args:
         name: train, dev or test.
-        column: ``target``, or ``gold``, where every example has one.
+        column: ``target``, or ``gold`` if every example has one.
         as_turn: see ``Encoder``.
 
     Raises:
-        InputError: examples are longer than the model reads, or cannot be encoded.
-        Preempted: the job was asked to stop; what is encoded stays.
+        InputError: examples are longer than the model's context, or cannot be encoded.
+        Preempted: the job was asked to stop; encoded files are kept.
     """
     split: Split = getattr(examples, name)
     task = _task(run, examples, name, model, column, as_turn)
@@ -128,7 +128,7 @@ def encode_split(
 
 
 def prepared_tokens(run: Run, examples: Examples, name: str, model: Model) -> Tokens | None:
-    """What ``encode_split`` has written of a split; None where that is not all of it. For one rank alone."""
+    """The tokens that ``encode_split`` has written for a split; None if incomplete. For a single rank."""
     split: Split = getattr(examples, name)
     parts = _parts(run, split, name, _key(split, _task(run, examples, name, model, "target", False)))
     return Tokens(parts) if all(path.exists() for path in parts) else None
@@ -173,12 +173,12 @@ def _encode_parts(run: Run, task: _Task, parts: list[Path], missing: list[int], 
     everywhere = [text for texts in ranks.gather(long) for text in texts]
     if everywhere:
         more = f" (and {len(everywhere) - 1} more)" if len(everywhere) > 1 else ""
-        raise InputError(f"{everywhere[0]}{more}; see data.on_too_long, to leave them out or to cut their prompts")
+        raise InputError(f"{everywhere[0]}{more}; set data.on_too_long to leave them out or to cut their prompts")
     leave_if_asked(run.folder, ranks, f"after: {title}")
 
 
 def _encoded(task: _Task, todo: list[tuple[int, Path]], processes: int) -> Iterator[list[str]]:
-    """Write parts, in processes of their own where there is enough to do; for each what was too long in it."""
+    """Write parts, in several processes if there is enough to do; returns for each part what was too long in it."""
     write = functools.partial(write_part, task)
     if processes < 2 or len(todo) < 2 * processes:
         yield from map(write, todo)
@@ -193,7 +193,7 @@ def _encoder(model: Model, labels: tuple[str, ...] | None, chat: bool, as_turn: 
 
 
 def write_part(task: _Task, part: tuple[int, Path]) -> list[str]:
-    """Encode one part of a split and write it; where an example is too long, say which, and write nothing."""
+    """Encode one part of a split and write it; if an example is too long, return which, and write nothing."""
     number, path = part
     labels = None if task.labels is None else tuple(task.labels)
     encoder = _encoder(task.model, labels, task.chat, task.as_turn, task.on_too_long == "truncate_prompt")
@@ -213,7 +213,7 @@ def write_part(task: _Task, part: tuple[int, Path]) -> list[str]:
         ]
         batches.append(_batch(pairs))
     if not long:
-        whole = pa.Table.from_batches(batches).combine_chunks()  # ``_Part`` reads one batch a file
+        whole = pa.Table.from_batches(batches).combine_chunks()  # ``_Part`` reads one batch per file
         write_arrow(path, SCHEMA, iter(whole.to_batches()), {"rows": len(whole)})
     return long
 
@@ -230,7 +230,7 @@ def _batch(pairs: list[Encoded]) -> pa.RecordBatch:
 
 
 def too_long(model: Model, labels: list[str] | None, chat: bool) -> Any:
-    """A function that says of prompts and targets which are longer than the model reads: bool [n]."""
+    """A function that returns which prompts and targets are longer than the model's context: bool [n]."""
     encoder = _encoder(model, None if labels is None else tuple(labels), chat, False, False)
 
     def judge(prompts: Sequence[str], targets: Sequence[str]) -> np.ndarray:
