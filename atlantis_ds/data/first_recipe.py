@@ -63,7 +63,7 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
         f"  large: {{model_name_or_path: {_text(model)}}} # the model to train",
         f"  small: {{model_name_or_path: {_text(model)}}} # the reference starts from it; a smaller one is cheaper",
         *_reference_lines(groups),
-        *_weights_lines(found.task, groups),
+        *_weights_lines(found.task),
         "train:",
         "  mode: lora # or full, qlora; `atlantis-ds plan` says what fits in memory",
         "  deepspeed: zero0.json",
@@ -95,11 +95,10 @@ def _reference_lines(groups: bool) -> list[str]:
     return ["  reference: {folds: 4, rounds: 2} # each example is scored by a model not trained on it"]
 
 
-def _weights_lines(task: str, groups: bool) -> list[str]:
+def _weights_lines(task: str) -> list[str]:
     if task == "response":
         return ["weights: {formula: reference, power: 2, clip: [0, 1.6]} # docs/results.md"]
-    power = ", power: 4" if groups else ""
-    return [f"weights: {{formula: posterior{power}}} # docs/results.md; weights are 1 if no noise is found"]
+    return ["weights: {formula: posterior, power: 4} # docs/results.md; weights are 1 if no noise is found"]
 
 
 def _text(text: str) -> str:
