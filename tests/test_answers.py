@@ -83,7 +83,7 @@ def test_bad_responses_are_refused() -> None:
     assert gold_answers(["a", "b"], ["x ", ""], None) == ["x", ""]
     with pytest.raises(InputError, match="no examples"):
         response_metrics([], [], [], [], [], None)
-    with pytest.raises(InputError, match="'a' comes more than once"):
+    with pytest.raises(InputError, match="'a' occurs more than once"):
         response_metrics(["a", "a"], ["x", "y"], ["x", "y"], [-1, -1], [1, 1], None)
     with pytest.raises(RunError, match="'b': its log-likelihood is nan"):
         response_metrics(["a", "b"], ["x", "y"], ["x", "y"], [-1, math.nan], [1, 1], None)

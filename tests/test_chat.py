@@ -119,9 +119,9 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no token ends an assistant's turn"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "no token ends an assistant turn"),
         ("{{ raise_exception('System role needed') }}", "System role needed"),
-        ("{% for m in messages %}{{ m['role'] }}<|eot|>{% endfor %}", "leaves out an assistant's words"),
+        ("{% for m in messages %}{{ m['role'] }}<|eot|>{% endfor %}", "leaves out text of an assistant turn"),
     ],
 )
 def test_templates_that_cannot_serve(tokenizer: Any, template: str, words: str) -> None:

@@ -176,7 +176,7 @@ def test_export_predicts_what_evaluation_did(trained: tuple[Path, RunFolder, str
 
     before = sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir())
     again = command("export", recipe, out, "--arm", "atlantis")
-    assert again.returncode == 2 and "already there" in again.stderr
+    assert again.returncode == 2 and "exists already" in again.stderr
     assert sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir()) == before
     unknown = command("export", recipe, tmp_path / "other", "--arm", "nobody")
     assert unknown.returncode == 2 and "train --arm nobody" in unknown.stderr

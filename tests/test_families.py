@@ -126,7 +126,7 @@ def test_a_model_that_mixes_its_examples_is_refused() -> None:
         return forward(hidden - hidden.mean(dim=0, keepdim=True) * (len(hidden) > 1), *args, **kwargs)
 
     model.model.layers[1].forward = mixed
-    with pytest.raises(InputError, match="examples beside it"):
+    with pytest.raises(InputError, match="other examples in its batch"):
         check_scoring(model, PAIRS[:3], LABELS, EOS, prefix=True)
 
 

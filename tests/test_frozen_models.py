@@ -66,7 +66,7 @@ def lora_run(tiny_recipe: WriteRecipe, wide_t5: Path, tmp_path_factory: pytest.T
     succeed("local", 1, "train", recipe, "--arm", "reference")
     out = succeed("torchrun", 2, "score", recipe)
     # Said once for each base: the references are adapters on the small model.
-    assert [line.split(":")[0] for line in out.splitlines() if "a replica on each rank (it takes 0.0" in line] == [
+    assert [line.split(":")[0] for line in out.splitlines() if "a replica on each rank (it needs 0.0" in line] == [
         "score large",
         "score small",
     ]
@@ -141,8 +141,8 @@ def test_auto_shards_what_does_not_fit(base_model: Path, tmp_path: Path) -> None
     script = tmp_path / "choose.py"
     script.write_text(CHOOSE)
     out = succeed("torchrun", 2, script, base_model, huge)
-    assert "score small: a replica on each rank (it takes 0.00 GiB, " in out
-    assert "score huge: sharded over the ranks by ZeRO-3 (it takes 14901.16 GiB, " in out  # 1.25 x 10^11 x 32 x 4 bytes
+    assert "score small: a replica on each rank (it needs 0.00 GiB, " in out
+    assert "score huge: sharded over the ranks by ZeRO-3 (it needs 14901.16 GiB, " in out  # 1.25 x 10^11 x 32 x 4 bytes
     assert out.count("chosen: [False, True]") == 2
 
 

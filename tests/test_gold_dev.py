@@ -97,7 +97,7 @@ def rows_of(path: Path, rows: list[dict[str, str]]) -> str:
 @pytest.mark.parametrize(
     "dev,said",
     [
-        (None, "cuts dev from train, where no gold label is known; name gold examples: data.dev"),
+        (None, "takes dev from train, where no gold label is known; set data.dev to a file with gold labels"),
         ([{"gold": "a"}, {}], "dev example 1 has no gold label, and 1 others have one"),
         ([{}, {}], ""),
         ([{"gold": "a"}, {"gold": "b"}], ""),

@@ -91,7 +91,7 @@ def test_the_router_bias_of_experts_is_saved(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_the_same_tokens_are_refused() -> None:
-    with pytest.raises(InputError, match="labels '是' and '否' are the same tokens"):
+    with pytest.raises(InputError, match="labels '是' and '否' have the same tokens"):
         Encoder(words(), CONFIG, ["yes", "是", "否"])
 
 
@@ -135,7 +135,7 @@ def test_rows_of_two_kinds_in_one_data_set(tiny_recipe: WriteRecipe, tmp_path: P
 
 def test_misspelt_lora_targets_are_named() -> None:
     for names in (["q_proj", "v_porj"], ["v_porj"]):
-        with pytest.raises(InputError, match="no module 'v_porj'; close to it: v_proj"):
+        with pytest.raises(InputError, match="no module 'v_porj'; similar: v_proj"):
             add_lora(tiny("llama"), Train(mode="lora", lora_target_modules=names), None)
 
 
@@ -145,7 +145,7 @@ def test_lora_on_a_tied_head_is_refused(target: str) -> None:
     model.config.tie_word_embeddings = True
     model.tie_weights()
     train = Train(mode="lora", lora_target_modules=["q_proj", target])
-    with pytest.raises(InputError, match=f"{target}: head and embedding are one"):
+    with pytest.raises(InputError, match=f"{target}: head and embedding are tied"):
         add_lora(model, train, None)
     add_lora(tiny("llama"), train, None)  # not tied
 
@@ -184,7 +184,7 @@ def test_a_template_that_refuses_the_turns_is_one_line() -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
     turns = json.dumps([{"role": "user", "content": "ask"}]), json.dumps([{"role": "assistant", "content": "say"}])
     encoder = Encoder(words(template=template), CONFIG, chat=True)
-    with pytest.raises(InputError, match="it refuses the turns: system first"):
+    with pytest.raises(InputError, match="it rejects the turns: system first"):
         list(encoder.pairs([turns[0]], [turns[1]]))
 
 
@@ -203,7 +203,7 @@ def test_a_decoder_without_a_start_is_refused() -> None:
 @pytest.mark.parametrize(
     "files, said",
     [
-        ({"tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'}, "no fast form"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}'}, "no fast version"),
         ({"tokenizer.model": "?", "config.json": '{"model_type": "llama"}'}, "tokenizer.json"),
     ],
 )
@@ -253,10 +253,10 @@ def test_a_deepspeed_config_without_zero_is_stage_0(tiny_recipe: WriteRecipe, tm
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"fp16": {"enabled": True}}, "remove `fp16`; the recipe decides it"),
+        ({"fp16": {"enabled": True}}, "remove `fp16`; the recipe sets it"),
         (
             {"checkpoint": {"writer": {"decoupled": True}}},
-            "`checkpoint.writer.decoupled` writes while training goes on",
+            "`checkpoint.writer.decoupled` writes while training continues",
         ),
     ],
 )

@@ -29,14 +29,14 @@ CONFIGS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
 STORAGE = "qlora, bnb_4bit_quant_storage"
 MODES = [(mode, config) for mode in ("full", "lora", "qlora") for config in CONFIGS] + [(STORAGE, "zero3")]
 FAMILIES = {"qwen2 tied": "Qwen2-0.5B", "qwen2 untied": "Qwen2-7B", "flan-t5 tied": "", "flan-t5 untied": ""}
-NVME = "offload to NVMe needs a GPU: .*; take zero3_offload.json"
+NVME = "offload to NVMe needs a GPU: .*; use zero3_offload.json"
 REFUSED = {
-    ("qlora", "zero3"): "loaded whole on every GPU.*take zero2.json",
-    ("qlora", "zero3_offload"): "4-bit weights cannot be offloaded; take zero2_offload.json",
-    ("qlora", "zero3_nvme"): "4-bit weights cannot be offloaded; take zero2_offload.json",
+    ("qlora", "zero3"): "loaded whole on every GPU.*use zero2.json",
+    ("qlora", "zero3_offload"): "4-bit weights cannot be offloaded; use zero2_offload.json",
+    ("qlora", "zero3_nvme"): "4-bit weights cannot be offloaded; use zero2_offload.json",
     ("full", "zero3_nvme"): NVME,
     ("lora", "zero3_nvme"): NVME,
-    (STORAGE, "zero3"): "4-bit weights under ZeRO-3 need a GPU; on CPU ranks take zero2.json",
+    (STORAGE, "zero3"): "4-bit weights under ZeRO-3 need a GPU; on CPU ranks use zero2.json",
 }
 # Freed memory goes back to the system at once, so that the peak is of what was held at one time.
 FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
@@ -272,9 +272,9 @@ def test_refused_by_check(mode: str, config: str) -> None:
 @pytest.mark.parametrize(
     "zero, reason",
     [
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, "under ZeRO-3 only.*take zero3_offload.json"),
-        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "take zero2_offload.json"),
-        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "to the CPU only; take zero2_offload.json"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "only under ZeRO-3.*use zero3_offload.json"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "use zero2_offload.json"),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "only to the CPU; use zero2_offload.json"),
         ({"stage": 4}, "stage 4 does not exist"),
     ],
 )

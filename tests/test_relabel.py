@@ -233,7 +233,7 @@ def edit(**cells: str) -> Callable[[Rows], Rows]:
 BAD = {
     "unknown label 'plaice'; the label set is animal, place, thing (or DROP)": edit(corrected="plaice"),
     "id 'nobody' is not a training example": edit(id="nobody"),
-    "stands in FILE:2, too": lambda rows: [*rows[:2], rows[0]],
+    "is also in FILE:2": lambda rows: [*rows[:2], rows[0]],
     "the target of '5' is 'thing' in this run, not 'animal'": edit(target="animal"),
     "the prompt of '5' is '\"5\" of 5,' in this run, not 'another'": edit(prompt="another"),
     "needs the column `corrected`, once": lambda rows: [

@@ -181,7 +181,7 @@ def test_compiled_layers_train_to_the_same_model(tiny_recipe: WriteRecipe, tmp_p
     "change,message",
     [
         ({"train.torch_compile": True}, "torch.compile does not see the hooks in which ZeRO-3 gathers weights"),
-        ({"train.attn_implementation": "flex_attention"}, "flex_attention has no backward pass on CPUs; take auto"),
+        ({"train.attn_implementation": "flex_attention"}, "flex_attention has no backward pass on CPUs; use auto"),
         ({"train.attn_implementation": "flash_attention_2"}, "flash_attention_2 has no backward pass on CPUs"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Room 5: predictions, metrics and the comparison of arms."""
+"""Step 5: predictions, metrics and the comparison of arms."""

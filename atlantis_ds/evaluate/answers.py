@@ -1,4 +1,4 @@
-"""What free responses are worth: their log-likelihood, and how much of the gold response a generated one holds."""
+"""Metrics of free responses: their log-likelihood, and how well a generated response matches the gold response."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def captured(text: str, pattern: str | None) -> str | None:
-    """What the pattern's first group captures in its last match, without white space around it.
+    """The text that the pattern's first group captures in its last match, without surrounding white space.
 
-    A response that works its way to an answer states it last. Without a pattern: the whole text.
+    A response that reasons step by step states its answer last. Without a pattern: the whole text.
 
     Returns:
-        None where nothing matches, or only white space is captured.
+        None if nothing matches, or only white space is captured.
     """
     if pattern is None:
         return text.strip()
@@ -34,15 +34,15 @@ def captured(text: str, pattern: str | None) -> str | None:
 
 
 def exact_match(gold: str | None, predicted: str | None) -> float:
-    """1.0 where both texts of `captured` are the same, else 0.0; None is the same as nothing."""
+    """1.0 if both texts of `captured` are equal, else 0.0; None equals nothing."""
     return float(gold is not None and gold == predicted)
 
 
 def token_f1(gold: str | None, predicted: str | None) -> float:
-    """F1 of the bags of words of both texts of `captured`, as SQuAD has it (Rajpurkar et al. 2016), 0..1.
+    """F1 of the bags of words of both texts of `captured`, as in SQuAD (Rajpurkar et al. 2016), 0..1.
 
-    Words are what white space divides, after lower-casing, without punctuation and the English articles. Where either
-    text has no words it is 1.0 if neither has, else 0.0; None gives 0.0.
+    Words are separated by white space, after lower-casing, without punctuation and English articles. If a text has no
+    words, the value is 1.0 if neither has any, else 0.0; None gives 0.0.
     """
     if gold is None or predicted is None:
         return 0.0
@@ -57,7 +57,7 @@ def _words(text: str) -> list[str]:
 
 
 def gold_answers(ids: Sequence[str], gold: Sequence[str], pattern: str | None) -> list[str | None]:
-    """`captured` of each gold response; to be called before training as well, so that it fails early.
+    """`captured` of each gold response; also called before training, so that errors appear early.
 
     Raises:
         InputError: the pattern captures nothing in a gold response.
@@ -80,31 +80,32 @@ def response_metrics(
     tokens: Sequence[int],
     pattern: str | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """All figures of one arm on free responses, ready for ``metrics.json``, and those of each example.
+    """All figures of one arm on free responses, ready for ``metrics.json``, and the figures of each example.
 
     Args:
-        ids, gold, predicted: one entry an example; texts.
-        log_likelihood: of each gold response, the sum over its tokens.
-        tokens: how many those are.
-        pattern: the recipe's ``evaluate.answer``: only what it captures is compared; None compares whole texts.
+        ids, gold, predicted: one text per example.
+        log_likelihood: log-likelihood of each gold response, summed over its tokens.
+        tokens: number of these tokens.
+        pattern: the recipe's ``evaluate.answer``: only the captured text is compared; None compares whole texts.
 
     Returns:
         the figures: ``mean_log_likelihood`` (per token, over the tokens of all examples) and ``perplexity`` (exp of
         minus that; None beyond what a float holds), ``exact_match`` and ``token_f1`` (means over examples, 0..1),
-        ``n``; and as None what only a label set has. And ``exact_match`` and ``token_f1`` of each example, float64 [n].
+        ``n``; figures that only label sets have are None. And ``exact_match`` and ``token_f1`` of each example, float64
+        [n].
 
     Raises:
-        InputError: an id comes twice, there are no examples, or see `gold_answers`.
+        InputError: an id is duplicated, there are no examples, or see `gold_answers`.
         RunError: a log-likelihood is not finite.
     """
     if not ids:
         raise InputError("there are no examples to evaluate; is the test set empty?")
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"example id {twice!r} comes more than once; the ids of the test examples must differ")
+        raise InputError(f"example id {twice!r} occurs more than once; the ids of the test examples must be unique")
     for id, value in zip(ids, log_likelihood, strict=True):
         if not math.isfinite(value):
-            raise RunError(f"test example {id!r}: its log-likelihood is {value}; the model has diverged in training")
+            raise RunError(f"test example {id!r}: its log-likelihood is {value}; the model diverged during training")
     pairs = [
         (answer, captured(text, pattern))
         for answer, text in zip(gold_answers(ids, gold, pattern), predicted, strict=True)

@@ -1,4 +1,4 @@
-"""Arms x seeds: what an arm is worth beside SFT, with an interval that knows of seeds and of test examples."""
+"""Arms x seeds: compares each arm with SFT, with an interval that accounts for both seeds and test examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIGURES = {
     "exact_match": ("exact_match", "token_f1", "perplexity"),
     "token_f1": ("token_f1", "exact_match", "perplexity"),
 }
-"""What arms may be compared by, and which of their figures stand in the comparison."""
+"""The metrics by which arms can be compared, and the figures that the comparison includes."""
 
 Replicates = Mapping[tuple[str, int], np.ndarray]
 """The metric of each arm and seed, float64 [1 + R]: on the test set, then on R resampled ones."""
@@ -31,7 +31,7 @@ Replicates = Mapping[tuple[str, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Trained:
-    """One arm trained with one seed, and what came of the test split."""
+    """One arm trained with one seed, and its outcomes on the test split."""
 
     arm: str
     seed: int
@@ -39,11 +39,11 @@ class Trained:
     """[n], in the order of the gold answers: the predicted labels for macro_f1; else the metric of each example."""
     metrics: Mapping[str, Any]
     seconds: float | None
-    """Training time; None where it is not known."""
+    """Training time; None if unknown."""
     hardware: str = ""
-    """What it was trained on; empty where that was not recorded."""
+    """Hardware on which it was trained; empty if not recorded."""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the packages that trained it."""
+    """Versions of the packages with which it was trained."""
 
 
 def compare_arms(
@@ -55,11 +55,11 @@ def compare_arms(
     apart: str | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare what is trained so far, with the peers of ``peers_of``; write ``compare/`` in the run folder.
+    """Compare the arms trained so far, with the peers from ``peers_of``; write ``compare/`` in the run folder.
 
     Args:
         gold, trained, metric, apart: see ``comparison``.
-        data: from ``compare_report.data_facts``; None where it is not known.
+        data: from ``compare_report.data_facts``; None if unknown.
 
     Returns:
         see ``comparison``; and ``name`` of the recipe, ``data``, ``versions`` (package -> versions), ``fingerprint``
@@ -68,7 +68,7 @@ def compare_arms(
     found = comparison(gold, trained, *peers_of(recipe), metric, apart)
     missing = len(recipe.seeds) * len(recipe.arms) - len(trained)
     if missing > 0:
-        found["warnings"].append(f"not finished: {missing} of {missing + len(trained)} trainings are missing")
+        found["warnings"].append(f"not finished: {missing} of {missing + len(trained)} training runs are missing")
     weighted = recipe.weighted and folder.weights_info.exists()
     marks = [[run.arm, run.seed, run.metrics.get("fingerprint")] for run in trained]
     found |= {
@@ -83,10 +83,10 @@ def compare_arms(
 
 
 def peers_of(recipe: Recipe) -> tuple[list[str], str | None]:
-    """The arms to compare with, and the one that says how much there is to gain.
+    """The arms to compare with, and the arm that shows how much can be gained.
 
-    Differences are taken to plain fine-tuning, to plain GCE, and to plain fine-tuning with the dev examples among the
-    others, where the recipe has such arms; the arm with gold labels is the upper one.
+    Arms are compared with plain fine-tuning, plain GCE, and plain fine-tuning with the dev examples mixed in, if the
+    recipe has such arms; the arm with gold labels is the upper one.
     """
 
     def plain(loss: str, gold: bool = False, dev: str | None = None) -> list[str]:
@@ -117,19 +117,20 @@ def comparison(
     metric: str = "macro_f1",
     apart: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of a comparison over the seeds and test examples that arms share.
+    """The figures of a comparison, over the seeds and test examples that arms share.
 
-    The interval of a difference is that of a paired bootstrap (Efron and Tibshirani 1993, chapter 8). A replicate draws
+    The interval of a difference comes from a paired bootstrap (Efron and Tibshirani 1993, chapter 8). A replicate draws
     test examples with replacement, the same for both arms and all seeds, and takes the mean difference of the metric.
-    It draws seeds as well, and adds by how much their mean lies off the mean of all, widened because a handful of seeds
-    shows less than the whole spread (``_widening``). In simulated studies of 2 to 10 seeds such an interval held the
-    true difference in 94% to 98% (test_compare.py has two of them). With one seed it is of the test examples alone.
+    It also draws seeds, and adds the difference between their mean and the mean of all, widened because a few seeds
+    underestimate the spread (``_widening``). In simulated studies with 2 to 10 seeds, such an interval contained the
+    true difference in 94% to 98% of cases (test_compare.py has two of them). With one seed, it covers only the test
+    examples.
 
     Args:
         gold: gold labels or responses of the n test examples.
-        trained: one entry an arm and seed.
-        peers: arms to take the difference to, SFT first.
-        upper: the arm trained on gold labels; None where there is none, or no SFT to measure from.
+        trained: one entry per arm and seed.
+        peers: the arms to compare with, SFT first.
+        upper: the arm trained on gold labels; None if there is none, or no SFT to compare with.
         metric: one of ``FIGURES``: macro_f1 for label sets; for responses a mean over test examples.
         apart: for macro_f1, see ``metrics.label_apart``.
 
@@ -137,14 +138,14 @@ def comparison(
         ``n`` (test examples), ``replicates``, ``metric``, ``peers``, ``upper``, and ``arms``: for each arm ``arm``,
         ``runs``, the mean of the metric, ``sd`` (of it over seeds; None for one seed), the means of its other
         ``FIGURES`` (None where a run lacks it), ``seconds`` (mean training time, or None), ``differences`` (peer ->
-        ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and ``gap_closed`` (the same for the share of the
-        way from SFT to ``upper``, over the seeds that the three share; None where the interval of the whole way does
-        not leave out 0).
+        ``mean``, ``low`` and ``high`` of the 95% interval, ``seeds``) and ``gap_closed`` (the same for the gain over
+        SFT as a share of the gap between SFT and ``upper``, over the seeds that all three have; None if the interval of
+        the gap includes 0).
 
-        ``seeds``; ``runs``, a row an arm and seed: ``arm``, ``seed``, its ``FIGURES`` and ``seconds``; ``labels``, None
-        for responses, else a row a label of the gold ones, without direction: ``label``, ``support``, ``apart``
-        (whether it has no term in macro-F1) and ``f1`` (arm -> mean over its seeds). ``hardware``: all that the arms
-        were trained on. ``warnings``: plain sentences.
+        ``seeds``; ``runs``, one row per arm and seed: ``arm``, ``seed``, its ``FIGURES`` and ``seconds``; ``labels``,
+        None for responses, else one row per gold label, without direction: ``label``, ``support``, ``apart`` (whether
+        it has no term in macro-F1) and ``f1`` (arm -> mean over its seeds). ``hardware``: all hardware on which the
+        arms were trained. ``warnings``: plain sentences.
     """
     runs: dict[str, dict[int, Trained]] = {}
     for run in trained:
@@ -216,16 +217,16 @@ def _label_rows(
 def _warnings(rows: Sequence[Mapping[str, Any]], hardware: Sequence[str]) -> list[str]:
     found = []
     if any(difference["seeds"] == 1 for row in rows for difference in row["differences"].values()):
-        found.append("* one seed: an interval over the test examples alone")
+        found.append("* one seed: an interval over the test examples only")
     if len(hardware) > 1:
-        found.append(f"trained on different hardware, which is in the differences: {'; '.join(hardware)}")
+        found.append(f"trained on different hardware, which affects the differences: {'; '.join(hardware)}")
     return found
 
 
 def _of_resamples(
     metric: str, gold: Sequence[str], counts: np.ndarray, apart: str | None
 ) -> Callable[[Sequence[Any]], np.ndarray]:
-    """The function from the outcomes of a run to the metric of R resampled test sets, float64 [R].
+    """A function from the outcomes of a run to the metric on R resampled test sets, float64 [R].
 
     Args:
         counts: int [R, n], how often each example is in each resample.
@@ -238,7 +239,7 @@ def _of_resamples(
 def resampled_macro_f1(
     gold: Sequence[str], predicted: Sequence[str], counts: np.ndarray, apart: str | None = None
 ) -> np.ndarray:
-    """``metrics.macro_f1`` of R resampled test sets, float64 [R].
+    """``metrics.macro_f1`` on R resampled test sets, float64 [R].
 
     Args:
         counts: int [R, n], how often each example is in each resample. A relation that a resample lacks is left out.
@@ -272,12 +273,12 @@ def _gap_closed(
     gap = end - start
     if gap[0] <= 0 or _with_interval(gap, len(seeds))["low"] <= 0:
         return None
-    some = gap > 0  # in the few replicates without a gap there is no share of it
+    some = gap > 0  # a few replicates have no gap, so the share is undefined
     return _with_interval((reached - start)[some] / gap[some], len(seeds))
 
 
 def _means(of_arm: Mapping[int, Trained], seeds: Sequence[int], replicates: Replicates) -> np.ndarray:
-    """Mean over seeds, float64 [1 + R]: as measured, then of each replicate; the same draws for every arm."""
+    """Mean over seeds, float64 [1 + R]: as measured, then for each replicate; the same draws for every arm."""
     values = np.array([replicates[of_arm[seed].arm, seed] for seed in seeds])
     measured, resampled = values[:, 0], values[:, 1:].mean(axis=0)
     drawn = measured[np.random.default_rng(1).integers(len(seeds), size=(len(resampled), len(seeds)))].mean(axis=1)
@@ -285,7 +286,8 @@ def _means(of_arm: Mapping[int, Trained], seeds: Sequence[int], replicates: Repl
 
 
 def _widening(seeds: int) -> float:
-    """sqrt(S/(S-1)) t/z: by how much a 95% bootstrap interval over S seeds is too narrow; 9.2 for two, 1.6 for five.
+    """sqrt(S/(S-1)) t/z: the factor by which a 95% bootstrap interval over S seeds is too narrow; 9.2 for two, 1.6 for
+    five.
 
     Hesterberg 2015, What Teachers Should Know About the Bootstrap, The American Statistician 69:4.
     """

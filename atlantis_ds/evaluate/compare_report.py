@@ -1,4 +1,4 @@
-"""What a comparison leaves on disk: figures, a picture, a page; and its table for the terminal."""
+"""The output of a comparison: figures, a plot and a page on disk, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WORDS = {"macro_f1": "macro-F1", "exact_match": "exact match", "token_f1": "toke
 
 
 def data_facts(data: Data, examples: Examples) -> dict[str, Any]:
-    """What was compared on, ready for JSON: ``source``, ``task``, sizes of the splits, ``labels`` (their number; 0 for
-    responses), ``noise`` (share of labels made wrong on purpose) and ``fingerprint``."""
+    """The data of the comparison, ready for JSON: ``source``, ``task``, sizes of the splits, ``labels`` (their number;
+    0 for responses), ``noise`` (share of labels made wrong on purpose) and ``fingerprint``."""
     sizes = {split: len(getattr(examples, split)) for split in ("train", "dev", "test")}
     source = data.train or data.hub_id or data.format
     noise = examples.info["noise"]["rows_changed"] / max(1, sizes["train"])
@@ -36,10 +36,10 @@ def data_facts(data: Data, examples: Examples) -> dict[str, Any]:
 
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
-    """Write ``comparison.json``, ``.csv``, ``.png`` and ``.html``, and ``runs.csv`` with a line an arm and seed.
+    """Write ``comparison.json``, ``.csv``, ``.png`` and ``.html``, and ``runs.csv`` with one line per arm and seed.
 
     Args:
-        folder: to write into.
+        folder: the folder to write to.
         comparison: from ``compare.compare_arms``.
     """
     flat = []
@@ -84,11 +84,12 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
 
 
 def in_words(comparison: Mapping[str, Any]) -> list[str]:
-    """What came of the arms beside the first peer, in sentences: who gains, who loses, who cannot be told from it."""
+    """The arms compared with the first peer, in sentences: which gain, which lose, which do not differ
+    significantly."""
     peer, metric = next(iter(comparison["peers"]), None), WORDS[comparison["metric"]]
     found = {row["arm"]: row["differences"][peer] for row in comparison["arms"] if peer in row["differences"]}
     if not found:
-        return ["No two arms can be compared: the recipe has no plain fine-tuning, or nothing beside it."]
+        return ["No two arms can be compared: the recipe has no plain fine-tuning, or no other arm."]
     kinds: dict[str, list[str]] = {"gains": [], "loses": [], "same": [], "single": []}
     for arm, figure in sorted(found.items(), key=lambda item: item[0] == comparison["upper"]):
         mean, low, high = (figure[key] for key in ("mean", "low", "high"))
@@ -107,8 +108,8 @@ def in_words(comparison: Mapping[str, Any]) -> list[str]:
     ends = {
         "gains": f"{metric} on {peer} {over}.",
         "loses": f"{metric} against {peer} {over}.",
-        "same": f"cannot be told from {peer} in {metric} {over}.",
-        "single": f"{metric} beside {peer}, of one seed: this says nothing of other seeds.",
+        "same": f"cannot be distinguished from {peer} in {metric} {over}.",
+        "single": f"{metric} compared with {peer}, with one seed: this says nothing about other seeds.",
     }
     return [f"{_listed(arms)} {ends[kind]}" for kind, arms in kinds.items() if arms]
 
@@ -154,7 +155,7 @@ def _interval(figure: Mapping[str, float] | None, form: str) -> str:
 
 
 def plot_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
-    """Every run and the means, and the intervals of the differences to the first peer, as a PNG."""
+    """Every run and the means, and the intervals of the differences from the first peer, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, _height(comparison)), dpi=150, layout="constrained")
@@ -205,7 +206,8 @@ def _plot_differences(axes: Axes, comparison: Mapping[str, Any]) -> None:
     axes.axvline(0, color=MUTED, lw=0.8, ls=":")
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(
-        f"difference to {peer} (95% interval over seeds and test examples;\ndotted: one seed, over test examples alone)"
+        f"difference from {peer} (95% interval over seeds and test examples;\ndotted: one seed, over test examples "
+        "only)"
     )
     _name_arms(axes, comparison)
 

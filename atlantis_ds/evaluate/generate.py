@@ -24,29 +24,29 @@ def generate_greedy(
     advance: Callable[[int], None],
     ways: Ways = FAST,
 ) -> list[list[int]]:
-    """What the model goes on with after each prompt, always taking its likeliest next token.
+    """The model's continuation of each prompt, always with the most likely next token.
 
-    Nothing that the checkpoint's own generation config says (beams, penalties, forced tokens, least lengths) has a
-    part in it: models were neither trained nor scored with that.
+    The checkpoint's own generation config (beams, penalties, forced tokens, minimum lengths) is not used, because
+    models were neither trained nor scored with it.
 
     Args:
         lm: a causal or encoder-decoder LM of transformers, or wrapped by peft, in eval mode.
         prompts: token ids; for an encoder-decoder those of the encoder.
-        end_tokens: where the model ends a response.
-        pad_token_id: any token id; what stands in the padding changes nothing.
-        tokens_per_batch: budget of (prompt + new tokens) in one batch, padding included.
-        max_new_tokens: where to stop at the latest; before that a causal model stops at the end of its positions.
+        end_tokens: tokens that end a response.
+        pad_token_id: any token id; the content of the padding has no effect.
+        tokens_per_batch: budget of (prompt + new tokens) in one batch, including padding.
+        max_new_tokens: the maximum number of new tokens; a causal model also stops at the end of its positions.
         advance: called with the number of examples after each batch.
-        ways: whether prompts of several lengths may share a batch.
+        ways: whether prompts of different lengths may share a batch.
 
     Returns:
-        for each prompt, in the order given, the new tokens up to the first end token, without it.
+        for each prompt, in order, the new tokens up to the first end token, without it.
     """
     limit = None if lm.config.is_encoder_decoder else getattr(lm.config, "max_position_embeddings", None)
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(ids)) for ids in prompts]
     groups = [(tokens, 0 if ways.padded else len(ids)) for tokens, ids in zip(room, prompts)]
     found: list[list[int]] = [[] for _ in prompts]
-    # Prompts that end near the limit go apart: how much another gets to say must not depend on its neighbours.
+    # Prompts that end near the limit get their own batch: the length of a response must not depend on its neighbours.
     for group in sorted(set(groups), reverse=True):
         same = [row for row, other in enumerate(groups) if other == group]
         most = room[same[0]]
@@ -67,13 +67,13 @@ def _new_tokens(lm: Any, prompts: Sequence[Sequence[int]], config: Any) -> list[
     inputs = padded_prompts(prompts, lm.config, config.pad_token_id)
     output = lm.generate(**{name: tensor.to(lm.device) for name, tensor in inputs.items()}, generation_config=config)
     width = 1 if lm.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    new: list[list[int]] = output[:, width:].tolist()  # an encoder-decoder's begins with its start
+    new: list[list[int]] = output[:, width:].tolist()  # the output of an encoder-decoder begins with its start token
     return new
 
 
 @contextmanager
 def _plain_greedy(lm: Any, end_tokens: Collection[int], pad_token_id: int, max_new_tokens: int) -> Iterator[Any]:
-    """A config of greedy generation, in force for ``lm`` meanwhile; and its head takes hidden states of any type."""
+    """Sets a config for greedy generation on ``lm`` for a while; its head then accepts hidden states of any dtype."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
@@ -84,7 +84,7 @@ def _plain_greedy(lm: Any, end_tokens: Collection[int], pad_token_id: int, max_n
         pad_token_id=pad_token_id,
         decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None),
     )
-    # What a config leaves open, `generate` takes from the model's own one: so that must say nothing either.
+    # For unset values, `generate` uses the model's own config, so that must be empty, too.
     kept, lm.generation_config = lm.generation_config, config
     try:
         with takes_hidden_states_of_any_type(lm):

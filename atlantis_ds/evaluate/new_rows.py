@@ -1,4 +1,4 @@
-"""``atlantis-ds predict``: labels, or responses, of a trained arm for rows that nobody has labelled."""
+"""``atlantis-ds predict``: labels or responses from a trained arm for rows without labels."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from atlantis_ds.run import Run
 
 
 def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
-    """Write ``out``: the rows of ``source`` with what the model of ``arm`` says of them; shared out among the ranks.
+    """Write ``out``: the rows of ``source`` with the predictions of the model of ``arm``; divided among the ranks.
 
-    Labels are ranked by log-likelihood, as `evaluate` ranks them: ``predicted`` is the likeliest, ``probability`` its
-    share among all labels of the set, and ``p(LABEL)`` that of each. Responses are generated greedily.
+    Labels are ranked by log-likelihood, as in `evaluate`: ``predicted`` is the most likely label, ``probability`` its
+    share among all labels of the set, and ``p(LABEL)`` the share of each. Responses are generated greedily.
 
     Args:
-        source: a data file, or several as ``data.train`` takes them; rows need no label.
+        source: a data file, or several as in ``data.train``; rows need no label.
         out: JSON Lines, CSV or Parquet by its suffix.
 
     Raises:
-        InputError: the arm is not trained, or a row cannot be read or is longer than the model reads.
+        InputError: the arm is not trained, or a row cannot be read or is longer than the model's context.
     """
     refuse_unknown_format(out)
     examples = load_examples(run.folder)
@@ -70,7 +70,8 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
 
 
 def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
-    """For each row of log-likelihoods [n, K] the likeliest label, its probability and that of each, from a softmax."""
+    """For each row of log-likelihoods [n, K]: the most likely label, its probability, and all probabilities
+    (softmax)."""
     shares = np.exp(sums - sums.max(axis=1, keepdims=True, initial=-np.inf))
     shares /= shares.sum(axis=1, keepdims=True)
     return [
@@ -81,11 +82,11 @@ def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
 
 
 def _encoded(run: Run, examples: Examples, encoder: Encoder, source: str) -> tuple[list[dict[str, Any]], list[Encoded]]:
-    """The rows as they stand in the file, and the tokens of their prompts (with a label where there is a set)."""
+    """The rows as in the file, and the tokens of their prompts (with a label if there is a set)."""
     rows, pairs, template = [], [], examples.info.get("template")
     for row, found in read_new_rows(run.recipe, source):
         if clash := [name for name in row.values if name in ("predicted", "probability")]:
-            raise InputError(f"{row.where}: the column {clash[0]!r} is there already; rename it")
+            raise InputError(f"{row.where}: the column {clash[0]!r} exists already; rename it")
         if (found.fields.keys() == {"messages"}) != examples.chat:
             raise InputError(f"{row.where}: {'a chat' if examples.chat else 'a single prompt'} is needed, as in train")
         try:
@@ -95,7 +96,7 @@ def _encoded(run: Run, examples: Examples, encoder: Encoder, source: str) -> tup
             raise InputError(f"{row.where}: {problem}") from None
         if excess := encoder.excess(pair):
             raise InputError(
-                f"{row.where}: {excess} tokens longer than the model reads; shorten the text, or train with "
+                f"{row.where}: {excess} tokens longer than the model's context; shorten the text, or train with "
                 "data.on_too_long: truncate_prompt"
             )
         rows.append(row.values)
@@ -118,7 +119,7 @@ def _pair(run: Run, examples: Examples, encoder: Encoder, template: str, found: 
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    """The rows as columns; one whose values are of several kinds as JSON texts, null where a row lacks it."""
+    """The rows as columns; a column with values of several types as JSON text; null if a row lacks it."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]

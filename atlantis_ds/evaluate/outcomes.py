@@ -1,4 +1,4 @@
-"""What arms made of the test examples, as ``comparison`` takes it: from a run folder, or from files of predictions."""
+"""The outcomes of arms on the test examples, for ``comparison``: from a run folder, or from files of predictions."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Predictions = dict[str, tuple[str, str]]
 
 
 def metric_of(recipe: Recipe) -> str:
-    """What arms are compared by."""
+    """The metric by which arms are compared."""
     if recipe.task != "response":
         return "macro_f1"
     return "exact_match" if recipe.evaluate.answer else "token_f1"
 
 
 def apart_of(recipe: Recipe, examples: Examples) -> str | None:
-    """The label that is no class of its own, see ``metrics.label_apart``; None for responses."""
+    """The label that does not count as a class, see ``metrics.label_apart``; None for responses."""
     return label_apart(examples.labels, recipe.data.negative_label) if examples.labels else None
 
 
 def trained_arm(run: Run, arm: str, seed: int, name: str, figures: dict[str, Any]) -> Trained:
-    """What was evaluated into ``eval/NAME``, with its ``figures`` of ``metrics.json``."""
+    """The evaluation in ``eval/NAME``, with the ``figures`` from its ``metrics.json``."""
     column = "predicted" if run.recipe.task != "response" else metric_of(run.recipe)
     outcomes = read_table(run.folder.evaluation(name) / "predictions.parquet", [column])[0][column].to_pylist()
     summary = training_summary(run.folder, name)
@@ -46,10 +46,10 @@ def trained_arm(run: Run, arm: str, seed: int, name: str, figures: dict[str, Any
 
 
 def evaluated_arms(run: Run) -> list[Trained]:
-    """All arms of a run with the seeds of ``compare`` that are evaluated by now, or else with the one of ``run``.
+    """All evaluated arms of a run, with the seeds of ``compare``, or else with the single run of ``run``.
 
     Raises:
-        InputError: none is.
+        InputError: no arm is evaluated.
     """
     recipe = run.recipe
     of_seeds = [(arm, seed, f"{arm}-seed{seed}") for arm in recipe.arms for seed in recipe.seeds]
@@ -71,7 +71,7 @@ def read_arms(
         negative_label: the recipe's ``data.negative_label``.
 
     Returns:
-        gold, n texts, and an entry an arm and run, its outcomes in the order of gold.
+        gold, n texts, and one entry per arm and run, with its outcomes in the order of gold.
 
     Raises:
         InputError: a file is missing or broken, lacks a column, or has other test examples than the first one.
@@ -100,21 +100,21 @@ def _read(path: Path) -> Predictions:
     predictions: Predictions = {}
     for row in read_rows([path], refuse):
         if missing := {"id", "gold", "predicted"} - row.values.keys():
-            raise InputError(f"{row.where}: there is no column {min(missing)!r}; predictions have id, gold, predicted")
+            raise InputError(f"{row.where}: no column {min(missing)!r}; predictions need id, gold, predicted")
         id = str(row.values["id"])
         if id in predictions:
-            raise InputError(f"{row.where}: id {id} comes more than once")
+            raise InputError(f"{row.where}: id {id} is a duplicate")
         if row.values["gold"] in (None, ""):
             raise InputError(f"{row.where}: id {id} has no gold answer; leave it out of all files")
-        predictions[id] = (str(row.values["gold"]), str(row.values["predicted"] or ""))  # CSV: nothing is None
+        predictions[id] = (str(row.values["gold"]), str(row.values["predicted"] or ""))  # CSV: an empty cell is None
     if not predictions:
-        raise InputError(f"{path}: there are no predictions in it")
+        raise InputError(f"{path}: contains no predictions")
     return predictions
 
 
 def _refuse_other_examples(path: Path, predictions: Predictions, first: Predictions) -> None:
     if other := sorted(predictions.keys() ^ first.keys()):
-        raise InputError(f"{path}: other test examples than those of the first file, such as id {other[0]}")
+        raise InputError(f"{path}: has other test examples than the first file, such as id {other[0]}")
     if other := [id for id in first if predictions[id][0] != first[id][0]]:
         raise InputError(f"{path}: id {other[0]} has another gold answer than in the first file")
 

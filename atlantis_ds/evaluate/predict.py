@@ -1,4 +1,4 @@
-"""Predict a label, or write a response, for every test example; sharded over ranks."""
+"""Predicts a label, or generates a response, for every test example; distributed over ranks."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from atlantis_ds.run import Run
 
 Advance = Callable[[int], None]
 VERSION = 2
-"""Goes up where the same model and examples give other predictions or figures than before."""
+"""Must be raised if the same model and examples give different predictions or figures than before."""
 LOGGED = ("macro_f1", "official", "accuracy", "perplexity", "exact_match", "token_f1", "n")
 BLOCK = 8192
-"""Examples whose tokens are in memory at one time."""
+"""Number of examples whose tokens are in memory at one time."""
 
 
 def evaluate(run: Run, arm: str) -> dict[str, Any]:
     """Write ``eval/ARM/``: predictions and metrics; for label sets a confusion matrix and the official scorer's file.
 
     Returns:
-        what stands in ``metrics.json``.
+        the contents of ``metrics.json``.
 
     Raises:
         InputError: the arm is not trained yet, or the run has no test examples.
@@ -93,10 +93,10 @@ def trained_model(run: Run, arm: str) -> Model:
 
 
 def load_checked(run: Run, model: Model, encoder: Encoder, samples: list[Encoded], generates: bool) -> tuple[Any, Ways]:
-    """The model in eval mode on this rank's device, and which fast ways give the values of the plain ones.
+    """The model in eval mode on this rank's device, and the fast ways that agree with the plain way.
 
     Args:
-        encoder: its label set, where it has one, is what will be ranked.
+        encoder: its label set, if any, is what will be ranked.
         samples: a few of the examples; see `sample_rows`.
         generates: whether text will be generated.
     """
@@ -109,7 +109,7 @@ def load_checked(run: Run, model: Model, encoder: Encoder, samples: list[Encoded
 
 
 def finished_evaluation(run: Run, arm: str) -> dict[str, Any] | None:
-    """What stands in ``metrics.json`` of the arm, where its model was evaluated as this recipe says; else None."""
+    """The contents of the arm's ``metrics.json``, if its model was evaluated with this recipe; else None."""
     folder = run.folder
     path, results = folder.model(arm) / run.recipe.evaluate.checkpoint, folder.evaluation(arm) / "metrics.json"
     if not (results.exists() and path.is_dir() and (folder.model(arm) / "training.json").exists()):
@@ -120,13 +120,13 @@ def finished_evaluation(run: Run, arm: str) -> dict[str, Any] | None:
 
 
 def gold_of_test(examples: Examples) -> list[str]:
-    """What is right for each test example: its gold label or response, else its target; of a chat the last turn."""
+    """The right answer of each test example: its gold label or response, else its target; for a chat the last turn."""
     gold: list[str] = pc.coalesce(examples.test.golds, examples.test.targets).to_pylist()
     return [last_turn(text) for text in gold] if examples.chat else gold
 
 
 def _inputs(run: Run, model: Model, examples: str) -> tuple[dict[str, Any], str]:
-    """What an evaluation is made from, and the fingerprint of it all, with ``examples``, the fingerprint of those."""
+    """The inputs of an evaluation and their fingerprint, with ``examples``, the fingerprint of the examples."""
     info = {"model": model_identity(model), "settings": run.recipe.evaluate.model_dump()}
     return info, fingerprint([VERSION, info, examples])
 
@@ -141,7 +141,7 @@ def _predict(
     ways: Ways,
     advance: Advance,
 ) -> pa.Table:
-    """One row an example: ``predicted``; and for responses ``log_likelihood`` and ``tokens`` of the target."""
+    """One row per example: ``predicted``; for responses also ``log_likelihood`` and ``tokens`` of the target."""
     if examples.labels is None:
         return _responses(lm, encoder, examples, tokens, rows, options, ways, advance)
     prompts = [tokens[row].prompt for row in rows.tolist()]
@@ -164,7 +164,7 @@ def _responses(
     pad = encoder.tokenizer.eos_token_id
     sums = score_pairs(lm, pairs, pad, options.tokens_per_batch, ways=ways).sum(dim=1)
     prompts = [pair.prompt for pair in pairs]
-    if examples.chat:  # what stands before the last turn, also where several are learned
+    if examples.chat:  # everything before the last turn, even if several turns are learned
         test = examples.test
         prompts = [encoder.last_prompt(test.prompts[row].as_py(), test.targets[row].as_py()) for row in rows.tolist()]
     ends = {pad, *(pair.eos for pair in pairs)}
@@ -205,7 +205,7 @@ def rank_labels(
     ways: Ways,
     advance: Advance,
 ) -> list[str]:
-    """The label with the greatest log-likelihood, end-of-sequence token included, for each prompt."""
+    """The label with the greatest log-likelihood, including the end-of-sequence token, for each prompt."""
     sums = label_sums(lm, encoder, prompts, options, ways, advance)
     return [labels[index] for index in sums.argmax(axis=1)]
 
@@ -213,7 +213,7 @@ def rank_labels(
 def label_sums(
     lm: Any, encoder: Encoder, prompts: list[list[int]], options: Evaluate, ways: Ways, advance: Advance
 ) -> np.ndarray:
-    """Log-likelihood of each label of the set, end-of-sequence token included, behind each prompt: float64 [n, K]."""
+    """Log-likelihood of each label of the set, with the end-of-sequence token, after each prompt: float64 [n, K]."""
     assert encoder.label_set is not None
     sums = score_choices(
         lm,
@@ -237,7 +237,7 @@ def generate_labels(
     ways: Ways,
     advance: Advance,
 ) -> list[str]:
-    """Greedy generation; text that is not a label, up to case and white space, gives ``UNMAPPED``."""
+    """Greedy generation; text that is not a label, ignoring case and white space, gives ``UNMAPPED``."""
     known = {_normal(label): label for label in labels}
     end = encoder.tokenizer.eos_token_id
     new = generate_greedy(lm, prompts, {end}, end, options.tokens_per_batch, options.max_new_tokens, advance, ways)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk, and the table that puts the arms side by side."""
+"""The files of an evaluation, and the table that compares the arms."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = ("arm", "macro_f1", "official", "accuracy", "unmapped", "n", "train_examples_per_s")
-"""What a comparison on a label set holds for an arm; units as in `metrics.metrics`."""
+"""Columns of a comparison on a label set; units as in `metrics.metrics`."""
 RESPONSE_COLUMNS = ("arm", "perplexity", "exact_match", "token_f1", "n", "train_examples_per_s")
-"""What a comparison on responses holds for an arm; units as in `answers.response_metrics`."""
+"""Columns of a comparison on responses; units as in `answers.response_metrics`."""
 
 
 def write_evaluation(
@@ -32,21 +32,21 @@ def write_evaluation(
     """Write ``predictions.parquet``; for a label set ``answers.txt`` and ``confusion.png``; last ``metrics.json``.
 
     Because it is written last, a ``metrics.json`` with the right fingerprint means that the evaluation is finished.
-    ``answers.txt`` is left out where an id or label holds a tab or line break, which its format cannot hold.
+    ``answers.txt`` is left out if an id or label contains a tab or line break, which its format does not allow.
 
     Args:
         folder: ``eval/ARM`` of the run folder.
         figures: from `metrics.metrics` or `answers.response_metrics`.
-        columns: one entry an example: ``id``, ``gold`` and ``predicted`` (strings; for a label set ``predicted`` may
-            hold ``UNMAPPED``), and what else there is of an example.
-        info: what goes beside the figures, ``fingerprint`` among it.
+        columns: one entry per example: ``id``, ``gold`` and ``predicted`` (strings; for a label set ``predicted`` may
+            be ``UNMAPPED``), and any other values of an example.
+        info: additional values for the file, including ``fingerprint``.
         label_set: whether gold and predicted are labels of a set.
 
     Returns:
         the content of ``metrics.json``: the figures and ``info``.
     """
     written = {**figures, **info}
-    # From here on the files of an older evaluation are replaced one by one: they are a finished one no more.
+    # From here on, the files of an older evaluation are replaced one by one, so it no longer counts as finished.
     for name in ("metrics.json", "answers.txt", "confusion.png"):
         (folder / name).unlink(missing_ok=True)
     write_table(folder / "predictions.parquet", pa.table(dict(columns)), dict(info))
@@ -54,7 +54,7 @@ def write_evaluation(
         ids, gold, predicted = columns["id"], columns["gold"], columns["predicted"]
         if can_hold_answers([*ids, *predicted]):
             write_answers(folder / "answers.txt", ids, predicted)
-        # `Other` and `None` are what is left when no relation holds: last, where the eye looks for them.
+        # `Other` and `None` mean that no relation applies: put them last, where readers expect them.
         labels = sorted({*gold, *predicted} - {UNMAPPED}, key=lambda label: (label in ("Other", "None"), label))
         plot_confusion(folder / "confusion.png", gold, predicted, labels)
     write_json(folder / "metrics.json", written)
@@ -62,10 +62,11 @@ def write_evaluation(
 
 
 def plot_confusion(path: Path, gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> None:
-    """Draw the confusion matrix as a PNG: a row a gold label, counts in the cells, colours by share of the row.
+    """Draw the confusion matrix as a PNG: each row is a gold label, cells have counts, colours show the share of the
+    row.
 
-    A last column "unmapped" appears when ``predicted`` holds ``UNMAPPED``. Zeros are left blank. Beyond 60 labels
-    the cells shrink and carry colour only.
+    If ``predicted`` contains ``UNMAPPED``, there is a last column "unmapped". Zeros are left blank. Above 60 labels,
+    the cells are smaller and only coloured.
 
     Raises:
         InputError: a label of ``gold`` or ``predicted`` is not in ``labels``.
@@ -94,7 +95,7 @@ def plot_confusion(path: Path, gold: Sequence[str], predicted: Sequence[str], la
     font = 9 if size <= 60 else max(2.0, 50 * cell)
     columns = [*names, *(["unmapped"] if unmapped else [])]
     rows = [f"{name}  ({n})" for name, n in zip(names, support[:, 0], strict=True)]
-    # Labels are the user's own text: a dollar sign in them is no formula.
+    # Labels are the user's own text: a dollar sign in them does not start a formula.
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=font, parse_math=False)
     axes.set_yticks(range(size), rows, fontsize=font, parse_math=False)
     axes.set_xlabel("predicted")
@@ -120,7 +121,7 @@ def plot_confusion(path: Path, gold: Sequence[str], predicted: Sequence[str], la
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The arms side by side, for the terminal: one row an arm, in the order given.
+    """The table of arms for the terminal: one row per arm, in the given order.
 
     Each row is the ``metrics.json`` of an arm with ``arm`` (its name) and, where known, ``train_examples_per_s``.
     """
@@ -145,7 +146,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What there is to compare: of the task, and ``official`` only where an arm has it."""
+    """The columns to compare: those of the task, and ``official`` only if an arm has it."""
     names = RESPONSE_COLUMNS if any("token_f1" in row for row in rows) else COLUMNS
     return [name for name in names if name != "official" or any(row[name] is not None for row in rows)]
 
@@ -153,8 +154,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_comparison(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``eval/comparison.json`` and ``eval/comparison.csv`` below the run folder ``root``.
 
-    Both hold one entry an arm with the keys `COLUMNS` or `RESPONSE_COLUMNS`, unrounded, ``official`` only where an arm
-    has it; what an arm has no figure for is null in the JSON and empty in the CSV.
+    Both have one entry per arm with the keys `COLUMNS` or `RESPONSE_COLUMNS`, unrounded, ``official`` only if an arm
+    has it; a missing figure is null in the JSON and empty in the CSV.
     """
     names = _columns(rows)
     records = [{name: row.get(name) for name in names} for row in rows]

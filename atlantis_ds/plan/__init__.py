@@ -1,1 +1,1 @@
-"""Memory and hours of a run, before it is started."""
+"""Estimates memory and hours of a run before it starts."""

@@ -1,8 +1,8 @@
-"""Where the memory of a training mode goes, in bytes for one GPU (or CPU rank) and one host.
+"""The memory of a training mode by component, in bytes for one GPU (or CPU rank) and one host.
 
 The terms follow DeepSpeed 0.19 under a torch AdamW: what each ZeRO stage shards (Rajbhandari et al. 2020, arXiv
-1910.02054, section 3), and what its code allocates besides: the flat copies of the step, the reduce bucket, and the
-weights that stage 3 gathers and keeps because they are used again soon.
+1910.02054, section 3), and what its code allocates in addition: flat copies in the optimizer step, the reduce bucket,
+and the weights that stage 3 gathers and keeps because they are soon used again.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ HOST_OF_A_RANK = 3 * GIB
 RESERVED, FRAGMENTED = 1.5 * GIB, 0.05
 """Assumed: CUDA context, NCCL and workspaces; and the share of a GPU lost to fragmentation."""
 NF4 = 0.516
-"""Bytes a weight in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, section 3)."""
+"""Bytes per weight in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023, section 3)."""
 OPTIMIZER_STATES = 8
-"""Bytes a trained weight: both Adam moments in fp32."""
+"""Bytes per trained weight: both Adam moments in fp32."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU; ``host`` is of one node, for all its ranks."""
+    """Bytes on one GPU; ``host`` is for one node, with all its ranks."""
 
     parameters: float
     gradients: float
@@ -39,9 +39,9 @@ class Memory:
     gathered: float
     """Whole weights that ZeRO-3 keeps gathered."""
     late: float
-    """Part of the gradients that is still among the activations when these peak."""
+    """Part of the gradients that is still counted with the activations at their peak."""
     reduce: float
-    """Copies of the bucket while ranks add up their gradients."""
+    """Copies of the bucket while ranks reduce their gradients."""
     step: float
     """Temporary tensors of the optimizer step."""
     host: float
@@ -51,7 +51,7 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.bucket
 
     def peak(self, activations: float) -> float:
-        """The most that is held at one time: in the backward pass, when gradients are reduced, or in the step."""
+        """The maximum at any time: in the backward pass, in the gradient reduction, or in the optimizer step."""
         backward = max(0.0, self.gathered + activations - self.late)
         return self.resident + max(backward, self.gathered + self.reduce, self.step)
 
@@ -62,12 +62,12 @@ def training_memory(
     """Memory of one mode.
 
     Args:
-        train: mode and dtype are taken from it.
-        shape: the model, adapters included.
-        zero: section ``zero_optimization`` of a DeepSpeed config.
+        train: for mode and dtype.
+        shape: the model, including adapters.
+        zero: the section ``zero_optimization`` of a DeepSpeed config.
         ranks: data-parallel world size; up to 8 share a host.
-        accumulation: micro-batches an optimizer step.
-        cpu: ranks on the CPU (Gloo) instead of GPUs: buffers count as far as they are touched, the optimizer works
+        accumulation: micro-batches per optimizer step.
+        cpu: ranks on the CPU (Gloo) instead of GPUs: buffers count only as far as they are used, the optimizer works
             tensor by tensor, and the reduction copies its input.
     """
     stage = int(zero.get("stage", 0))
@@ -83,7 +83,7 @@ def training_memory(
         weights = width * (shape.parameters - shape.linear) + NF4 * shape.linear
     parameters = weights / ranks if stage == 3 else weights
     gradients = (4 if accumulates_wide(train, stage, accumulation) else width) * (share if stage >= 2 else trained)
-    # DeepSpeed keeps a master copy at stages 1 to 3 even where the weights are fp32 themselves.
+    # DeepSpeed keeps a master copy at stages 1 to 3 even if the weights themselves are fp32.
     master = 4 if stage or width == 2 else 0
     optimizer = (OPTIMIZER_STATES + master) * (share if stage else trained)
 
@@ -96,12 +96,12 @@ def training_memory(
     bucket += width * shape.largest_linear if quantised else 0
     live = int(zero.get("stage3_max_live_parameters", 1e9))
     gathered = width * min(shape.parameters, max(live, shape.largest)) if stage == 3 else 0.0
-    # One micro-batch a step: the gradient that comes last, and in ZeRO-3 on a CPU its place in the bucket, is counted
-    # among the activations.
+    # One micro-batch per step: the last gradient, and in ZeRO-3 on a CPU its place in the bucket, is counted with the
+    # activations.
     late = width * shape.largest if (stage < 2 and accumulation == 1) or (stage == 3 and cpu) else 0.0
     reduce = filled * (2 if cpu else 1) if ranks > 1 and stage else 0.0
 
-    # A flat fp32 gradient, and what AdamW makes of the second moment: one tensor with foreach, two one by one.
+    # A flat fp32 gradient, and AdamW's temporaries for the second moment: one tensor with foreach, two without.
     stepped = min(share, float(zero.get("sub_group_size", 1e9))) if stage else trained
     flat = 4 * stepped if master else 0
     step = flat + (8 * (stepped if stage else shape.largest) if cpu else 4 * stepped)
@@ -115,7 +115,7 @@ def training_memory(
     if offload_param != "none":
         swapped += parameters * here if offload_param == "cpu" else 0.0
         parameters = 0.0
-    # Below stage 3 every rank loads the whole model on its host first; rank 0 gathers all that is trained to save it.
+    # Below stage 3, every rank first loads the whole model in host memory; to save, rank 0 gathers all trained weights.
     load = 0.0 if stage == 3 else (weights if not quantised else 0.0) * here
     host = HOST_OF_A_RANK * here + swapped + max(load, width * trained)
     return Memory(parameters, gradients, optimizer, bucket, gathered, late, reduce, step, host)
@@ -127,7 +127,7 @@ def usable(gpu_bytes: float) -> float:
 
 
 def largest_micro_batch(memory: Memory, activations: Activations, room: float) -> int:
-    """The largest micro-batch whose peak is within ``room`` bytes; 0 where not even one example is."""
+    """The largest micro-batch whose peak is within ``room`` bytes; 0 if not even one example fits."""
     if memory.peak(activations.bytes(1)) > room:
         return 0
     low, high = 1, 2

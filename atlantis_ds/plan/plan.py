@@ -1,4 +1,4 @@
-"""``atlantis-ds plan``: memory of every mode, the largest micro-batch, hours; with no GPU and no weights."""
+"""``atlantis-ds plan``: memory of every mode, the largest micro-batch, hours; without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.deepspeed_config import accumulation_steps, refusal
 
 GPUS = {"A100": 80, "H100": 80, "H200": 141, "L4": 24, "4090": 24}
-"""Memory in GB as sold."""
+"""Memory in GB, as sold."""
 SIZES = {24: 23.5 * GIB, 40: 39.4 * GIB, 80: 79.1 * GIB, 141: 139.7 * GIB}
-"""Bytes that GPUs of these sizes in GB show."""
+"""Bytes that GPUs of these sizes in GB report."""
 UTILISATION = 0.35
 """Assumed share of the peak; short examples in small batches reach less."""
 FASTEST_FIRST = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
@@ -38,7 +38,7 @@ FASTEST_FIRST = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_off
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the examples (label with its end token), or an assumption about them."""
+    """Token counts of the examples (label with its end token), or an assumption about them."""
 
     source: str
     train: int
@@ -52,7 +52,7 @@ class Lengths:
 
 
 def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | None) -> None:
-    """Print the plan of a recipe, and write it as JSON where ``out`` is given.
+    """Print the plan of a recipe, and write it as JSON if ``out`` is given.
 
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
@@ -64,7 +64,7 @@ def plan(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str, out: Path | Non
 
 
 def estimate(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> dict[str, Any]:
-    """Memory of every mode and hours of every stage, as `plan` writes them.
+    """Memory of every mode and hours of every stage, as written by `plan`.
 
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
@@ -93,11 +93,11 @@ def estimate(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> dict[str
 
 
 def _modes(train: Train, config: Any, lengths: Lengths, gpus: int) -> tuple[list[dict[str, Any]], dict[str, Shape]]:
-    """A line of the plan for each mode and bundled DeepSpeed config; and the shapes of full and lora."""
+    """One row of the plan for each mode and bundled DeepSpeed config; and the shapes of full and lora."""
     files = sorted(bundled_files("ds_configs").values(), key=_speed)
     rows, shapes = [], {}
     for mode in ("full", "lora", "qlora"):
-        # QLoRA computes as LoRA does; its weights are unpacked one layer at a time.
+        # QLoRA computes like LoRA; its weights are unpacked one layer at a time.
         traced = _with(train, mode="lora" if mode == "qlora" else mode)
         if mode != "qlora":
             shapes[mode] = model_shape(build_model(config, traced))
@@ -126,7 +126,7 @@ def _speed(file: Path) -> int:
 def mode_row(
     train: Train, mode: str, file: Path, shape: Shape, passes: dict[bool, Activations], gpus: int
 ) -> dict[str, Any] | None:
-    """One line of the plan, sizes in GiB, for the recipe's micro-batch; None for a combination that is refused."""
+    """One row of the plan, sizes in GiB, for the recipe's micro-batch; None for a combination that is refused."""
     try:
         zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
     except (OSError, ValueError) as error:
@@ -155,7 +155,7 @@ def mode_row(
 
 
 def choose(rows: list[dict[str, Any]], train: Train, size: int) -> str:
-    """The fastest ``ds_configs`` file for the recipe's mode on GPUs of ``size`` GB, and what else it needs."""
+    """The fastest ``ds_configs`` file for the recipe's mode on GPUs of ``size`` GB, and the settings that it needs."""
     mine = [(row["deepspeed"], row["largest_micro_batch"][str(size)]) for row in rows if row["mode"] == train.mode]
     wanted = train.per_device_train_batch_size
     kept = train.gradient_checkpointing
@@ -168,11 +168,12 @@ def choose(rows: list[dict[str, Any]], train: Train, size: int) -> str:
     for file, fits in mine:
         if fits[True]:
             return f"{file} with gradient_checkpointing: true and per_device_train_batch_size: {fits[True]}"
-    return f"none: mode {train.mode} does not fit; take more GPUs, larger ones, or a smaller mode (lora, qlora)"
+    return f"none: mode {train.mode} does not fit; use more GPUs, larger ones, or a smaller mode (lora, qlora)"
 
 
 def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
-    """Token counts of the examples: from the run folder, else from the data files, else assumed; it says which."""
+    """Token counts of the examples: from the run folder, else from the data files, else assumed; it names the
+    source."""
     try:
         if folder.examples_info.exists():
             examples, source = load_examples(folder), "examples of the run folder"
@@ -188,7 +189,7 @@ def measure_lengths(recipe: Recipe, folder: RunFolder, model: Model) -> Lengths:
             return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
     except (InputError, OSError):
-        source += f", tokens ASSUMED as {CHARACTERS_A_TOKEN} characters each (no tokenizer there)"
+        source += f", tokens ASSUMED as {CHARACTERS_A_TOKEN} characters each (no tokenizer available)"
 
         def count(texts: list[str]) -> list[int]:
             return [round(len(text) / CHARACTERS_A_TOKEN) + 1 for text in texts]
@@ -209,9 +210,9 @@ def _lengths(examples: Examples, source: str, count: Callable[[list[str]], list[
 
 
 def ranking_flops(shape: Shape, lengths: Lengths) -> float:
-    """As ``forward_flops``, for all labels behind one prompt. A causal model reads the prompt once for all of them.
+    """Like ``forward_flops``, for all labels after one prompt. A causal model reads the prompt once for all of them.
 
-    So does an encoder, but each label's cross-attention looks at the prompt anew: there this is an upper bound.
+    So does an encoder, but each label's cross-attention reads the prompt again: there this is an upper bound.
     """
     if shape.decoder:
         return lengths.labels * forward_flops(shape, lengths.prompt_mean, lengths.label_mean)
@@ -243,7 +244,7 @@ def work_hours(
         rounds = f", {reference.rounds} rounds" if reference.rounds > 1 else ""
         name = f"train reference ({reference.folds} folds{rounds}), {factor['train']}ND"
         stages.append((name, passes * one[2] * seen))
-    # An earlier round scores the reference and what it starts from, a model of the same shape.
+    # An earlier round scores the reference and the model that it starts from, which has the same shape.
     scored = ranked if recipe.score.label_set else one
     earlier = 2 * (reference.rounds - 1) * scored[2]
     every = ", all labels" if recipe.score.label_set else ""

@@ -1,4 +1,4 @@
-"""Memory of scoring: from a few sizes of a model, so that a login node can tell without torch."""
+"""Memory for scoring, from a few sizes of a model, so that it works on a login node without torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from atlantis_ds.lm.ways import CHUNK, TREE_TOKENS
 
 GIB = 2**30
 CHARACTERS_A_TOKEN = 3.5
-"""Assumed, where no tokenizer is at hand."""
+"""Assumed, if no tokenizer is available."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: weights in all, and widths."""
+    """Sizes of a model: number of weights, and widths."""
 
     parameters: int
     hidden: int
     inner: int
-    """Of the feed-forward layers."""
+    """Width of the feed-forward layers."""
     vocabulary: int
 
     @classmethod
     def of(cls, config: dict[str, Any], parameters: int) -> Sizes:
-        """From a transformers config as a dict, whatever the family calls its widths."""
+        """From a transformers config as a dict, whatever names the model family uses."""
         config = config.get("text_config") or config
         hidden = _first(config, "hidden_size", "d_model", "n_embd")
         inner = _first(config, "intermediate_size", "d_ff", "decoder_ffn_dim", "ffn_dim", "n_inner") or 4 * hidden
@@ -40,9 +40,9 @@ def _first(config: dict[str, Any], *names: str) -> int:
 
 
 def sizes_of_folder(path: Path) -> Sizes | None:
-    """The sizes of a model folder, from its config and the headers of its safetensors files; None without these.
+    """The sizes of a model folder, from its config and the headers of its safetensors files; None if they are missing.
 
-    Nor is a broken one refused here: whoever loads it says what is wrong with it.
+    A broken file is not refused here: loading it later gives the error.
     """
     from safetensors import SafetensorError
 
@@ -55,7 +55,7 @@ def sizes_of_folder(path: Path) -> Sizes | None:
 
 
 def _numbers(file: Path) -> int:
-    """How many numbers a safetensors file holds."""
+    """Number of values in a safetensors file."""
     from safetensors import safe_open
 
     with safe_open(file, framework="np") as tensors:
@@ -64,15 +64,15 @@ def _numbers(file: Path) -> int:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Bytes that a replica takes on each rank while it scores."""
+    """Bytes that a replica needs on each rank while scoring."""
 
     weights: int
     head: int
     """The fp32 copy of the LM head that a bf16 body needs."""
     batch: int
-    """Of one batch: feed-forward and hidden states, masks, and at most ``CHUNK`` logits."""
+    """For one batch: feed-forward and hidden states, masks, and at most ``CHUNK`` logits."""
     trees: int
-    """Times a prompt is read for all labels; 0 where its own target alone is scored."""
+    """How often a prompt is read for all labels; 0 if only its own target is scored."""
 
     @property
     def total(self) -> int:
@@ -86,19 +86,19 @@ class Scoring:
 
 
 def scoring_memory(sizes: Sizes, score: Score, prompt_tokens: int, label_tokens: int | None) -> Scoring:
-    """What a replica takes; an estimate, held against real runs by ``tests/test_plan.py``.
+    """The memory of a replica; an estimate, compared with real runs in ``tests/test_plan.py``.
 
     Args:
-        prompt_tokens: of the longest example.
-        label_tokens: of all labels together, where all are scored behind each prompt; None where they are not.
+        prompt_tokens: tokens of the longest prompt.
+        label_tokens: tokens of all labels together, if all are scored after each prompt; else None.
     """
-    width = 2 if score.dtype == "bfloat16" else 4  # `auto` may be either: the larger
+    width = 2 if score.dtype == "bfloat16" else 4  # `auto` may be either, so use the larger
     tree = min(label_tokens or 0, TREE_TOKENS)
     row = prompt_tokens + tree
     tokens = max(score.tokens_per_batch, row)
     # Gate, up and their product in the feed-forward layer; the residual, its norm, queries, keys and values.
     states = width * tokens * (3 * sizes.inner + 4 * sizes.hidden)
-    # A mask of who sees whom, and as attention adds it.
+    # The bool mask, and the mask that attention adds.
     mask = tokens * row * (1 + width) if label_tokens else 0
     positions = tokens * (tree / row if label_tokens else 1)
     logits = 3 * 4 * min(CHUNK, int(positions) * sizes.vocabulary)  # themselves, and two in the log-softmax

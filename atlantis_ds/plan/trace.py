@@ -1,8 +1,8 @@
-"""How much memory a forward and backward pass takes, without the memory: the real code on fake tensors.
+"""Measures the memory of a forward and backward pass without using it: runs the real code on fake tensors.
 
 Fake tensors have shapes, dtypes and storages, but no data. The weighted loss of ``train.step`` runs on them as on real
-ones, and every storage that comes and goes is counted: activations, logits, what attention and the loss keep for the
-backward pass, and each weight's gradient for as long as autograd holds it.
+ones, and every allocation is counted: activations, logits, tensors kept for the backward pass, and each weight's
+gradient while autograd holds it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from atlantis_ds.lm.ways import CHUNK
 from atlantis_ds.train.step import weighted_loss
 
 LAYERS = (1, 2)
-"""Models are traced at these depths: what a pass takes is linear in the depth."""
+"""Models are traced at these depths, because the memory of a pass is linear in the depth."""
 BATCHES = (48, 96)
-"""And at these micro-batches: beyond a few examples it is linear in them, as long as the logits are made at once."""
+"""And with these micro-batches: above a few examples it is linear in them, as long as all logits are computed at
+once."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Peak bytes of a forward and backward pass, beside weights and the gradients that stay."""
+    """Peak bytes of a forward and backward pass, without weights and persistent gradients."""
 
     least: float
-    """Of one example: with a large vocabulary the gradients of embedding and head, while autograd adds them."""
+    """For one example: with a large vocabulary, the gradients of embedding and head while autograd adds them."""
     whole: tuple[float, float]
-    """Constant, and slope by the micro-batch, where all logits are made at once."""
+    """Constant, and slope per example of the micro-batch, if all logits are computed at once."""
     chunked: tuple[float, float]
-    """The same where they are made in chunks."""
+    """The same if they are computed in chunks."""
     most_whole: int
-    """The largest micro-batch whose logits are made at once."""
+    """The largest micro-batch whose logits are computed at once."""
 
     def bytes(self, micro_batch: int) -> float:
         constant, slope = self.whole if micro_batch <= self.most_whole else self.chunked
@@ -70,10 +71,10 @@ def read_config(model: Model) -> Any:
 
 
 def build_model(config: Any, train: Train, layers: int | None = None) -> Any:
-    """The model of a config on the meta device, in the recipe's dtype, with adapters where the mode has them.
+    """The model of a config on the meta device, in the recipe's dtype, with adapters if the mode has them.
 
     Args:
-        layers: cut the model to this depth (both stacks of an encoder-decoder).
+        layers: reduce the model to this depth (both stacks of an encoder-decoder).
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -99,10 +100,10 @@ def build_model(config: Any, train: Train, layers: int | None = None) -> Any:
 
 
 def activations(config: Any, train: Train, prompt_tokens: int, label_tokens: int) -> Activations:
-    """Trace training passes of a model at small depths and micro-batches, and draw the line to its real depth.
+    """Trace training passes of a model at small depths and micro-batches, and extrapolate to its real depth.
 
     Args:
-        train: mode, dtype, adapters and gradient_checkpointing are taken from it.
+        train: for mode, dtype, adapters and gradient_checkpointing.
         prompt_tokens, label_tokens: of every example of the batch.
     """
     depth = config.num_hidden_layers
@@ -149,9 +150,9 @@ def _peak(
 
 
 def _fake(lm: Any) -> None:
-    """Replace the meta tensors of a model by fake ones that pass for CPU tensors; call it inside a FakeTensorMode.
+    """Replace the meta tensors of a model by fake tensors that look like CPU tensors; call it inside a FakeTensorMode.
 
-    On the meta device itself attention would take the path that keeps whole score matrices.
+    On the meta device itself, attention would use a path that keeps whole score matrices.
     """
     known: dict[int, torch.nn.Parameter] = {}
     for module in lm.modules():
@@ -167,12 +168,12 @@ def _fake(lm: Any) -> None:
 
 
 def _forget_gradient(parameter: torch.Tensor) -> None:
-    # Where gradients stay is the plan's to say; here only what autograd itself holds is counted.
+    # The plan counts persistent gradients; here only what autograd itself holds is counted.
     parameter.grad = None
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, from when they are made to when they are dropped."""
+    """Counts the bytes of the storages that operations create, from creation until they are freed."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""``atlantis-ds compare --dry-run``: what a comparison would train, with its time and memory."""
+"""``atlantis-ds compare --dry-run``: lists the training runs of a comparison, with time and memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from atlantis_ds.run_folder import RunFolder
 
 
 def show_trainings(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> None:
-    """Print the stages and trainings of `compare` with what is finished, and the hours of what is left.
+    """Print the stages and training runs of `compare`, how many are finished, and the remaining hours.
 
-    Whether a finished one was made by this very recipe is looked at when `compare` runs.
+    Whether a finished run was made with exactly this recipe is checked when `compare` runs.
 
     Raises:
         InputError: an unknown kind of GPU, or a model without a readable config.
@@ -34,7 +34,7 @@ def show_trainings(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> No
 
 
 def _rows(recipe: Recipe, folder: RunFolder, hours: dict[str, float]) -> list[tuple[str, int, int, float]]:
-    """What, how many are finished and left, and the hours of one."""
+    """Rows: name, number finished, number left, and the hours of one."""
     rows = []
     if recipe.weighted:
         weighed = int(folder.weights_info.exists())
@@ -50,11 +50,11 @@ def _rows(recipe: Recipe, folder: RunFolder, hours: dict[str, float]) -> list[tu
 
 
 def _memory(recipe: Recipe, result: dict[str, Any]) -> str:
-    """The line of the plan for the recipe's own mode and DeepSpeed config."""
+    """The plan for the recipe's own mode and DeepSpeed config."""
     train, size = recipe.train, GPUS[result["gpu"]]
     for row in result["modes"]:
         if row["mode"] == train.mode and row["deepspeed"] == Path(train.deepspeed).name:
             return (
                 f"training, {train.mode} with {row['deepspeed']}: {row['total']:.1f} GiB per GPU, which has {size} GB"
             )
-    return f"training: {train.deepspeed} is a config of your own, so its memory is not planned; see `plan`"
+    return f"training: {train.deepspeed} is your own config, so its memory is not estimated; see `plan`"

@@ -1,1 +1,1 @@
-"""Room 4: the DeepSpeed engine and the weighted optimizer step."""
+"""Step 4: the DeepSpeed engine and the weighted optimizer step."""

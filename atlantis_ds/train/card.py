@@ -1,4 +1,4 @@
-"""The model card: what a model was made from, by which weights, and how it scored."""
+"""The model card: base model, data, weights and scores of a model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ TAGS = {"relation": "relation-extraction", "classification": "text-classificatio
 
 
 def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
-    """What the card will say and only training knows, ready for JSON: ``training.json`` keeps it for later cards.
+    """Facts for the card that only training knows, ready for JSON: ``training.json`` keeps them for later cards.
 
     Returns:
         ``arm``, ``recipe``, ``settings`` (of this job), ``base`` (the model trained from), ``encoder_decoder``,
         ``data`` (fingerprint, sizes), ``weights`` (options, ``ess``, ``ess_fraction``, ``pareto_k``,
-        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a reference of the first round and for an arm on
-        dev alone) and ``versions``.
+        ``pareto_k_final``, ``pareto_k_threshold``, ``max``; None for a reference of the first round and for an arm that
+        trains only on dev) and ``versions``.
     """
     packages = ["torch", "transformers", "deepspeed", *(["peft"] if job.settings.mode != "full" else [])]
     return {
@@ -49,7 +49,7 @@ def training_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any]:
             "labels": len(examples.labels or ()),
         },
         "weights": _weights_facts(run, examples, job),
-        # Our own version needs no installed package: a checkout on PYTHONPATH trains as well.
+        # Our own version needs no installed package: a checkout on PYTHONPATH also works.
         "versions": {"atlantis_ds": __version__} | {package: version(package) for package in packages},
     }
 
@@ -76,12 +76,12 @@ def _weights_facts(run: Run, examples: Examples, job: Job) -> dict[str, Any] | N
 def write_cards(
     models: Path, facts: Mapping[str, Any], metrics: Mapping[str, Any] | None = None, scored: str = "last"
 ) -> None:
-    """Write the model card into ``last`` and, where it is, ``best`` below ``models``.
+    """Write the model card into ``last`` and, if it exists, ``best`` below ``models``.
 
     Args:
         models: ``model/ARM`` of the run folder.
-        facts: of ``training_facts``, with the results of the training beside them.
-        metrics: the content of ``eval/ARM/metrics.json``, once it is there.
+        facts: from ``training_facts``, plus the results of the training.
+        metrics: the content of ``eval/ARM/metrics.json``, if it exists.
         scored: which of the two models ``metrics`` belongs to.
     """
     for name in ("last", "best"):
@@ -98,7 +98,7 @@ def card_text(
     Args:
         facts: as for ``write_cards``.
         checkpoint: last or best.
-        metrics: test scores of this very model, or None where it was not evaluated.
+        metrics: test scores of exactly this model, or None if it was not evaluated.
         merged: whether an adapter was merged into its base model.
     """
     settings, base, data = facts["settings"], facts["base"], facts["data"]
@@ -113,7 +113,7 @@ def card_text(
     on_dev = data.get("dev_trained_on")
     sizes = f"{data['train']} train, {data['dev']} dev" + (", trained on with their gold labels" if on_dev else "")
     sizes += f"; {data['labels']} labels" if data["labels"] else ""
-    no_loss = "none, the dev examples are trained on" if on_dev else "no dev split"
+    no_loss = "none, because the model was trained on the dev examples" if on_dev else "no dev split"
     rows = [
         ("form", form),
         ("trained from", f"`{source}`" + (f", revision `{base['revision']}`" if base.get("revision") else "")),
@@ -171,9 +171,9 @@ def card_text(
 
 def _weights_lines(weights: Mapping[str, Any] | None, alone: bool) -> list[str]:
     if alone:
-        return ["None: trained on the gold labels of the dev examples alone, on every one alike."]
+        return ["None: trained only on the gold labels of the dev examples, with equal weights."]
     if weights is None:
-        return ["None: a reference model is trained on every example alike."]
+        return ["None: a reference model is trained with equal weights."]
     options = weights["options"]
     if options["formula"] == "uniform":
         return ["Uniform: W = 1 for every example (plain fine-tuning)."]
@@ -212,9 +212,9 @@ def _prompt_lines(facts: Mapping[str, Any]) -> list[str]:
     what = (
         "The response follows"
         if facts["task"] == "response"
-        else "The label is predicted by its log-likelihood, end-of-sequence token included, after"
+        else "The label is predicted by its log-likelihood, including the end-of-sequence token, after"
     )
-    return [f"{what} the prompt" + ("." if facts["encoder_decoder"] else " and a line end (a chat: its template).")]
+    return [f"{what} the prompt" + ("." if facts["encoder_decoder"] else " and a newline (for a chat: its template).")]
 
 
 def _use_lines(adapter: bool, encoder_decoder: bool) -> list[str]:

@@ -15,16 +15,16 @@ from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.files import move_folder, read_json, write_folder, write_json
 
 COMPLETED = "COMPLETED"
-"""Written into a checkpoint last: one without it is never picked up."""
+"""Written last into a checkpoint: one without it is never used."""
 
 
 def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int, ranks: Ranks) -> None:
     """Save model, optimizer and schedule of all ranks under ``folder/step-N``, then prune to ``keep`` checkpoints.
 
-    It is written beside, renamed, and marked complete last.
+    It is written under a temporary name, renamed, and then marked as complete.
 
     Args:
-        state: what to find again: ``step`` (optimizer steps done), ``fingerprint`` and any JSON values.
+        state: values to restore: ``step`` (optimizer steps done), ``fingerprint`` and any JSON values.
     """
     name = f"step-{state['step']:08d}"
     temporary = f".{name}.tmp"
@@ -37,7 +37,7 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int,
         engine.save_checkpoint(
             str(folder),
             tag=temporary,
-            # Without it the conversion for another number of ranks refuses checkpoints of stages 1 and 2.
+            # Without it, the conversion for another number of ranks refuses checkpoints of stages 1 and 2.
             client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}},
             save_latest=False,
             exclude_frozen_parameters=lora,
@@ -63,14 +63,14 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[str, Any] | None:
-    """Load the newest complete checkpoint into the engine, whatever the number of ranks that saved it.
+    """Load the newest complete checkpoint into the engine, saved by any number of ranks.
 
     Returns:
-        the state it was saved with, or None where there is none.
+        the state with which it was saved, or None if there is no checkpoint.
 
     Raises:
         InputError: it belongs to other data or settings, or DeepSpeed cannot convert it to this number of ranks.
-        RunError: weights, optimizer or position did not come back.
+        RunError: weights, optimizer or position could not be restored.
     """
     newest = ranks.broadcast(next((str(path) for path in reversed(complete_checkpoints(folder))), None))
     state: dict[str, Any] = read_json(Path(newest) / COMPLETED) if newest else {}
@@ -80,54 +80,54 @@ def resume(engine: Any, folder: Path, fingerprint: str, ranks: Ranks) -> dict[st
         _remove_unfinished(folder)
     if not state:
         return None
-    # Rank 0 looks for all: a rank that fails alone in the midst of loading leaves the others waiting for it.
+    # Rank 0 checks for all: if one rank failed alone during loading, the others would wait for it.
     sizes = ranks.broadcast(_sizes(Path(newest)) if ranks.is_main else None)
     if damaged := sorted(name for name, size in state["files"].items() if sizes.get(name) != size):
         raise RunError(
             f"{newest}: {damaged[0]} has {sizes.get(damaged[0], 0)} bytes of {state['files'][damaged[0]]}; "
-            "remove this checkpoint to go on from an older one"
+            "remove this checkpoint to resume from an older one"
         )
     tag = Path(newest).name
     other_ranks = state["world_size"] != ranks.world_size and engine.zero_optimization_stage() > 0
     if other_ranks:
         tag = _convert(Path(newest), state["world_size"], ranks)
-    # DeepSpeed reads this of its own config, and only when it loads.
+    # DeepSpeed reads this from its own config, and only when it loads.
     engine._config.load_universal_checkpoint = other_ranks
     try:
         strict = not hasattr(engine.module, "peft_config")
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=strict)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"{newest}: cannot be read ({reason}); remove it to go on from an older one") from None
+        raise RunError(f"{newest}: cannot be read ({reason}); remove it to resume from an older one") from None
     engine._config.load_universal_checkpoint = False
-    # Conversions that silently left the optimizer empty have been seen (DeepSpeed#6691).
+    # Some conversions silently left the optimizer empty (DeepSpeed#6691).
     whole = zip(adam_moments(engine, ranks), state["moments"], strict=True)
     if (
         loaded is None
         or engine.global_steps != state["step"]
         or not all(math.isclose(found, saved, rel_tol=1e-4) for found, saved in whole)
     ):
-        raise RunError(f"{newest}: DeepSpeed did not load all of it; remove it to go on from an older one")
-    if ranks.is_main:  # all have loaded: they have met for the moments
+        raise RunError(f"{newest}: DeepSpeed did not load all of it; remove it to resume from an older one")
+    if ranks.is_main:  # all ranks have loaded: they have exchanged the moments
         _remove_unfinished(folder)
     return state
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of each file below a checkpoint, by its path there."""
+    """Size in bytes of each file in a checkpoint, by relative path."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETED)
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what a job that died on the way has left: half-written, half-pruned and converted checkpoints."""
+    """Remove what a dead job has left: incomplete, partly pruned and converted checkpoints."""
     for path in folder.glob("*"):
         if path.is_dir() and (path.name.startswith(".") or not (path / COMPLETED).exists()):
             shutil.rmtree(path)
 
 
 def _convert(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
-    """Rank 0 converts a checkpoint to DeepSpeed's universal format, beside it; returns the tag."""
+    """Rank 0 converts a checkpoint to DeepSpeed's universal format, next to it; returns the tag."""
     target = checkpoint.with_name(f".{checkpoint.name}.universal")
     words = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint)]
     failure = None
@@ -140,8 +140,8 @@ def _convert(checkpoint: Path, saved_by: int, ranks: Ranks) -> str:
         folder = checkpoint.parent
         raise InputError(
             f"{checkpoint}: saved by {saved_by} ranks, this job has {ranks.world_size}, and DeepSpeed cannot convert "
-            f"it ({''.join(failure)}); start the job with {saved_by} ranks. Or start again from its weights alone, "
-            f"with a new optimizer and schedule: `atlantis-ds export RECIPE OUT --arm {folder.name} --unfinished`, "
+            f"it ({''.join(failure)}); start the job with {saved_by} ranks. Or restart from its weights only, with a "
+            f"new optimizer and schedule: `atlantis-ds export RECIPE OUT --arm {folder.name} --unfinished`, "
             f"`rm -r {folder}`, and `train` with `--set models.large.model_name_or_path=OUT`"
         )
     return target.name
@@ -163,7 +163,7 @@ def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:
     """Write the whole model (or the adapter) as safetensors, with tokenizer; all ranks must call it.
 
     Raises:
-        RunError: a weight came out empty, as ZeRO-3 does to a careless save.
+        RunError: a weight is empty, as can happen when saving under ZeRO-3.
     """
     import deepspeed
 
@@ -182,10 +182,10 @@ def save_model(engine: Any, tokenizer: Any, path: Path, ranks: Ranks) -> None:
         weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
         shared = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         if lost := sorted(kept - shared - buffers.keys()):
-            raise RunError(f"{path}: {lost[0]} is part of the model's state, and would not be saved")
+            raise RunError(f"{path}: {lost[0]} is part of the model's state, but would not be saved")
     if ranks.is_main:
         if empty := [name for name, weight in weights.items() if weight.numel() == 0]:
-            raise RunError(f"{path}: weight {empty[0]} came out empty")
+            raise RunError(f"{path}: weight {empty[0]} is empty")
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder, state_dict=weights)

@@ -22,10 +22,10 @@ from atlantis_ds.train.deepspeed_config import deepspeed_config, offload_device,
 def start_engine(
     train: Train, model: Model, steps: Sequence[int], seed: int, ranks: Ranks, copy: Path | None = None
 ) -> Any:
-    """Load a model (sharded at load under ZeRO-3), put adapters on it where asked, and give it to DeepSpeed.
+    """Load a model (sharded while loading under ZeRO-3), add adapters if needed, and pass it to DeepSpeed.
 
     Args:
-        steps: optimizer steps; where there are several numbers, the learning rate begins anew after each.
+        steps: optimizer steps; if there are several numbers, the learning rate schedule restarts after each.
         copy: this node's copy of the weights; see ``node_copy``.
 
     Returns:
@@ -62,7 +62,7 @@ def start_engine(
 
 
 def _learning_rate(train: Train, optimizer: torch.optim.Optimizer, steps: Sequence[int]) -> LambdaLR:
-    """The recipe's schedule, once for each number of ``steps``."""
+    """The recipe's schedule, once for each number in ``steps``."""
     from transformers import get_scheduler
 
     factors = [
@@ -80,40 +80,40 @@ def _learning_rate(train: Train, optimizer: torch.optim.Optimizer, steps: Sequen
 
 
 def _check_machine(train: Train, config: dict[str, Any], device: torch.device) -> None:
-    """Refuse, before a model is loaded, what this machine cannot do.
+    """Refuse settings that this machine cannot run, before a model is loaded.
 
     Raises:
         InputError: NVMe offload without libaio, or on CPU ranks; 4-bit weights under ZeRO-3 on CPU ranks; attention
-            kernels that train on GPUs alone.
+            kernels that can train only on GPUs.
     """
     from deepspeed.accelerator import get_accelerator
 
     if "nvme" in (offload_device(config, "optimizer"), offload_device(config, "param")):
         if device.type == "cpu":
-            # Seen with DeepSpeed 0.19.8 on 2 CPU ranks: after the first update the losses are others than ZeRO-0's.
+            # Seen with DeepSpeed 0.19.8 on 2 CPU ranks: after the first update the losses differ from those of ZeRO-0.
             raise InputError(
-                f"train.deepspeed: {train.deepspeed}: offload to NVMe needs a GPU: on CPU ranks DeepSpeed trains to "
-                "other weights with it; take zero3_offload.json"
+                f"train.deepspeed: {train.deepspeed}: offload to NVMe needs a GPU: on CPU ranks, DeepSpeed computes "
+                "wrong weights with it; use zero3_offload.json"
             )
         builder = get_accelerator().create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise InputError(
                 f"train.deepspeed: {train.deepspeed}: offload to NVMe needs libaio with its headers (libaio-dev) on "
-                "every node; install it, or take zero3_offload.json"
+                "every node; install it, or use zero3_offload.json"
             )
     if train.mode == "qlora" and device.type == "cpu" and zero_stage(config) == 3:
         raise InputError(
-            f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks take "
+            f"train.deepspeed: {train.deepspeed}: 4-bit weights under ZeRO-3 need a GPU; on CPU ranks use "
             "zero2.json, or train.mode: lora"
         )
     if train.attn_implementation in ("flash_attention_2", "flex_attention") and device.type == "cpu":
         raise InputError(
-            f"train.attn_implementation: {train.attn_implementation} has no backward pass on CPUs; take auto"
+            f"train.attn_implementation: {train.attn_implementation} has no backward pass on CPUs; use auto"
         )
 
 
 def compile_layers(lm: Any, backend: str = "inductor") -> None:
-    """Let torch compile the layers of a model, each by itself: they are alike, so one is compiled for all of them."""
+    """Let torch compile each layer of a model separately: they are alike, so one compilation serves all of them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for layer in lm.modules():
@@ -127,7 +127,7 @@ FEW = 256
 
 
 def short_attention_in_fp32(lm: Any) -> None:
-    """Let a model that attends by torch's kernel (``sdpa``) do so in fp32 where there are few positions."""
+    """Let a model with torch's attention kernel (``sdpa``) use fp32 if there are few positions."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -139,7 +139,7 @@ def short_attention_in_fp32(lm: Any) -> None:
         if key.shape[2] > FEW:
             return sdpa_attention_forward(module, query, key, value, mask, **options)
         wide = [in_fp32(given) for given in (query, key, value, mask)]
-        # T5's positions come as an option, as numbers to add.
+        # T5's positions are passed as an argument, as numbers to add.
         found, _ = sdpa_attention_forward(module, *wide, **{name: in_fp32(given) for name, given in options.items()})
         return found.to(query.dtype), None
 
@@ -150,7 +150,7 @@ def short_attention_in_fp32(lm: Any) -> None:
 
 
 def _adamw_class(train: Train, config: dict[str, Any], device: torch.device) -> Any:
-    """AdamW by where its states lie; all of them compute the same update, the 8-bit one up to its rounding."""
+    """AdamW according to where its states are; all compute the same update, the 8-bit one up to rounding."""
     if offload_device(config, "optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -165,7 +165,7 @@ def _adamw_class(train: Train, config: dict[str, Any], device: torch.device) -> 
 def four_bits(train: Train, device: torch.device, stage: int) -> dict[str, Any] | None:
     """What ``from_pretrained`` needs to load a QLoRA base (Dettmers et al. 2023): NF4, double quantisation.
 
-    Under ZeRO-3 transformers refuses a device map, and takes this rank's device by itself.
+    Under ZeRO-3 transformers refuses a device map, and uses this rank's device by itself.
     """
     if train.mode != "qlora":
         return None
@@ -182,10 +182,10 @@ def four_bits(train: Train, device: torch.device, stage: int) -> dict[str, Any] 
 
 
 def _refuse_bad_targets(lm: Any, targets: str | list[str]) -> None:
-    """peft leaves out a name that matches nothing as long as another one does; and merges what is tied wrongly."""
+    """Check the names: peft ignores a name without a match if another one matches, and merges tied modules wrongly."""
     if isinstance(targets, str):
         if targets == "all-linear" or re.search(r"[.*+?|()\[\]\\]", targets):
-            return  # a regular expression: peft says where it matches nothing
+            return  # a regular expression: peft raises an error if it matches nothing
         targets = [targets]
     modules = [name for name, _ in lm.named_modules()]
     ends = sorted({name.rpartition(".")[2] for name in modules} - {""})
@@ -194,12 +194,12 @@ def _refuse_bad_targets(lm: Any, targets: str | list[str]) -> None:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not found:
             close = difflib.get_close_matches(target, ends, n=3, cutoff=0.4)
-            hint = f"; close to it: {', '.join(close)}" if close else ""
+            hint = f"; similar: {', '.join(close)}" if close else ""
             raise InputError(f"train.lora_target_modules: the model has no module {target!r}{hint}")
         if any(lm.get_submodule(name) is module for name in found for module in tied):
             raise InputError(
-                f"train.lora_target_modules: {target}: head and embedding are one in this model, and an adapter "
-                "on it is merged into both; leave it out, or take train.mode: full"
+                f"train.lora_target_modules: {target}: head and embedding are tied in this model, so an adapter would "
+                "be merged into both; leave it out, or use train.mode: full"
             )
 
 
@@ -207,7 +207,8 @@ def add_lora(lm: Any, train: Train, revision: str | None) -> Any:
     """The model with adapters on it.
 
     Raises:
-        InputError: a name of ``train.lora_target_modules`` is no module of the model, or a tied head or embedding.
+        InputError: a name in ``train.lora_target_modules`` is not a module of the model, or is a tied head or
+            embedding.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 

@@ -1,4 +1,4 @@
-"""What there is to train: one job for each arm, one for each fold of the reference."""
+"""The training jobs: one for each arm, one for each fold of the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atlantis_ds.weights.arms import arm_weights
 from atlantis_ds.weights.formulas import effective_sample_size
 
 VERSION = 2
-"""Goes up where the same job trains to other weights than before."""
+"""Must be raised if the same job gives different model weights than before."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Part:
 
     split: Literal["train", "dev"]
     column: Literal["target", "gold"]
-    """What is trained on."""
+    """The target: the given or the gold one."""
     rows: np.ndarray
-    """int64 [n], of the split."""
+    """int64 [n], rows of the split."""
 
     def of(self, examples: Examples) -> Split:
         """Its split."""
@@ -54,24 +54,24 @@ class Job:
     """Arm of the recipe; None for a reference."""
     model: Model
     parts: tuple[Part, ...]
-    """What is trained on: n examples, one part after another."""
+    """The training data: n examples, one part after another."""
     weights: np.ndarray
     """float64 [n], one for each example."""
     settings: Train
     seed: int
     one_by_one: bool = False
-    """Whether training on the next part begins when that on the one before has ended; else they are mixed."""
+    """Whether training on a part begins after the previous part has ended; else the parts are mixed."""
 
     def __len__(self) -> int:
         return sum(len(part.rows) for part in self.parts)
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """Numbers of examples that are trained on together, one phase after another."""
+        """Numbers of examples that are trained together, one phase after another."""
         return tuple(len(part.rows) for part in self.parts) if self.one_by_one else (len(self),)
 
     def find(self, place: int) -> tuple[int, int]:
-        """One of the n examples: the number of its part, and its row of the split."""
+        """One of the n examples: the number of its part, and its row in the split."""
         for number, part in enumerate(self.parts):
             if place < len(part.rows):
                 return number, int(part.rows[place])
@@ -84,12 +84,14 @@ class Job:
         return [self.parts[part].of(examples).ids[row].as_py() for part, row in found]
 
     def fingerprint(self, run: Run, examples: Examples) -> str:
-        """Of all that decides the trained weights; how often to log or save, micro-batch and kernels do not."""
+        """Of everything that determines the model weights; not how often to log or save, nor micro-batch or kernels."""
         free = {"logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "profile_steps"}
         free |= {"per_device_train_batch_size", "attn_implementation", "torch_compile"}
-        if self.settings.early_stopping_patience is None:  # else evaluations decide where a training ends
+        if self.settings.early_stopping_patience is None:  # otherwise evaluations decide when training ends
             free |= {"early_stopping_patience", "eval_steps"}
-        if self.settings.metric_for_best_model == "loss":  # trainings of before there was another keep theirs
+        if (
+            self.settings.metric_for_best_model == "loss"
+        ):  # keeps the fingerprints of trainings from before there were other metrics
             free |= {"metric_for_best_model"}
         return fingerprint(
             [
@@ -107,10 +109,10 @@ class Job:
 
 
 def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | None = None) -> Job:
-    """The training job of one arm: the large model on all training examples; what is left out has weight 0.
+    """The training job of one arm: the large model on all training examples; examples left out have weight 0.
 
     Args:
-        seed: of the training, for one of several runs of the arm; without it the recipe's.
+        seed: the seed of the training, for one of several runs of the arm; default: the recipe's.
 
     Raises:
         InputError: there is no such arm, its weights, gold labels or ids to leave out are missing, or the effective
@@ -125,14 +127,14 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
     if not (share >= ESS_REFUSE or force):
         raise InputError(
             f"arm {arm}: the effective sample size of its weights is {share:.1%} of the examples, below "
-            f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train all the same with --force"
+            f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train anyway with --force"
         )
     if options.gold:
         _refuse_unknown_gold(examples.train)
     parts = [Part("train", "gold" if options.gold else "target", np.arange(len(weights)))]
     if options.dev:
         parts.append(_gold_dev(examples, f"arms.{arm}.dev"))
-        # Where examples are left out the others weigh more: a gold label counts as one that is kept.
+        # If examples are left out, the others get more weight: a gold label counts like one that is kept.
         weights = np.append(weights, np.full(len(parts[1].rows), weights[weights > 0].mean()))
     if options.dev == "alone":
         parts, weights = parts[1:], weights[len(parts[0].rows) :]
@@ -158,11 +160,11 @@ def _refuse_unknown_gold(train: Split) -> None:
 
 
 def reference_jobs(run: Run, examples: Examples) -> list[Job]:
-    """The training jobs of a fine-tuned reference, one for each fold; none where the reference is a checkpoint.
+    """The training jobs of a fine-tuned reference, one for each fold; none if the reference is a checkpoint.
 
     The job of a fold trains on the other folds, so that no example is scored by a model that has seen it; after the
-    first round on the weights of the round before. No weight depends on its own label's training; those of the other
-    folds come from models that have seen this one, so that its labels are felt in them, and nowhere else.
+    first round, with the weights of the previous round. No weight depends on training with its own label. The weights
+    of the other folds come from models that have seen this fold, and its labels affect only those weights.
     """
     recipe, folder = run.recipe, run.folder
     reference = recipe.models.reference
@@ -177,14 +179,14 @@ def reference_jobs(run: Run, examples: Examples) -> list[Job]:
     train = examples.train
     before = round_before(recipe, folder)
     if before and not before.weights.exists():
-        raise InputError(f"{before.weights}: not there; run `train --arm reference --round {before.round}` first")
+        raise InputError(f"{before.weights}: missing; run `train --arm reference --round {before.round}` first")
     weight = read_table(before.weights, ["weight"])[0]["weight"].to_numpy() if before else np.ones(len(train))
     folds = np.full(len(train), -1) if reference.folds == 1 else example_folds(reference, train)
     jobs = []
     for fold in range(reference.folds):
         rows = np.flatnonzero(folds != fold)
         if reference.folds > 1 and len(rows) in (0, len(train)):
-            raise InputError(f"models.reference.folds: {reference.folds} folds leave one empty; take fewer")
+            raise InputError(f"models.reference.folds: {reference.folds} folds would leave one empty; use fewer")
         weights = weight[rows] / weight[rows].mean()
         weights = np.append(weights, [1.0] * sum(len(part.rows) for part in gold))
         jobs.append(_reference_job(run, fold, [Part("train", "target", rows), *gold], weights, changes))
@@ -199,20 +201,20 @@ def _reference_job(run: Run, fold: int, parts: Sequence[Part], weights: np.ndarr
         model_source(recipe, run.folder, "reference"),
         tuple(parts),
         weights,
-        # A reference is to tell right labels from wrong ones by their likelihood: no other loss will do.
+        # A reference must separate right from wrong labels by their likelihood, so it needs the cross-entropy.
         recipe.train.model_copy(update={**changes, "loss": "cross_entropy"}),
         recipe.seed,
     )
 
 
 def _gold_dev(examples: Examples, key: str) -> Part:
-    """The dev split to train on: its gold labels where they are known, else what a file of its own says.
+    """The dev split to train on: its gold labels if known, else the labels in its own file.
 
     Args:
-        key: of the recipe, that asks for it.
+        key: the key of the recipe that requires it.
 
     Raises:
-        InputError: there are no dev examples, or some whose gold label is not known.
+        InputError: there are no dev examples, or the gold label of some is unknown.
     """
     dev = examples.dev
     if not len(dev):
@@ -226,12 +228,13 @@ def _gold_dev(examples: Examples, key: str) -> Part:
         )
     if unknown and examples.info.get("dev_from_train"):
         raise InputError(
-            f"{key}: data.dev_size cuts dev from train, where no gold label is known; name gold examples: data.dev"
+            f"{key}: data.dev_size takes dev from train, where no gold label is known; set data.dev to a file with "
+            "gold labels"
         )
     return Part("dev", "target" if unknown else "gold", np.arange(len(dev)))
 
 
 def training_summary(folder: RunFolder, name: str) -> dict[str, Any]:
-    """What ``train`` wrote when the job was finished: ``model/NAME/training.json``."""
+    """The summary that ``train`` wrote when the job was finished: ``model/NAME/training.json``."""
     summary: dict[str, Any] = read_json(folder.model(name) / "training.json")
     return summary

@@ -1,4 +1,4 @@
-"""Where the time of a few optimizer steps goes: torch's profiler, for ``train.profile_steps``."""
+"""Profiles a few optimizer steps with torch's profiler, for ``train.profile_steps``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ ROWS = 40
 
 @contextmanager
 def profiled(steps: int | None, folder: Path, ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """Profile so many steps on every rank; yields what is to be called after each.
+    """Profile this many steps on every rank; yields a function to call after each step.
 
-    Writes ``rank-N.json``, a trace for Perfetto or chrome://tracing, and ``rank-N.txt``, operators by their own time.
+    Writes ``rank-N.json``, a trace for Perfetto or chrome://tracing, and ``rank-N.txt``, operators sorted by their own
+    time.
     """
     if steps is None:
         yield lambda: None

@@ -1,9 +1,9 @@
-"""One weighted optimizer step, and which examples it sees.
+"""One weighted optimizer step, and the examples in it.
 
 The loss of a step is L = (1/D) Σ_i W_i ℓ_i over its global batch, with ℓ_i = -log p(y_i|x_i) (ATLANTIS, Algorithm 1)
-or a loss that bears wrong labels better, and D the number of examples, or of label tokens, of that batch. D is known
-before the first backward and divides once, so that the gradient is, but for rounding, the same for every micro-batch
-size, accumulation and world size.
+or a loss that is more robust against wrong labels, and D the number of examples, or of label tokens, in that batch. D
+is known before the first backward pass and divides once, so that, up to rounding, the gradient is the same for every
+micro-batch size, accumulation and world size.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class StepResult:
     loss: float
     """The step's loss over all ranks."""
     grad_norm: float
-    """L2 norm of the gradient over all ranks, before clipping; not finite when the step was skipped for it."""
+    """L2 norm of the gradient over all ranks, before clipping; not finite if the step was skipped for this reason."""
     skipped: bool
-    """Whether the update was left out because loss or gradient is not finite; the same on all ranks."""
+    """Whether the update was skipped because loss or gradient is not finite; the same on all ranks."""
     stop: bool
     """Whether any rank was asked to stop; the same on all ranks."""
 
@@ -39,7 +39,7 @@ class StepResult:
 def weighted_loss(
     model: Any, batch: Batch, denominator: float, loss: Loss = "cross_entropy", q: float = 0.7
 ) -> torch.Tensor:
-    """(1/D) Σ_i W_i ℓ_i over one micro-batch, end-of-sequence token included.
+    """(1/D) Σ_i W_i ℓ_i over one micro-batch, including the end-of-sequence token.
 
     With p the probability of a whole label and p_t that of its token t, ℓ is
 
@@ -67,7 +67,7 @@ def weighted_loss(
 def loss_of_step(settings: Train, step: int, total: int) -> Loss:
     """The loss of optimizer step ``step`` (from 0): cross-entropy during the warm-up, then ``train.loss``.
 
-    Where the probability of a label is still near 0, so is its gradient under ``gce`` and ``dft``, and it stays there.
+    While the probability of a label is near 0, so is its gradient with ``gce`` and ``dft``, and it would stay there.
     """
     return "cross_entropy" if step < settings.loss_warmup_ratio * total else settings.loss
 
@@ -87,7 +87,7 @@ def optimizer_step(
 
     Args:
         denominator, loss, q: as in ``weighted_loss``.
-        stop: whether this rank was asked to stop; it travels with the loss.
+        stop: whether this rank was asked to stop; it is exchanged together with the loss.
     """
     local = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(micro_batches, start=1):
@@ -96,13 +96,13 @@ def optimizer_step(
         micro_loss = weighted_loss(engine, batch.to(ranks.device), denominator, loss, q)
         local += micro_loss.detach()
         if last:
-            # DeepSpeed skips the update on all ranks where the gradient of one is not finite.
+            # DeepSpeed skips the update on all ranks if the gradient on one is not finite.
             micro_loss = micro_loss * torch.where(local.isfinite(), 1.0, math.nan)
         # DeepSpeed averages gradients over the ranks, and D already counts them all.
         engine.backward(micro_loss * ranks.world_size, scale_wrt_gas=False)
         if not last:
             engine.step()
-    # After the last backward pass: where a stage reduces gradients once a step, no rank waits for another before.
+    # After the last backward pass: if a stage reduces gradients once per step, no rank has to wait before that.
     total, stops = ranks.sum(local.item(), float(stop))
     return _update(engine, total, stops > 0)
 
@@ -127,10 +127,10 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which examples each optimizer step of a job trains on."""
+    """The examples of each optimizer step of a job."""
 
     phases: tuple[int, ...]
-    """Numbers of examples: all epochs on the first so many, then all epochs on the next ones."""
+    """Numbers of examples: all epochs on the first ones, then all epochs on the next ones."""
     epochs: float
     batch_size: int
     seed: int
@@ -150,7 +150,7 @@ class Schedule:
         return first + step_rows(examples, self.batch_size, self.seed, step)
 
     def examples_seen(self, steps: int) -> int:
-        """Examples of the first so many steps."""
+        """Number of examples in the first steps."""
         seen = 0
         for examples, of_phase in zip(self.phases, self.steps, strict=True):
             epochs, rest = divmod(min(steps, of_phase), steps_per_epoch(examples, self.batch_size))
@@ -161,7 +161,7 @@ class Schedule:
 def step_rows(examples: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """The rows of the global batch of optimizer step ``step`` (from 0): int64, the last batch of an epoch may be short.
 
-    Depends on its arguments alone, not on ranks or on what ran before: a resumed run sees the same rows.
+    Depends only on its arguments, not on ranks or on what ran before: a resumed run sees the same rows.
     """
     epoch, position = divmod(step, steps_per_epoch(examples, batch_size))
     return _order(examples, seed, epoch)[position * batch_size : (position + 1) * batch_size]
@@ -177,10 +177,10 @@ def micro_batch_rows(
 ) -> list[list[tuple[int, bool]]]:
     """This rank's micro-batches of one global batch, as (row, counts) pairs.
 
-    Rows are cut by length, so that the micro-batches that run at the same time on all ranks cost the same, and dealt
-    there and back, so that all ranks read about as many tokens in the whole step, too. Every rank gets the same number
-    of equal micro-batches, as ZeRO-3 needs: free places are filled with the shortest row, which does not count
-    (weight 0).
+    Rows are grouped by length, so that the micro-batches that run at the same time on all ranks cost the same. They are
+    assigned to ranks in alternating order, so that all ranks also read about the same number of tokens in the whole
+    step. Every rank gets the same number of micro-batches of equal size, as ZeRO-3 requires: free places are filled
+    with the shortest row, which does not count (weight 0).
     """
     accumulation = accumulation_steps(batch_size, micro_batch_size, ranks.world_size)
     by_length = sorted(rows.tolist(), key=lambda row: (-int(lengths[row]), row))

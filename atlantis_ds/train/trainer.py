@@ -1,4 +1,4 @@
-"""Train one job from its first optimizer step, or from its last checkpoint, to its model."""
+"""Trains one job, from its first optimizer step or its last checkpoint, to the final model."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from atlantis_ds.train.step import (
 
 
 def fit(run: Run, examples: Examples, job: Job) -> None:
-    """Train ``job`` into ``model/NAME/{last,best}``; resume where a checkpoint is, skip what is finished.
+    """Train ``job`` into ``model/NAME/{last,best}``; resume from a checkpoint, skip what is finished.
 
     Raises:
-        InputError: the run folder holds a model or checkpoint of this name made with other data or settings.
-        RunError: too many steps in a row without a finite loss or gradient; the last good checkpoint stays.
-        Preempted: the job was asked to stop; a checkpoint of the last step is there.
+        InputError: the run folder has a model or checkpoint of this name, made with other data or settings.
+        RunError: too many steps in a row without a finite loss or gradient; the last good checkpoint is kept.
+        Preempted: the job was asked to stop; there is a checkpoint of the last step.
     """
     done = run.folder.model(job.name) / "training.json"
     mark = _fingerprint(run, examples, job, import_ahead=not done.exists())
@@ -68,9 +68,9 @@ def fit(run: Run, examples: Examples, job: Job) -> None:
 
 
 def _fingerprint(run: Run, examples: Examples, job: Job, import_ahead: bool) -> str:
-    """The job's fingerprint, from rank 0; the files are read while the libraries are imported."""
+    """The job's fingerprint, from rank 0; files are read while the libraries are imported."""
     with ThreadPoolExecutor(1) as thread:
-        if run.ranks.is_main:  # the fingerprint finds the hashes there
+        if run.ranks.is_main:  # the fingerprint reuses these hashes
             thread.submit(hash_files, job.model)
         if import_ahead:
             import deepspeed  # noqa: F401
@@ -83,7 +83,7 @@ def _fingerprint(run: Run, examples: Examples, job: Job, import_ahead: bool) -> 
 
 @dataclass
 class State:
-    """Where a training is; every checkpoint holds it."""
+    """The state of a training; every checkpoint contains it."""
 
     fingerprint: str
     step: int = 0
@@ -91,7 +91,7 @@ class State:
     best_loss: float | None = None
     """Dev loss of the best model so far."""
     best_score: float | None = None
-    """Its dev score, where ``train.metric_for_best_model`` is one."""
+    """Its dev score, if ``train.metric_for_best_model`` is a score."""
     best_step: int | None = None
     dev_loss: float | None = None
     evaluations_since_best: int = 0
@@ -102,16 +102,17 @@ class State:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one optimizer step."""
+    """Figures of one optimizer step."""
 
     tokens_per_s: float
     """Prompt and label tokens of all ranks, without padding."""
     tflops: float
-    """Useful TFLOP/s of a rank: of weights and tokens alone; attention scores, padding and recomputing do not count."""
+    """Useful TFLOP/s of a rank, from weights and tokens only; attention scores, padding and recomputing do not
+    count."""
     flops_share: float | None
-    """Their share of what the GPU can do in bf16; None where that is not known."""
+    """Their share of the GPU's bf16 peak; None if that is unknown."""
     peak_gib: float
-    """The most memory this rank has taken: of the GPU, or of the process on CPUs."""
+    """Peak memory of this rank: of the GPU, or of the process on CPUs."""
 
     def __str__(self) -> str:
         share = f" ({self.flops_share:.0%})" if self.flops_share else ""
@@ -119,7 +120,7 @@ class Speed:
 
 
 class Trainer:
-    """One training job on all ranks: engine, tokens and state; see ``train`` for the way of a step."""
+    """One training job on all ranks: engine, tokens and state; see ``train`` for the course of a step."""
 
     def __init__(self, run: Run, examples: Examples, job: Job, mark: str) -> None:
         self.began = time.monotonic()
@@ -128,12 +129,12 @@ class Trainer:
         self.lengths = np.concatenate([tokens.lengths[part.rows] for tokens, part in zip(self.tokens, job.parts)])
         self.targets = np.concatenate([tokens.targets[part.rows] for tokens, part in zip(self.tokens, job.parts)])
         self.dev = encode_split(run, examples, "dev", job.model)
-        # A loss on the very rows trained on would say nothing, and choose the last model as the best.
+        # A loss on the training rows themselves would say nothing, and would choose the last model as the best.
         self.dev_loss_asked = bool(len(self.dev)) and all(part.split != "dev" for part in job.parts)
         self.tokenizer = load_tokenizer(job.model)
         settings = job.settings
         self.label_ids: list[list[int]] = []
-        """Of the label set, where dev examples are ranked."""
+        """Token ids of the label set, if dev examples are ranked."""
         if settings.metric_for_best_model != "loss":
             encoder = Encoder(self.tokenizer, load_config(job.model), examples.labels, examples.chat)
             self.label_ids = encoder.label_set or []
@@ -151,7 +152,7 @@ class Trainer:
         self.coming = ahead(self._global_batch, range(self.state.step, self.total))
 
     def train(self) -> None:
-        """All steps that are left: step → log → dev loss → checkpoint."""
+        """All remaining steps: step → log → dev loss → checkpoint."""
         self._say_where_it_begins()
         settings, state = self.settings, self.state
         an_epoch = steps_per_epoch(self.job.phases[0], settings.train_batch_size)
@@ -178,11 +179,13 @@ class Trainer:
         settings, state, job, ranks = self.settings, self.state, self.job, self.run.ranks
         places, batches = next(self.coming)
         denominator = len(places) if settings.reduction == "example" else int(self.targets[places].sum())
-        # Dropout depends on seed, step and rank alone, so that a resumed run repeats it.
+        # Dropout depends only on seed, step and rank, so that a resumed run repeats it.
         torch.manual_seed(hash((job.seed, state.step, ranks.rank)) & 0x7FFFFFFF)
         rate = self.engine.get_lr()[0]
         first = self.schedule.steps[0]
-        loss = loss_of_step(settings, state.step, first) if state.step < first else "cross_entropy"  # gold labels, then
+        loss = (
+            loss_of_step(settings, state.step, first) if state.step < first else "cross_entropy"
+        )  # after that come gold labels
         stop = stop_asked(self.run.folder, ranks.is_main)
         result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
         seconds = time.monotonic() - start
@@ -207,7 +210,7 @@ class Trainer:
         return result
 
     def evaluate(self) -> None:
-        """The dev loss, and the dev score where the recipe asks for one; the best model so far is saved as ``best``."""
+        """The dev loss, and the dev score if the recipe needs it; the best model so far is saved as ``best``."""
         state, name, metric = self.state, self.job.name, self.settings.metric_for_best_model
         budget = self.run.recipe.score.tokens_per_batch
         loss = mean_loss(self.engine, self.dev, self.tokenizer.eos_token_id, budget, self.ways, self.run.ranks)
@@ -231,11 +234,11 @@ class Trainer:
     def dev_score(self, metric: str, tokens_per_batch: int) -> float:
         """Accuracy or macro-F1 on the dev split, of the labels with the greatest log-likelihood; ranks share the rows.
 
-        The labels to be right about are those whose dev loss is measured.
+        It uses the same labels as the dev loss.
         """
         ranks, dev, labels = self.run.ranks, self.examples.dev, self.examples.labels
         assert labels is not None
-        mine = range(ranks.rank, len(dev), ranks.world_size) or range(1)  # no rank may miss a forward under ZeRO-3
+        mine = range(ranks.rank, len(dev), ranks.world_size) or range(1)  # no rank may skip a forward pass under ZeRO-3
         self.engine.eval()
         sums = score_choices(
             self.engine,
@@ -255,12 +258,12 @@ class Trainer:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether there has been no better model for as long as the recipe waits."""
+        """Whether there has been no better model for as long as the recipe allows."""
         patience = self.settings.early_stopping_patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def save(self, stop: bool) -> None:
-        """A checkpoint of this step.
+        """Write a checkpoint of this step.
 
         Raises:
             Preempted: the job was asked to ``stop``.
@@ -271,11 +274,11 @@ class Trainer:
         if stop:
             raise Preempted(
                 f"train {self.job.name}: stopped after step {self.state.step} of {self.total}, checkpoint written; "
-                "the same command goes on from here"
+                "the same command resumes from here"
             )
 
     def finish(self) -> None:
-        """Save the model and what is known of its training, ``training.json`` last; remove the checkpoints."""
+        """Save the model and the facts about its training, ``training.json`` last; remove the checkpoints."""
         run, job, state = self.run, self.job, self.state
         if self.stopped_early:
             run.say(
@@ -296,12 +299,13 @@ class Trainer:
             }
             write_cards(run.folder.model(job.name), summary)
             write_json(run.folder.model(job.name) / "training.json", summary)
-            # The model is there; optimizer states several times its size are of no more use.
+            # The model is saved; optimizer states, several times its size, are no longer needed.
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         run.ranks.barrier()
 
     def _global_batch(self, step: int) -> tuple[np.ndarray, list[Batch]]:
-        """The examples of an optimizer step, as numbers of the job's, and this rank's micro-batches of them."""
+        """The examples of an optimizer step, as indices into the job's examples, and this rank's micro-batches of
+        them."""
         job, settings = self.job, self.settings
         micro_batch_size = settings.per_device_train_batch_size
         places = self.schedule.rows(step)
@@ -337,7 +341,7 @@ class Trainer:
         return self.tokens[part][row]
 
     def _find_ways(self) -> Ways:
-        """Which fast ways this model takes; found out on a few of the job's own examples."""
+        """The fast ways that are correct for this model, checked on a few of the job's own examples."""
         self.engine.eval()
         samples = [self.pair(int(at)) for at in sample_rows(self.lengths)]
         ways = check_packed(self.engine, samples, self.tokenizer.eos_token_id)
@@ -362,7 +366,7 @@ class Trainer:
     def _say_where_it_begins(self) -> None:
         name, step = self.job.name, self.state.step
         if step:
-            self.run.say(f"train {name}: going on from step {step}")
+            self.run.say(f"train {name}: resuming from step {step}")
         waited = time.monotonic() - self.began
         self.run.say(f"train {name}: first batch {waited:.1f} s after its model began to load")
         if self.run.ranks.is_main:
@@ -370,7 +374,7 @@ class Trainer:
             self.run.log(event="start", arm=name, step=step, steps=self.total, since_process_start=since)
 
     def _note_skipped(self, places: np.ndarray) -> None:
-        """Log a skipped step with the examples of its batch; raise RunError when it is one too many in a row."""
+        """Log a skipped step with the examples of its batch; raise RunError if there are too many in a row."""
         name, state = self.job.name, self.state
         ids = self.job.ids(self.examples, places)
         if self.run.ranks.is_main:
@@ -379,15 +383,15 @@ class Trainer:
             saved = complete_checkpoints(self.checkpoints)
             raise RunError(
                 f"train {name}: {state.skipped_in_a_row} steps in a row had no finite loss or gradient; step "
-                f"{state.step} held the examples {', '.join(ids)}; "
+                f"{state.step} contained the examples {', '.join(ids)}; "
                 f"last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
 
 
 def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: int, ways: Ways, ranks: Ranks) -> float:
-    """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forwards."""
+    """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forward passes."""
     batches = token_budget_batches(pairs.lengths.tolist(), tokens_per_batch)
-    mine = range(ranks.rank, ranks.rank + len(batches), ranks.world_size)  # behind the last one, a stand-in
+    mine = range(ranks.rank, ranks.rank + len(batches), ranks.world_size)  # dummy batches after the last one
 
     def make(number: int) -> Batch:
         rows = batches[min(number, len(batches) - 1)]
