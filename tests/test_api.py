@@ -253,7 +253,7 @@ def test_predictions_that_do_not_belong_together_are_refused(place: Path, tmp_pa
     cases = {
         "short.jsonl": (lines[1:], "other test examples"),
         "gold.jsonl": ([json.dumps(first | {"gold": "another"}), *lines[1:]], "another gold answer"),
-        "twice.jsonl": ([*lines, lines[0]], "comes more than once"),
+        "twice.jsonl": ([*lines, lines[0]], "is a duplicate"),
         "empty.jsonl": ([json.dumps(first | {"gold": None}), *lines[1:]], "has no gold answer"),
         "column.jsonl": ([json.dumps({"id": 1, "gold": "a"})], "no column 'predicted'"),
     }
@@ -307,7 +307,7 @@ def test_label_log_likelihoods_are_those_of_plain_forwards(place: Path, family: 
     if family == "qwen2":
         loaded = ds.label_log_likelihoods("runs/demo/base/small", None, prompts, labels, eos=True, dtype="float32")
         np.testing.assert_array_equal(loaded, ds.label_log_likelihoods(lm, tokenizer, prompts, labels, eos=True))
-        for bad, words in (([""], "no tokens"), ([], "at least"), (["a", "a"], "'a' comes twice")):
+        for bad, words in (([""], "no tokens"), ([], "at least"), (["a", "a"], "'a' is a duplicate")):
             with pytest.raises(InputError, match=words):
                 ds.label_log_likelihoods(lm, tokenizer, prompts, bad)
 
@@ -343,7 +343,7 @@ def test_weights_are_joined_by_id(place: Path) -> None:
     bad: list[tuple[Dataset, str]] = [
         (own.select(range(COUNT - 1)), r"is missing \(1 are missing\)"),
         (own.map(lambda row: {"id": "x" if row["mine"] == 3 else row["id"]}), "id x has no weight"),
-        (own.select([0, *range(COUNT)]), "comes more than once"),
+        (own.select([0, *range(COUNT)]), "occurs more than once"),
         (own.remove_columns("id"), "needs a column `id`"),
         (joined, "and no `weight`"),
     ]

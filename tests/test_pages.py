@@ -294,7 +294,9 @@ def test_the_result_in_words() -> None:
     assert result(same) == ["gce (+0.004 [-0.020, +0.030]) cannot be told from sft in macro-F1 over 5 seeds."]
     assert result(("a", -0.02, -0.03, -0.01, 3)) == ["a loses 0.020 [0.010, 0.030] macro-F1 against sft over 3 seeds."]
     one = result(("a", 0.02, 0.01, 0.03, 1))
-    assert one == ["a +0.020 [+0.010, +0.030] macro-F1 compared with sft, with one seed: this says nothing about other seeds."]
+    assert one == [
+        "a +0.020 [+0.010, +0.030] macro-F1 compared with sft, with one seed: this says nothing about other seeds."
+    ]
     both = result(("gold", 0.1, 0.08, 0.12, 2), gains, same, upper="gold")
     assert both[0].startswith(
         "posterior gains 0.047 [0.013, 0.086] and gold (trained on the gold labels) gains 0.100 ["

@@ -136,7 +136,7 @@ def test_a_model_folder_that_is_not_whole_is_named(base_model: Path, tmp_path: P
     os.truncate(broken / "model.safetensors", 1000)
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-2-of-2.safetensors"}}')
     cut, missing = folder_files(broken).fails
-    assert str(broken / "model.safetensors") in cut and "cut off or broken" in cut
+    assert str(broken / "model.safetensors") in cut and "truncated or broken" in cut
     assert str(broken / "model-2-of-2.safetensors") in missing and "no such file" in missing
     assert "no such folder" in model_files("large", Model(model_name_or_path=str(tmp_path / "gone"))).fails[0]
 
@@ -166,7 +166,7 @@ def test_a_hub_id_is_in_the_cache_or_within_reach(
     assert model_files("large", other).fails[0].startswith("models.large: me/other: not in the cache, and the hub")
     server.shutdown()
     server.server_close()
-    assert "out of reach" in model_files("large", tiny).fails[0]
+    assert "cannot be reached" in model_files("large", tiny).fails[0]
     cached = tmp_path / "models--me--tiny"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0" * 40)
@@ -201,7 +201,7 @@ def test_healthy_ranks_pass(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     step = found["checks"]["train step"]["data"]
     assert step["micro_batch"] == 4 and step["seconds"] > 0 and step["plan_bytes"] > 0 and step["finite"]
     # Of the examples, not of the assumed length; `tiny_recipe` has short sentences.
-    assert "of the lengths of the longest in the run" in done.out and step["longest"] < 200
+    assert "with the lengths of the longest in the run" in done.out and step["longest"] < 200
     left = sorted(str(path) for path in tmp_path.rglob("*"))
     assert left == sorted([*before, str(tmp_path / "run" / "preflight.json")])
 
@@ -290,7 +290,7 @@ def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_pa
     assert "node2 is 60" in clock and "ahead" in clock
     (slow,) = found["matmul"]["warnings"]
     assert slow.startswith("rank 1 on node2 (local rank 1) makes ")
-    assert any(reason.startswith(f"node2: {weights}: cut off") for reason in found["models"]["fails"])
+    assert any(reason.startswith(f"node2: {weights}: truncated") for reason in found["models"]["fails"])
     assert any(reason.startswith(f"node2: {weights}: 1") and "bytes" in reason for reason in found["models"]["fails"])
     (full,) = found["room"]["fails"]
     assert full.startswith(f"node2: disk of $TMPDIR {small}: 1.0 MiB free, about 64.0 MiB needed")

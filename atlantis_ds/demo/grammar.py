@@ -1,6 +1,6 @@
-"""The embedded demo corpus: a relation corpus from a small grammar, so that a first run needs no files.
+"""The built-in demo corpus: a relation corpus from a small grammar, so that a first run needs no files.
 
-Nine relations with direction and Other, under the names of SemEval-2010 task 8. It is made to be learnable but not
+Nine directed relations and Other, with the names of SemEval-2010 task 8. It is designed to be learnable but not
 trivial: relations share templates and nouns, so some sentences fit several labels.
 """
 
@@ -24,7 +24,7 @@ from atlantis_ds.demo.grammar_words import (
 )
 
 GRAMMAR_VERSION = 1
-"""Raise it with any change to the words or to the sampling: it is part of the examples' fingerprint."""
+"""Raise this with any change to the words or the sampling: it is part of the examples' fingerprint."""
 
 TRAIN_SIZE, DEV_SIZE, TEST_SIZE = 2400, 200, 600
 
@@ -59,11 +59,22 @@ def unlabelled_text(sentences: int, seed: int) -> list[str]:
 
 
 def _sentences(seed: str) -> Iterator[tuple[str, tuple[int, int], tuple[int, int], str]]:
-    """Endless (sentence, e1, e2, label), no sentence twice (up to case and spacing)."""
+    """Endless stream of (sentence, e1, e2, label), without duplicate sentences (ignoring case and spacing)."""
     rng = random.Random(seed)
     seen: set[str] = set()
     relations = [*ROLES, "Other"]
-    shares = [1.0, 0.9, 0.8, 0.9, 0.9, 0.7, 0.8, 0.8, 1.0, 1.5]  # mildly uneven, Other the largest, as in SemEval
+    shares = [
+        1.0,
+        0.9,
+        0.8,
+        0.9,
+        0.9,
+        0.7,
+        0.8,
+        0.8,
+        1.0,
+        1.5,
+    ]  # slightly uneven, with Other the largest, as in SemEval
     while True:
         relation = rng.choices(relations, shares)[0]
         sentence, e1, e2, label = _sentence(relation, rng)

@@ -1,9 +1,9 @@
 """Words and templates of the demo grammar.
 
-For each relation the nouns of its two roles, in the order of its name (cause, effect; component, whole; ...), and its
-templates: ``A`` and ``B`` stand for noun phrases of the first and second role. Some templates belong to several
-relations on purpose, and nouns fill several roles, so that neither the words around the entities nor the entities
-alone give the label away. Past tense and singular nouns keep the sentences free of agreement.
+For each relation, the nouns of its two roles, in the order of its name (cause, effect; component, whole; ...), and its
+templates: ``A`` and ``B`` are noun phrases of the first and second role. Some templates belong to several relations on
+purpose, and some nouns fill several roles, so that neither the words around the entities nor the entities alone
+determine the label. Past tense and singular nouns avoid problems of agreement.
 """
 # ruff: noqa: SIM905 (a list literal of these words would take ten times the lines)
 
@@ -194,7 +194,7 @@ TEMPLATES: dict[str, list[str]] = {
         "B supplied A",
         "B worked on A",
     ],
-    # Any noun may stand on either side: half of these are templates that also belong to a relation.
+    # Any noun may be on either side: half of these are templates that also belong to a relation.
     "Other": [
         "A was near B",
         "A was larger than B",

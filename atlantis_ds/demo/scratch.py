@@ -21,16 +21,16 @@ from atlantis_ds.progress import Steps
 from atlantis_ds.run_folder import RunFolder
 
 SCRATCH_VERSION = 1
-"""Raise it with any change to the tokenizer, the architecture or the pretraining."""
+"""Raise this with any change to the tokenizer, the architecture or the pretraining."""
 
 SENTENCES = 6000
-BATCH_SIZE = 8  # many small steps: at one epoch, batches of 64 left the larger model at twice the loss
+BATCH_SIZE = 8  # many small steps: with one epoch and batches of 64, the larger model had twice the loss
 LEARNING_RATE = 1e-3
 END = "<|endoftext|>"
 
 
 def build_scratch_model(recipe: Recipe, folder: RunFolder, name: str, labels: list[str], show: bool) -> None:
-    """Build ``models.<name>.scratch`` in ``folder.base_model(name)``, unless it stands there already.
+    """Build ``models.<name>.scratch`` in ``folder.base_model(name)``, unless it exists already.
 
     A tokenizer and a Qwen2 model (float32), pretrained as a plain language model on sentences of the demo grammar,
     without labels and from another random stream than the examples. The same recipe gives the same bytes on the same
@@ -82,14 +82,14 @@ def build_scratch_model(recipe: Recipe, folder: RunFolder, name: str, labels: li
 
 
 def _prompt_words(recipe: Recipe, labels: list[str]) -> list[str]:
-    """Texts that make the labels and the fixed parts of the prompt short in tokens; no example is among them."""
+    """Texts that make the labels and the fixed parts of the prompt short in tokens; they contain no examples."""
     fixed = re.sub(r"\{\w*\}", " ", recipe.prompt.template or TEMPLATE)
-    # The counts lift their words above the rare nouns of the grammar.
+    # The counts make their words more frequent than the rare nouns of the grammar.
     return [*[f"{fixed} [E1] a [/E1] b [E2] c [/E2] .\nOptions:\n"] * 300, *labels * 100]
 
 
 def _train_tokenizer(vocab_size: int, texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer, with Qwen2's way of cutting text into words."""
+    """A byte-level BPE tokenizer that splits text into words like Qwen2."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -115,7 +115,7 @@ def _train_tokenizer(vocab_size: int, texts: list[str]) -> Any:
 def _pretrain(
     scratch: Scratch, tokenizer: Any, sequences: list[list[int]], seed: int, title: str, show: bool
 ) -> tuple[Any, float | None]:
-    """A new model, trained to predict the next token; and the mean loss of the last 20 steps (nats a token)."""
+    """A new model, trained to predict the next token; and the mean loss of the last 20 steps (nats per token)."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -162,7 +162,8 @@ def _pretrain(
 
 
 def _batches(sequences: list[list[int]], rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Shuffled batches of sequences of like length: input ids and next-token targets, int64 [B, T]; -100 is padding."""
+    """Shuffled batches of sequences of similar length: input ids and next-token targets, int64 [B, T]; -100 is
+    padding."""
     order = list(range(len(sequences)))
     rng.shuffle(order)
     batches = []

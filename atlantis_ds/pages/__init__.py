@@ -1,1 +1,1 @@
-"""Pages for people: one HTML file each, with all in it."""
+"""Pages for people: self-contained HTML files."""

@@ -1,4 +1,4 @@
-"""HTML from the templates beside this file, and figures as SVG that goes into it."""
+"""HTML from the templates in this folder, and figures as SVG for the pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLES = {
     WEIGHT_COLOUR: "--weight",
     WRONG_COLOUR: "--wrong",
 }
-"""Colours of figures that a page replaces by its own, which differ in light and dark; see ``base.html``."""
+"""Colours in figures that a page replaces by its own, which differ in light and dark mode; see ``base.html``."""
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
@@ -31,12 +31,12 @@ XLINK = "http://www.w3.org/1999/xlink"
 def page(template: str, **values: Any) -> str:
     """Fill in a template of this folder.
 
-    The page loads nothing from outside, and its browser is told to refuse it: the content security policy permits the
-    page's own script and style alone. All values are escaped, but those of ``picture``.
+    The page loads nothing from outside: its content security policy allows only the page's own script and style. All
+    values are escaped, except those from ``picture``.
 
     Args:
         template: name of the file, e.g. ``comparison.html``.
-        values: what the template names.
+        values: the variables of the template.
     """
     import jinja2
 
@@ -54,12 +54,12 @@ def page(template: str, **values: Any) -> str:
 
 
 def picture(figure: Figure, name: str, says: str) -> str:
-    """A figure as an SVG element for a page: text stays text, and colours follow light and dark.
+    """A figure as an SVG element for a page: text stays text, and colours adapt to light and dark mode.
 
     Args:
-        figure: texts of the data must have been given with ``parse_math=False``.
-        name: different for each picture of a page: letters and ``-``.
-        says: what the picture shows, for those who do not see it.
+        figure: texts from the data must have been added with ``parse_math=False``.
+        name: unique for each picture on a page: letters and ``-``.
+        says: a description of the picture, for people who cannot see it.
 
     Returns:
         markup that Jinja2 does not escape; texts in it are escaped.
@@ -75,7 +75,7 @@ def picture(figure: Figure, name: str, says: str) -> str:
     root = ElementTree.fromstring(file.getvalue())
     for parent in root.iter():
         for child in parent.findall(f"{{{SVG}}}style") + parent.findall(f"{{{SVG}}}metadata"):
-            parent.remove(child)  # a style would hold for the whole page; style.css has what it says
+            parent.remove(child)  # a style would apply to the whole page; style.css contains these rules
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{SVG}}}")
         for key, value in list(element.attrib.items()):
@@ -88,7 +88,7 @@ def picture(figure: Figure, name: str, says: str) -> str:
 
 
 def _of_page(key: str, value: str, name: str) -> str:
-    """An attribute of a figure's SVG in a page: its ids are no other picture's, its colours are the page's."""
+    """An attribute of a figure's SVG on a page, with ids unique to the picture, and the page's colours."""
     if key == "id":
         return f"{name}-{value}"
     if key == f"{{{XLINK}}}href" and value.startswith("#"):

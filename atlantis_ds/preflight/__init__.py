@@ -1,1 +1,1 @@
-"""What would make a long job fail or crawl, found in two minutes on the nodes of the job."""
+"""Finds in two minutes, on the nodes of a job, what would make it fail or run slowly."""

@@ -1,4 +1,4 @@
-"""What the figures of all ranks mean: pure functions, each one check of the report."""
+"""Evaluates the figures of all ranks: pure functions, one for each check of the report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from atlantis_ds.cluster.watch import Seat
 SLOW = 0.8
 """A rank below this share of the median rate is slow: all others wait for it at every step."""
 CLOCKS_APART = 120.0
-"""Seconds. Slurm's munge refuses a node whose clock is minutes off, and files of the future are never made anew."""
+"""Seconds. Slurm's munge refuses a node whose clock is minutes off, and files from the future are never rebuilt."""
 LINK_SHARE = 0.5
-"""A network that gives less than this share of its link's speed is not used as it should be."""
+"""A network that reaches less than this share of its link's speed is not used properly."""
 GIB = 2**30
 
 
@@ -27,7 +27,7 @@ class Check:
     found: str
     """The figures, for people."""
     fails: Sequence[str] = ()
-    """Why the job would fail or crawl, each with the host."""
+    """Reasons why the job would fail, or run slowly, each with the host."""
     warns: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     """The figures, for programs."""
@@ -39,7 +39,7 @@ class Check:
 
 
 def judge_places(seats: Sequence[Seat]) -> Check:
-    """Which ranks have met, and where."""
+    """The ranks that have connected, and their hosts."""
     ranks = Counter(seat.host for seat in seats)
     devices = {seat.host: seat.device for seat in seats}
     told = [f"{host} {count} x {devices[host]}" for host, count in ranks.items()]
@@ -49,10 +49,10 @@ def judge_places(seats: Sequence[Seat]) -> Check:
 
 
 def judge_versions(versions: Sequence[Mapping[str, str]], seats: Sequence[Seat]) -> Check:
-    """Other versions than most ranks have; other GPUs are told, but may do.
+    """Versions that differ from those of most ranks; different GPUs are reported, but allowed.
 
     Args:
-        versions: of each rank, by package.
+        versions: the versions of each rank, by package.
     """
     common: dict[str, str] = {}
     fails = []
@@ -66,16 +66,16 @@ def judge_versions(versions: Sequence[Mapping[str, str]], seats: Sequence[Seat])
 
 
 def _odd(values: Sequence[str], seats: Sequence[Seat]) -> tuple[str, dict[str, str]]:
-    """The most common value, and the hosts that have another one."""
+    """The most common value, and the hosts with a different one."""
     common = Counter(values).most_common(1)[0][0]
     return common, {seat.host: value for seat, value in zip(seats, values, strict=True) if value != common}
 
 
 def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
-    """Hosts whose clock differs from that of the host in the middle.
+    """Hosts whose clock differs from the median clock.
 
     Args:
-        clocks: seconds, read by all ranks at about one time.
+        clocks: seconds, read by all ranks at about the same time.
     """
     middle = statistics.median_low(clocks)
     other = seats[list(clocks).index(middle)].host
@@ -83,7 +83,8 @@ def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
     for seat, clock in zip(seats, clocks, strict=True):
         off[seat.host] = max(off.get(seat.host, 0.0), clock - middle, key=abs)
     fails = [
-        f"the clock of {host} is {abs(by):.0f} s {'ahead of' if by > 0 else 'behind'} that of {other}; set it by NTP"
+        f"the clock of {host} is {abs(by):.0f} s {'ahead of' if by > 0 else 'behind'} that of {other}; synchronise it "
+        "with NTP"
         for host, by in off.items()
         if abs(by) > CLOCKS_APART
     ]
@@ -92,15 +93,15 @@ def judge_clocks(clocks: Sequence[float], seats: Sequence[Seat]) -> Check:
 
 
 def judge_rates(rates: Sequence[float], dtype: str, seats: Sequence[Seat], cpu: bool) -> Check:
-    """Ranks that multiply matrices slower than the others.
+    """Ranks whose matrix products are slower than those of the others.
 
     Args:
         rates: FLOP/s of each rank.
-        cpu: of CPUs, where other programs may slow a rank for a while: that is a warning. A GPU is the job's own.
+        cpu: whether ranks are on CPUs, where other programs may slow a rank for a while, so this is only a warning.
     """
     middle = statistics.median(rates)
     slow = [
-        f"{seat} makes {speed(rate)}, {rate / middle:.0%} of the median of {speed(middle)}"
+        f"{seat} reaches {speed(rate)}, {rate / middle:.0%} of the median of {speed(middle)}"
         for seat, rate in zip(seats, rates, strict=True)
         if is_slow(rate, rates)
     ]
@@ -124,16 +125,16 @@ def judge_bandwidth(bandwidth: Mapping[str, float], links: Mapping[str, float], 
 
     Args:
         bandwidth: GB/s of an all-reduce between ``all ranks``, ``inside HOST`` and ``between nodes``.
-        links: of each host, Gbit/s of its fastest link; 0 where it is not known.
-        size: bytes that were added up.
+        links: Gbit/s of the fastest link of each host; 0 if unknown.
+        size: bytes of the all-reduce.
     """
     warns = []
     slowest = min(links, key=lambda host: links[host])
     between, link = bandwidth.get("between nodes"), links[slowest]
     if between is not None and between < LINK_SHARE * link / 8:
         warns.append(
-            f"between nodes {between:.2f} GB/s, and {slowest} has a link of {link:g} Gbit/s ({link / 8:.1f} GB/s): see "
-            "with NCCL_DEBUG=INFO (or GLOO_SOCKET_IFNAME) which network is taken"
+            f"between nodes {between:.2f} GB/s, and {slowest} has a link of {link:g} Gbit/s ({link / 8:.1f} GB/s): "
+            "check which network is used, with NCCL_DEBUG=INFO (or GLOO_SOCKET_IFNAME)"
         )
     told = {key: value for key, value in bandwidth.items() if not key.startswith("inside ")}
     inside = {key: value for key, value in bandwidth.items() if key.startswith("inside ")}
@@ -147,10 +148,10 @@ def judge_bandwidth(bandwidth: Mapping[str, float], links: Mapping[str, float], 
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank has found free, in bytes."""
+    """Free resources of a rank, in bytes."""
 
     host: int
-    """Memory of its host, or of the job there."""
+    """Memory of its host, or of the job on the host."""
     device: int | None
     """Memory of its GPU."""
     run: int
@@ -158,13 +159,13 @@ class Room:
     temporary: int
     """Disk of $TMPDIR."""
     unreachable: str = ""
-    """Why nothing can be written there, or that the run folder is not the one that rank 0 sees."""
+    """Why it is not writable, or that the run folder is not the one that rank 0 sees."""
 
 
 def judge_room(
     rooms: Sequence[Room], needs: Mapping[str, float], tmpdir: str, run: str, seats: Sequence[Seat]
 ) -> Check:
-    """Memory and disks that the job does not fit into.
+    """Memory and disks that are too small for the job.
 
     Args:
         needs: bytes: ``host`` and ``device`` (of a rank), ``run`` and ``temporary`` (of a host).
@@ -221,7 +222,7 @@ def judge_files(found: Mapping[str, Files]) -> Check:
     paths = sorted({path for files in found.values() for path in files.sizes})
     for path in paths:
         folder = path.rpartition("/")[0]
-        # A host that has nothing of a model says so itself, or will download it.
+        # A host without any files of a model reports this itself, or will download it.
         having = [host for host, files in found.items() if any(p.rpartition("/")[0] == folder for p in files.sizes)]
         sizes = {host: found[host].sizes.get(path) for host in having}
         common = Counter(sizes.values()).most_common(1)[0][0]
@@ -235,7 +236,7 @@ def judge_files(found: Mapping[str, Files]) -> Check:
 
 
 def judge_step(trial: Mapping[str, Any]) -> Check:
-    """The steps that were tried: their speed, and memory beside the plan's."""
+    """The steps that were tried: their speed, and their memory compared with the plan."""
     warns = [] if trial["finite"] else ["the step's loss or gradient is not finite, on random tokens"]
     found = (
         f"{trial['micro_batches']} x {trial['micro_batch']} examples of up to {trial['longest']} tokens a rank: "

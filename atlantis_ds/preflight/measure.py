@@ -1,4 +1,4 @@
-"""What each rank measures and looks at on its own host."""
+"""What each rank measures and checks on its own host."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ from atlantis_ds.run_folder import RunFolder
 
 PACKAGES = ("torch", "transformers", "deepspeed")
 SECONDS = 2.0
-"""Of all matrix products that are timed."""
+"""Seconds for all timed matrix products."""
 TRIAL_SECONDS = {"cuda": 0.1, "cpu": 0.03}
-"""On a CPU short: others use it, too, and some trial is to find it free."""
+"""Short on a CPU: others use it, too, and at least one trial should find it idle."""
 REPEATS = 5
-"""All-reduces that are timed."""
+"""Number of timed all-reduces."""
 MARK_SECONDS = 10.0
-"""In which a file that rank 0 has made in the run folder must be seen."""
+"""Seconds within which a file created by rank 0 in the run folder must be visible."""
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that must agree, read without importing them."""
+    """Versions of Python and of the packages that must agree, read without importing them."""
     found = {"python": platform.python_version(), "atlantis_ds": __version__}
     return found | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when what the GPU was asked for is done."""
+    """Seconds, after the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def matmul_rate(device: torch.device, dtype: str) -> float:
-    """FLOP/s of square matrix products, at the size that goes best.
+    """FLOP/s of square matrix products, at the fastest size.
 
-    On CPUs the best of many short trials, since ranks and other programs share the cores; on GPUs the median, since a
-    card that throttles is fast at first.
+    On CPUs, the best of many short trials, since ranks and other programs share the cores; on GPUs, the median, since a
+    throttled GPU is fast at first.
     """
     sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
     best = 0.0
@@ -95,9 +95,9 @@ def all_reduce_size(device: torch.device) -> int:
 
 
 def all_reduce_bandwidth(ranks: Ranks, seats: Sequence[Seat]) -> dict[str, float]:
-    """Bus bandwidth in GB/s as nccl-tests define it, between all ranks, inside each host, and between the hosts.
+    """Bus bandwidth in GB/s as defined by nccl-tests, between all ranks, inside each host, and between the hosts.
 
-    Between hosts the first rank of each takes part. Every rank must call it; the same figures on all ranks.
+    Between hosts, the first rank of each takes part. Every rank must call it; all ranks get the same figures.
     """
     hosts = list(dict.fromkeys(seat.host for seat in seats))
     members = {"all ranks": [seat.rank for seat in seats]}
@@ -108,7 +108,7 @@ def all_reduce_bandwidth(ranks: Ranks, seats: Sequence[Seat]) -> dict[str, float
     members = {name: of for name, of in members.items() if len(of) > 1}
     seconds = {}
     for name, of in members.items():
-        group = dist.new_group(of)  # all ranks make all groups, in one order
+        group = dist.new_group(of)  # all ranks create all groups, in the same order
         if ranks.rank in of:
             seconds[name] = _all_reduce_seconds(ranks, group)
         ranks.barrier()
@@ -129,13 +129,13 @@ def _all_reduce_seconds(ranks: Ranks, group: Any) -> float:
 
 
 def link_speed(device: torch.device, sys: Path = Path("/sys/class")) -> float:
-    """Gbit/s of this host's fastest network link that is up; 0 where the kernel tells none.
+    """Gbit/s of this host's fastest active network link; 0 if the kernel reports none.
 
     Ranks on CPUs (Gloo) do not use InfiniBand itself.
     """
     speeds = [0.0]
     for card in sys.glob("net/*"):
-        with contextlib.suppress(OSError, ValueError):  # no figure for a card without a link, or a virtual one
+        with contextlib.suppress(OSError, ValueError):  # no figure for a card without a link, or for a virtual one
             if (card / "device").exists() and (card / "operstate").read_text().strip() == "up":
                 speeds.append(int((card / "speed").read_text()) / 1000)
     for port in sys.glob("infiniband/*/ports/*") if device.type == "cuda" else ():
@@ -150,10 +150,10 @@ def tmpdir() -> str:
 
 
 def room(ranks: Ranks, folder: RunFolder, mark: str) -> Room:
-    """What is free for this rank, and whether it can write into the run folder that rank 0 sees.
+    """Free resources of this rank, and whether it can write to the run folder that rank 0 sees.
 
     Args:
-        mark: a file there that rank 0 has made.
+        mark: a file in it, created by rank 0.
     """
     import psutil  # type: ignore[import-untyped]
 
@@ -182,7 +182,7 @@ def _free(path: Path) -> int:
 
 
 def model_files(name: str, model: Model) -> Files:
-    """What this host sees of a model: a folder, or what the cache or the hub has of an id."""
+    """A model as seen by this host: a folder, or the files of an id in the cache or on the hub."""
     path = Path(str(model.model_name_or_path)).expanduser()
     if path.is_dir():
         found = folder_files(path)
@@ -200,7 +200,7 @@ def model_files(name: str, model: Model) -> Files:
 
 
 def folder_files(folder: Path) -> Files:
-    """The files of a model folder; safetensors that are missing, cut off or broken are named."""
+    """The files of a model folder; missing, truncated or broken safetensors are named."""
 
     from safetensors import SafetensorError, safe_open
 
@@ -217,7 +217,7 @@ def folder_files(folder: Path) -> Files:
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            fails.append(f"{path}: cut off or broken ({str(error).splitlines()[0]}); copy it again")
+            fails.append(f"{path}: truncated or broken ({str(error).splitlines()[0]}); copy it again")
     for index in folder.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -239,18 +239,18 @@ def _hub_files(name: str, model: Model) -> Files:
     try:
         folder = cached(Repository(f"models.{name}", "model", repository, model.revision))
     except InputError as error:
-        return Files(fails=[f"models.{name}: {repository}: no such folder, and no Hugging Face id ({error})"])
+        return Files(fails=[f"models.{name}: {repository}: neither a folder nor a Hugging Face id ({error})"])
     if folder is not None:
         found = folder_files(folder)
         if not found.fails:
-            # Sizes alone by their names in the repository: each node may have a cache of its own.
+            # Only sizes, by name in the repository: each node may have its own cache.
             return Files({f"{repository}/{Path(path).name}": size for path, size in found.sizes.items()})
         missing = "; ".join(found.fails)
     else:
         missing = "not in the cache"
     try:
         HfApi().model_info(repository, revision=revision, timeout=10)
-    except Exception as error:  # what the hub's client and its HTTP library raise has no base of their own
+    except Exception as error:  # the errors of the hub's client and its HTTP library have no common base class
         said = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        return Files(fails=[f"models.{name}: {repository}: {missing}, and the hub is out of reach: {said}"])
+        return Files(fails=[f"models.{name}: {repository}: {missing}, and the hub cannot be reached: {said}"])
     return Files(warns=[f"models.{name}: {repository}: {missing}; every node will download it"])

@@ -1,4 +1,4 @@
-"""What the job will need, from the recipe and the configs of its models: bytes of memory and disk."""
+"""The memory and disk that the job will need, in bytes, from the recipe and the configs of its models."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from atlantis_ds.run import Run
 from atlantis_ds.train.deepspeed_config import accumulation_steps, deepspeed_config, offload_device
 
 ASSUMED_PROMPT, ASSUMED_LABEL = 504, 8
-"""Tokens of an example and its label, where `prepare` has not run."""
+"""Tokens of an example and its label, if `prepare` has not run."""
 TEMPORARY = 64 * 2**20
-"""Assumed: what libraries put into $TMPDIR, and small files of the run."""
+"""Assumed: files of libraries in $TMPDIR, and small files of the run."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of the training of the large model, in bytes."""
+    """Needs of the training of the large model, in bytes."""
 
     peak: float
-    """On the device of a rank: its GPU, or its host's memory where it has none."""
+    """On the device of a rank: its GPU, or its host's memory if it has none."""
     host: float
-    """Of a rank, on its host, beside the process that is there already."""
+    """Host memory of a rank, in addition to the running process."""
     run: float
     """Checkpoints and models that are still to be written."""
     temporary: float
@@ -44,7 +44,7 @@ class Needs:
 
 
 def longest_examples(run: Run, model: Model) -> tuple[str, list[tuple[int, int]]]:
-    """The longest examples of a micro-batch, as tokens of prompt and label (end token included); and where from."""
+    """The longest examples of a micro-batch, as tokens of prompt and label (with end token), and their source."""
     micro = run.recipe.train.per_device_train_batch_size
     tokens = None
     if run.folder.examples_info.exists():
@@ -52,23 +52,23 @@ def longest_examples(run: Run, model: Model) -> tuple[str, list[tuple[int, int]]
     if tokens is None or not len(tokens):
         most = getattr(load_config(model), "max_position_embeddings", None) or ASSUMED_PROMPT + ASSUMED_LABEL
         prompt = min(ASSUMED_PROMPT, most - ASSUMED_LABEL)
-        return "of an assumed length, since `prepare` has not run", [(prompt, ASSUMED_LABEL)] * micro
+        return "of an assumed length, because `prepare` has not run", [(prompt, ASSUMED_LABEL)] * micro
     rows = np.argsort(-tokens.lengths, kind="stable")[:micro].tolist()
     pairs = [tokens[row] for row in rows]
     found = [(len(pair.prompt), len(pair.label) + 1) for pair in pairs]
-    return "of the lengths of the longest in the run", found + found[:1] * (micro - len(found))
+    return "with the lengths of the longest in the run", found + found[:1] * (micro - len(found))
 
 
 def estimate(run: Run, model: Model, examples: Sequence[tuple[int, int]], free: float, ranks_a_host: int) -> Needs:
-    """What the plan expects of the training.
+    """What the plan expects for the training.
 
     Args:
-        examples: as ``longest_examples``.
-        free: bytes that are free for a rank on its device.
-        ranks_a_host: at most.
+        examples: from ``longest_examples``.
+        free: free bytes for a rank on its device.
+        ranks_a_host: largest number of ranks on a host.
 
     Raises:
-        InputError: the config of a model, or that of DeepSpeed, cannot be read.
+        InputError: the config of a model or of DeepSpeed cannot be read.
     """
     train, world, cpu = run.recipe.train, run.ranks.world_size, run.ranks.device.type == "cpu"
     config = read_config(model)
@@ -92,7 +92,7 @@ def estimate(run: Run, model: Model, examples: Sequence[tuple[int, int]], free: 
 
 
 def _disk_of_run(run: Run, shape: Shape) -> float:
-    """Checkpoints of one training (they go when it ends), and `last` and `best` of every model still to come."""
+    """Checkpoints of one training (removed when it ends), and `last` and `best` of every model still to be trained."""
     recipe, folder = run.recipe, run.folder
     train, width = recipe.train, 4 if recipe.train.dtype == "float32" else 2
     saved = width * _saved(train, shape)
@@ -104,18 +104,18 @@ def _disk_of_run(run: Run, shape: Shape) -> float:
         try:
             base = model_shape(build_model(read_config(model_source(recipe, folder, "reference")), _on_meta(train)))
         except InputError:
-            base = shape  # not at hand yet: no larger than the model that is trained
+            base = shape  # not available yet: no larger than the model that is trained
         models += max(0, reference.folds * reference.rounds - done) * width * _saved(train, base)
-    # A new checkpoint is written beside the old ones; nothing is written any more when all models are there.
+    # A new checkpoint is written before old ones are removed; if all models exist, nothing is written.
     return (train.save_total_limit + 1) * checkpoint + 2 * models if models else 0.0
 
 
 def _on_meta(train: Train) -> Train:
-    """The recipe's training, for a model on the meta device: 4-bit weights have the adapters of LoRA."""
+    """The recipe's training section for a model on the meta device: QLoRA has the same adapters as LoRA."""
     mode = "full" if train.mode == "full" else "lora"
     return train.model_copy(update={"mode": mode, "bnb_4bit_quant_storage": None})
 
 
 def _saved(train: Train, shape: Shape) -> int:
-    """Weights that a model's files hold."""
+    """Number of weights in a model's files."""
     return shape.parameters if train.mode == "full" else shape.trainable

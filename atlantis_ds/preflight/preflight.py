@@ -1,4 +1,4 @@
-"""``atlantis-ds preflight``: look, on the nodes of a job, for what would make it fail or crawl; and report it."""
+"""``atlantis-ds preflight``: tests the nodes of a job for what would make it fail or run slowly, and reports it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from atlantis_ds.progress import console
 from atlantis_ds.run import Run
 
 MEETING_MINUTES = 10.0
-"""The most that ranks wait for each other, at the start and in a collective."""
+"""Most minutes that ranks wait for each other, at the start and in a collective."""
 SECONDS = {"ranks": 60, "versions": 60, "clocks": 60, "matmul": 60, "all-reduce": 120, "models": 120, "room": 180}
 CPU_TRIES = 3
 STEP_SECONDS = 600
-"""Loading the model counts: from a cold file system it takes minutes."""
+"""Including loading the model, which takes minutes from a cold file system."""
 TOLD = 4
-"""Reasons in the last line; all of them are in the report."""
+"""Number of reasons in the last line; the report has all of them."""
 
 
 @dataclass
@@ -59,12 +59,12 @@ class Report:
         return self.run.folder.root / "preflight.json"
 
     def last_words(self, work: str, reason: str) -> None:
-        """End with a check that did not come to its end."""
+        """End with a check that did not finish."""
         self.checks.append(Check(work, "not done", [reason]))
         self.write()
 
     def write(self) -> None:
-        """The table, and ``preflight.json``. OSError where the disk is full."""
+        """Print the table and write ``preflight.json``. OSError if the disk is full."""
         _show(self.checks)
         rows = [
             {
@@ -85,12 +85,12 @@ class Report:
 
 
 def preflight(run: Run) -> None:
-    """Do all checks on all ranks; print the table, and write ``preflight.json`` into the run folder.
+    """Do all checks on all ranks; print the table, and write ``preflight.json`` to the run folder.
 
-    A rank that dies, hangs or runs out of memory on the way ends all of them, with exit code 1.
+    If a rank dies, hangs or runs out of memory, all ranks end with exit code 1.
 
     Raises:
-        RunError: the job would fail or crawl; the reasons name hosts and ranks.
+        RunError: the job would fail or run slowly; the reasons name hosts and ranks.
     """
     report = Report(run)
     try:
@@ -98,7 +98,7 @@ def preflight(run: Run) -> None:
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        raise RunError(f"preflight: another rank has gone at the start: {str(error).splitlines()[0]}") from None
+        raise RunError(f"preflight: another rank died at the start: {str(error).splitlines()[0]}") from None
     try:
         _check_all(run, watch, report)
     except RuntimeError as error:
@@ -120,7 +120,7 @@ def preflight(run: Run) -> None:
 
 
 def _check_all(run: Run, watch: Watch, report: Report) -> None:
-    """The checks in their order; every rank adds the same ones to the report."""
+    """The checks, in order; every rank adds the same ones to the report."""
     ranks, seats, checks = run.ranks, watch.seats, report.checks
     limit = 60 * run.recipe.timeout_minutes
     bounds = {name: min(seconds, limit) for name, seconds in SECONDS.items()}
@@ -148,7 +148,7 @@ def _check_all(run: Run, watch: Watch, report: Report) -> None:
 
 
 def _check_rates(run: Run, watch: Watch) -> Check:
-    """On CPUs what else runs there comes and goes: a rank that was slow may try again, with all others."""
+    """On CPUs, other programs come and go: if a rank was slow, all ranks measure again."""
     device = run.ranks.device
     dtype = run.recipe.train.dtype if device.type == "cpu" else "bfloat16"
     best = [0.0] * run.ranks.world_size
@@ -161,7 +161,7 @@ def _check_rates(run: Run, watch: Watch) -> Check:
 
 
 def _sources(run: Run) -> tuple[dict[str, Model], list[str]]:
-    """The models of the recipe that there should be by now, and the names of those that `prepare` has yet to build."""
+    """The models of the recipe that should exist by now, and the names of those that `prepare` must still build."""
     sources, unbuilt = {}, []
     for name in ("large", "small", "reference"):
         try:
@@ -175,7 +175,7 @@ def _check_models(run: Run, watch: Watch) -> Check:
     sources, unbuilt = _sources(run)
     seats, mine = watch.seats, watch.seats[run.ranks.rank]
     files = Files(warns=[f"models.{name}: not built yet; run `prepare` first" for name in unbuilt])
-    if mine == next(seat for seat in seats if seat.host == mine.host):  # the first rank of a host looks for all
+    if mine == next(seat for seat in seats if seat.host == mine.host):  # the first rank of a host checks for all
         for found in {model: model_files(name, model) for name, model in sources.items()}.values():
             files = Files({**files.sizes, **found.sizes}, [*files.fails, *found.fails], [*files.warns, *found.warns])
     found_by: dict[str, Files] = {}
@@ -188,7 +188,7 @@ Planned = tuple[Model, list[tuple[int, int]], Needs]
 
 
 def _check_room(run: Run, watch: Watch, checks: list[Check]) -> Planned | None:
-    """Add the check; what the step is to be made of, and what it is planned to need."""
+    """Add the check; return the examples of the step, and its planned needs."""
     ranks, seats = run.ranks, watch.seats
     model = _sources(run)[0].get("large")
     if model is None:
@@ -211,17 +211,17 @@ def _check_room(run: Run, watch: Watch, checks: list[Check]) -> Planned | None:
     checks.append(
         judge.judge_room(rooms, needs.of_device(ranks.device.type == "cpu"), tmpdir(), str(run.folder.root), seats)
     )
-    run.say(f"preflight: a step with {len(examples)} examples a micro-batch, {where}")
+    run.say(f"preflight: a step with {len(examples)} examples per micro-batch, {where}")
     return model, examples, needs
 
 
 @contextlib.contextmanager
 def _mark(run: Run) -> Any:
-    """The name of a file that rank 0 holds in the run folder; all ranks enter and leave."""
+    """The name of a file that rank 0 keeps in the run folder; all ranks enter and leave."""
     root, ranks = run.folder.root, run.ranks
     with contextlib.ExitStack() as stack:
         name = ""
-        with contextlib.suppress(OSError):  # who cannot write says so
+        with contextlib.suppress(OSError):  # a rank that cannot write reports this itself
             root.mkdir(parents=True, exist_ok=True)
             if ranks.is_main:
                 name = Path(stack.enter_context(tempfile.NamedTemporaryFile(dir=root, prefix=".preflight.")).name).name
@@ -252,15 +252,15 @@ def _check_step(run: Run, watch: Watch, model: Model, examples: list[tuple[int, 
 
 
 def smaller(micro_batch: int, fitting: int) -> str:
-    """What to set after a micro-batch was too large.
+    """What to set if a micro-batch was too large.
 
     Args:
-        fitting: what the plan expects to fit.
+        fitting: the micro-batch that the plan expects to fit.
     """
     if micro_batch == 1:
-        return "set train.gradient_checkpointing: true, or take another train.deepspeed config or more ranks"
+        return "set train.gradient_checkpointing: true, or use another train.deepspeed config or more ranks"
     take = min(micro_batch // 2, max(1, fitting))
-    return f"set train.per_device_train_batch_size: {take} (the global batch stays)"
+    return f"set train.per_device_train_batch_size: {take} (the global batch stays the same)"
 
 
 def _show(checks: Sequence[Check]) -> None:

@@ -1,4 +1,4 @@
-"""Optimizer steps of the real shape on an engine that is thrown away; nothing is written."""
+"""Optimizer steps of the real shape, on an engine that is discarded; nothing is written."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.step import optimizer_step
 
 END = 1
-"""Stands for the end token and for padding: which token it is changes no size."""
+"""Used as end token and for padding: the choice of token does not change any size."""
 STEPS = 2
-"""The first one makes the optimizer's states; the last one is timed."""
+"""The first step creates the optimizer states; the last one is timed."""
 MOST_MICRO_BATCHES = 2
-"""Of a step: from the second on, gradients are added up, and no more memory is taken."""
+"""Micro-batches per step: from the second on, gradients are accumulated, and memory does not grow."""
 
 
 def try_step(
@@ -37,11 +37,11 @@ def try_step(
     """Train on a micro-batch of random tokens.
 
     Args:
-        examples: tokens of prompt and label (end token included) of each example of the micro-batch.
+        examples: tokens of prompt and label (with end token) of each example in the micro-batch.
         copy: this node's copy of the weights; see ``node_copy``.
 
     Returns:
-        seconds and tokens/s of a step, peak bytes of this rank, and what the step was made of.
+        seconds and tokens/s of a step, peak bytes of this rank, and the sizes of the step.
     """
     start_deepspeed()  # imported before memory is measured
     before = _reset_peak(ranks.device)
@@ -74,7 +74,7 @@ def try_step(
 
 
 def random_pairs(examples: Sequence[tuple[int, int]], vocabulary: int) -> list[Encoded]:
-    """Examples of these lengths, which have nothing in common."""
+    """Examples with these lengths, without a common prefix."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
@@ -85,7 +85,7 @@ def random_pairs(examples: Sequence[tuple[int, int]], vocabulary: int) -> list[E
 
 
 def _batch(engine: Any, pairs: list[Encoded]) -> Batch:
-    """As the trainer makes it: in one row where the model takes that."""
+    """A batch as the trainer makes it: in one row if that is correct for the model."""
     engine.eval()
     ways = check_packed(engine, pairs[:SAMPLES], END)
     engine.train()
@@ -94,7 +94,7 @@ def _batch(engine: Any, pairs: list[Encoded]) -> Batch:
 
 
 def _reset_peak(device: torch.device) -> float:
-    """Bytes that this rank holds now, and that its peak counts too."""
+    """Bytes that this rank uses now, which its peak also includes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
@@ -102,6 +102,6 @@ def _reset_peak(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or the host, had no memory left."""
+    """Whether a GPU or the host ran out of memory."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in words
