@@ -1,13 +1,13 @@
-# make demo      the whole method on a small problem, from nothing, on the CPU
+# make demo      the whole method on a small problem, from scratch, on CPUs
 # make test      linters, type checks and all tests that are not slow
 # make test-fast linters, type checks and the tests that start no ranks and no daemons: a minute or two
 # make soak      60 injected faults and the slow tests; an hour or so
-# make bench     speed and memory beside lm-eval, Trainer and TRL, and two ranks beside one; needs make smollm2
-# make docs      the pages of docs/ as a site in site/, links and anchors checked
+# make bench     speed and memory against lm-eval, Trainer and TRL, and two ranks against one; needs make smollm2
+# make docs      docs/ as a website in site/, with links and anchors checked
 # make release   the wheel and the sdist of the last commit in dist/, checked; nothing is uploaded or pushed
 # make smollm2   a real pretrained model of 135M parameters into models/
 # make reference docs/recipe.md and the recipe's JSON schema, from the code
-# Each makes .venv first, a few minutes the first time.
+# Each creates .venv first, which takes a few minutes the first time.
 
 SHELL := /bin/bash
 python := $(shell command -v python3.11 || command -v python3)
@@ -17,7 +17,8 @@ python := $(shell command -v python3.11 || command -v python3)
 demo: .venv/.installed
 	.venv/bin/atlantis-ds run recipes/demo.yaml --ranks 2
 
-# All checks run, whichever of them fail. .venv/bin on the PATH: the tests call ninja, mpirun and the like by name.
+# All checks run, even if some fail. .venv/bin is on the PATH because the tests call ninja, mpirun and others by name.
+# Two workers; a file of tests is run by one of them (tests/conftest.py).
 two := -n 2 --dist loadgroup
 lint := 'ruff check' 'ruff format --check' 'mypy atlantis_ds'
 test: checks := tools/install_test_services.sh $(lint) 'pytest $(two) -m "not slow"'
@@ -52,7 +53,7 @@ reference: .venv/.installed
 	.venv/bin/atlantis-ds schema > atlantis_ds/config/recipe.schema.json
 	.venv/bin/atlantis-ds schema --markdown > docs/recipe.md
 
-# torch first and by its exact version: a looser request takes a build with gigabytes of CUDA libraries.
+# torch first, with its exact version: otherwise pip installs a build with gigabytes of CUDA libraries.
 .venv/.installed: constraints.txt pyproject.toml setup.py
 	$(python) -m venv .venv
 	.venv/bin/pip install -q -c constraints.txt torch==2.13.0

@@ -70,7 +70,7 @@ def test_losses_follow_on_another_number_of_ranks(mode: str, tiny_recipe: WriteR
             shutil.copytree(stopped / "run", run)
             (run / "checkpoints" / "sft" / ".step-00000001.universal").mkdir()  # left by a job that died
             out = succeed("local", after, "train", recipe, "--arm", "sft")
-            assert f"going on from step {step}" in out
+            assert f"resuming from step {step}" in out
             found = losses(run)
             assert len(found) == len(expected) == STEPS
             assert found == pytest.approx(expected, rel=2e-2 if "bf16" in mode else 1e-4), (before, after)

@@ -74,7 +74,7 @@ def test_pods_meet_and_a_stopped_job_goes_on(tiny_recipe: WriteRecipe, tmp_path:
                 pod.kill()
     log = recipe.with_suffix(".log").read_text()
     assert codes == [[75, 75], [0, 0]], log[-4000:]
-    assert "(2 ranks x 1 micro-batches x 4)" in log and "going on from step" in log
+    assert "(2 ranks x 1 micro-batches x 4)" in log and "resuming from step" in log
     steps = [event["step"] for event in events(run, "train", "sft")]
     assert sorted(steps) == list(range(1, 61))
     assert (run / "eval" / "sft" / "metrics.json").is_file()

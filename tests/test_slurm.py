@@ -325,7 +325,7 @@ def test_time_limit_requeues_and_cancelling_does_not(
     in_process(recipe, "prepare")
     options = ("--nodes=2", "--time=2", "--signal=B:USR2@30")
     number = sbatch(slurm, log, *options, "train.sbatch", recipe, "--arm", "sft")
-    wait_for(lambda: text(log).count("going on from step") == 1, 240, lambda: text(log))
+    wait_for(lambda: text(log).count("resuming from step") == 1, 240, lambda: text(log))
     assert job(slurm, number)["Restarts"] == "1" and "TIME LIMIT" not in text(log)
     before = len(losses(tmp_path / "run"))
     wait_for(lambda: len(events(tmp_path / "run", "train")) > before + 3, 60, lambda: text(log))
@@ -363,5 +363,5 @@ def test_a_site_that_requeues_nothing_holds_the_chain(
     waiting = job(slurm, last)
     assert waiting["Reason"] in ("None", "Dependency") and f"afterok:{new}(" in waiting["Dependency"], waiting
     log = where / "slurm" / f"run-train-sft-{new}.log"
-    wait_for(lambda: "going on from step" in text(log), 120, lambda: text(log) + str(job(slurm, new)))
+    wait_for(lambda: "resuming from step" in text(log), 120, lambda: text(log) + str(job(slurm, new)))
     run(slurm, "scancel", new, other, last)

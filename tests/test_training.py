@@ -211,7 +211,7 @@ def test_killed_training_goes_on(
 
     seen = len(events(run, "train"))
     out = succeed(launcher, 2, "train", recipe)
-    assert f"going on from step {step}\n" in out
+    assert f"resuming from step {step}\n" in out
     assert [event["step"] for event in events(run, "train")[seen:]] == list(range(step + 1, STEPS + 1))
     for key in ("loss", "grad_norm", "learning_rate"):
         assert numbers(run, key) == numbers(expected, key)

@@ -425,7 +425,7 @@ def damaged_checkpoint(case: Case) -> str:
     refuse(recipe, "train", newest.name)
     shutil.rmtree(newest)
     case.rerun("train")
-    check(f"going on from step {int(older.name[5:])}" in said(recipe, "train"), "the older one was not taken")
+    check(f"resuming from step {int(older.name[5:])}" in said(recipe, "train"), "the older one was not taken")
     return f"{newest.name}/{file.name} cut to {size} bytes, refused"
 
 
