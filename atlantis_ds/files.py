@@ -15,9 +15,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from atlantis_ds.errors import InputError, RunError
 
@@ -157,26 +157,53 @@ def write_rows(path: Path, table: pa.Table) -> None:
 
     refuse_unknown_format(path)
 
+    def rows() -> Iterator[dict[str, Any]]:
+        return (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist())
+
     def write(temporary: Path) -> None:
         if path.suffix == ".parquet":
             pq.write_table(table, temporary)
             return
-        rows = (row for batch in table.to_batches(max_chunksize=10_000) for row in batch.to_pylist())
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows())
+
+    if path.suffix == ".csv":
+        write_csv(path, table.column_names, map(_cells, rows()))
+    else:
+        write_atomic(path, write)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    lists = {name: value for name, value in row.items() if isinstance(value, list | dict)}
+    return row | {name: json.dumps(value, ensure_ascii=False) for name, value in lists.items()}
+
+
+class _LineEnds:
+    """Takes rows that end in CR LF, because Python 3.11 then quotes a lone CR in a text, and ends them in LF."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> None:
+        self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def write_csv(path: Path, names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV in UTF-8 with a header and line ends ``\\n``."""
+
+    def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-                return
-            writer = csv.DictWriter(file, table.column_names, lineterminator="\n")
+            writer = csv.DictWriter(_LineEnds(file), names, lineterminator="\r\n")
             writer.writeheader()
-            for row in rows:
-                lists = {name: value for name, value in row.items() if isinstance(value, list | dict)}
-                writer.writerow(row | {name: json.dumps(value, ensure_ascii=False) for name, value in lists.items()})
+            writer.writerows(rows)
 
     write_atomic(path, write)
 
 
 def refuse_unknown_format(path: Path) -> None:
-    """Raise InputError if `write_rows` does not know the suffix; call this before long work."""
+    """Raise InputError if `write_rows` cannot write a file of this name; call this before long work."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; name a file")
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: the name must end in one of {', '.join(FORMATS)}")
 

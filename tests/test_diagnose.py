@@ -207,7 +207,7 @@ def test_the_list_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     parts = [label_scores(reference[:4], codes[:4].tolist()), label_scores(reference[4:], codes[4:].tolist())]
     listing = page.Listing(examples, weights, joined([suggestion(part) for part in parts]))
     order = np.argsort(weights)
-    page._write_csv(tmp_path / "label_errors.csv", listing.entries(order))
+    page.write_csv(tmp_path / "label_errors.csv", [*page.COLUMNS, page.CORRECTED], listing.entries(order))
     with (tmp_path / "label_errors.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     assert list(found[0]) == [*page.COLUMNS, "corrected"] and len(found) == n

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlantis_ds.config.schema import Data
 from atlantis_ds.data.examples import Examples
-from atlantis_ds.files import write_atomic, write_json, write_text
+from atlantis_ds.files import write_atomic, write_csv, write_json, write_text
 from atlantis_ds.pages.page import DATA_COLOUR, GRID, MUTED, WEIGHT_COLOUR, page, picture
 
 if TYPE_CHECKING:
@@ -51,19 +50,9 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
         flat.append(line)
     write_json(folder / "comparison.json", comparison)
     for name, lines in (("runs.csv", comparison["runs"]), ("comparison.csv", flat)):
-        _write_csv(folder / name, lines)
+        write_csv(folder / name, list(lines[0]), lines)
     plot_comparison(folder / "comparison.png", comparison)
     write_text(folder / "comparison.html", comparison_page(comparison))
-
-
-def _write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-
-    write_atomic(path, write)
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:

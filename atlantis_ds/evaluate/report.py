@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import write_atomic, write_json, write_table
+from atlantis_ds.files import write_atomic, write_csv, write_json, write_table
 from atlantis_ds.metrics import UNMAPPED, can_hold_answers, write_answers
 
 if TYPE_CHECKING:
@@ -159,12 +158,5 @@ def write_comparison(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     names = _columns(rows)
     records = [{name: row.get(name) for name in names} for row in rows]
-
-    def write_csv(path: Path) -> None:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(records)
-
-    write_atomic(root / "eval" / "comparison.csv", write_csv)
+    write_csv(root / "eval" / "comparison.csv", names, records)
     write_json(root / "eval" / "comparison.json", records)

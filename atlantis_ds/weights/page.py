@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from atlantis_ds.data.examples import Examples, Split, load_examples
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, write_atomic, write_json, write_text
+from atlantis_ds.files import read_json, write_csv, write_json, write_text
 from atlantis_ds.pages.page import page
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
@@ -52,7 +52,7 @@ def write_diagnosis(run: Run) -> dict[str, Any]:
     target = folder.root / "diagnosis"
     _refuse_to_lose_corrections(target / "label_errors.csv")
     listed = Listing(examples, weights, _suggestions(run, examples))
-    _write_csv(target / "label_errors.csv", listed.entries(order))
+    write_csv(target / "label_errors.csv", [*COLUMNS, CORRECTED], listed.entries(order))
     plot_weights(target / "weights.png", weights, diagnosis)
     lowest, highest = (list(listed.entries(rows)) for rows in (order[:SHOWN], order[::-1][:SHOWN]))
     of_groups = _lowest_of_groups(examples, diagnosis, order, listed)
@@ -239,16 +239,6 @@ def _refuse_to_lose_corrections(path: Path) -> None:
         raise InputError(
             f"{path}: contains corrections, or was changed; save it under another name before you run `diagnose`"
         )
-
-
-def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, CORRECTED], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomic(path, write)
 
 
 def _page(
