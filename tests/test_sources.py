@@ -15,6 +15,7 @@ import pytest
 
 from atlantis_ds.data.sources import Row, expand, read_hub_rows, read_rows, read_text
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import write_rows
 
 ROWS = [{"text": "Ann's café 😀", "label": "2011-01-01"}, {"text": "two\nlines", "label": "NA"}]
 
@@ -197,6 +198,13 @@ def test_bad_csv_row(tmp_path, line, what):
     assert bad[0][1].startswith(what)
 
 
+def test_what_is_written_as_csv_is_read_as_it_was(tmp_path):
+    rows = [{"text": text, "n": "1"} for text in ("a\rb", "a\r\nb", "a\nb", 'say "a", b', " a ", "\r", "ä;😀\t")]
+    write_rows(tmp_path / "a.csv", pa.Table.from_pylist(rows))
+    assert good(tmp_path / "a.csv") == rows
+    assert (tmp_path / "a.csv").read_bytes().startswith(b'text,n\n"a\rb",1\n')
+
+
 def test_a_quote_mark_that_is_never_closed(tmp_path):
     where, what = one_problem(write(tmp_path / "a.csv", 'text,label\n"x,y\nz,w\n'))
     assert (where, what) == (
@@ -211,6 +219,21 @@ def test_a_quote_mark_that_is_never_closed(tmp_path):
         ("a.csv", "a,b,a\n1,2,3\n", "a.csv:1: two columns have the name `a`; rename one"),
         ("a.csv", ",column 1\n1,2\n", "a.csv:1: two columns have the name `column 1`; rename one"),
         ("a.csv", 'a,"b"c\n', "a.csv:1: the header cannot be read: "),
+        (
+            "a.csv",
+            "text;label\na;b\n",
+            "a.csv:1: one column, 'text;label': its cells are separated by semicolons, not co",
+        ),
+        (
+            "a.csv",
+            "text\tlabel\na\tb\n",
+            "a.csv:1: one column, 'text\\tlabel': its cells are separated by tabs, not comm",
+        ),
+        (
+            "a.tsv",
+            "text,label\na,b\n",
+            "a.tsv:1: one column, 'text,label': its cells are separated by commas, not tabs",
+        ),
         ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9); convert the file"),
         ("a.csv", b"a\nb\ncaf\xe9\n", "a.csv:3: not UTF-8 (byte 0xe9); convert the file"),
         ("a.json", '[{"a": 1},\n {"a": }]', "a.json:2: not valid JSON at column 8: Expecting value"),

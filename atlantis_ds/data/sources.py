@@ -203,6 +203,13 @@ def _object(value: Any, source: str) -> dict[str, Any] | str:
     return value
 
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def _broken_csv(error: csv.Error) -> str:
+    return str(error).partition(" - ")[0]  # behind it Python asks how a programmer opened the file
+
+
 def _csv(path: Path) -> Read:
     # Strict: a quotation mark that is not closed, or closed too early, is an error, not part of the text.
     csv.field_size_limit(2**31 - 1)
@@ -211,7 +218,12 @@ def _csv(path: Path) -> Read:
     try:
         header = next((cells for cells in reader if cells), [])
     except csv.Error as error:
-        raise InputError(f"{path}:{reader.line_num}: the header cannot be read: {error}") from None
+        raise InputError(f"{path}:{reader.line_num}: the header cannot be read: {_broken_csv(error)}") from None
+    if len(header) == 1 and (mark := next((mark for mark in SEPARATORS if mark in header[0]), None)):
+        raise InputError(
+            f"{path}:{reader.line_num}: one column, {header[0]!r:.60}: its cells are separated by {SEPARATORS[mark]}, "
+            f"not {SEPARATORS[reader.dialect.delimiter]}; save it as CSV with commas, or as .tsv with tabs"
+        )
     header = [name if name.strip() else f"column {number}" for number, name in enumerate(header, start=1)]
     _unique(f"{path}:{reader.line_num}", header)
     number = 0
@@ -223,7 +235,7 @@ def _csv(path: Path) -> Read:
             if cells and len(cells) != len(header):
                 wrong = f"{len(cells)} cells, but the header has {len(header)}"
         except csv.Error as error:
-            wrong = f"quotation marks or line ends are wrong at line {reader.line_num}: {error}"
+            wrong = f"quotation marks or line ends are wrong at line {reader.line_num}: {_broken_csv(error)}"
         if wrong or cells:  # else a blank line, or the end
             number += 1
             yield f"{path}: row {number}", wrong or dict(zip(header, (cell or None for cell in cells or [])))
