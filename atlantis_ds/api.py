@@ -48,6 +48,8 @@ def weights_from_scores(
         if labels is not None or seed:
             raise InputError("labels and seed: a run folder has its own")
         return _weights_of_run(scores, options)
+    if seed < 0:
+        raise InputError(f"seed: {seed} is below 0")
     from atlantis_ds.config.loading import weights_section
     from atlantis_ds.weights.columns import scores_of_columns
     from atlantis_ds.weights.formulas import log_weights, stabilise
@@ -57,13 +59,17 @@ def weights_from_scores(
     return stabilise(log_weights(found, section, seed), found.labels, section)
 
 
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def _weights_of_run(root: str | Path, options: Mapping[str, Any]) -> np.ndarray:
     from atlantis_ds.data.examples import load_examples
     from atlantis_ds.run import open_run
     from atlantis_ds.weights.arms import read_log_weights
     from atlantis_ds.weights.formulas import stabilise
 
-    run = open_run(root, [f"weights.{key}={json.dumps(value, default=float)}" for key, value in options.items()])
+    run = open_run(root, [f"weights.{key}={json.dumps(value, default=_plain)}" for key, value in options.items()])
     examples, section = load_examples(run.folder), run.recipe.weights
     return stabilise(read_log_weights(run, examples, section).values, examples.train.codes, section)
 
@@ -101,22 +107,29 @@ def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any)
     import numpy as np
 
     from atlantis_ds.weights import diagnostics
+    from atlantis_ds.weights.columns import no_gaps, texts_or_numbers
     from atlantis_ds.weights.facts import WeightFacts
 
-    values = np.asarray(weights, dtype=np.float64)
+    try:
+        values = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
     if values.ndim != 1 or not np.isfinite(values).all() or not (values >= 0).all() or not values.any():
         raise InputError("weights: they must be numbers [n], finite, at least 0 and not all 0")
     if gold is not None and labels is None:
         raise InputError("gold: give `labels`, too: both are needed to know which labels are right")
-    for name, given in (("labels", labels), ("gold", gold)):
-        if given is not None and len(given) != len(values):
+    found = {"labels": labels, "gold": gold}
+    lists = {name: texts_or_numbers(name, given) for name, given in found.items() if given is not None}
+    for name, given in lists.items():
+        if len(given) != len(values):
             raise InputError(f"{name}: {len(given)} for {len(values)} weights")
     facts = WeightFacts()
-    if labels is not None:
-        names, codes = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    if "labels" in lists:
+        known = no_gaps("labels", lists["labels"])
+        names, codes = np.unique(np.asarray(known, dtype=str), return_inverse=True)
         right = None
-        if gold is not None:
-            right = np.array([-1 if true is None else int(label == true) for label, true in zip(labels, gold)])
+        if "gold" in lists:
+            right = np.array([-1 if true is None else int(label == true) for label, true in zip(known, lists["gold"])])
         facts = WeightFacts(codes, names.tolist(), correct=right)
     with np.errstate(divide="ignore"):
         log_weight = np.maximum(np.log(values), -1e4)
@@ -169,6 +182,8 @@ def compare_runs(
     if unknown := [arm for arm in (*chosen, upper) if arm is not None and arm not in runs]:
         raise InputError(f"peers and upper: there is no arm {unknown[0]!r}; the arms are {', '.join(runs)}")
     gold, trained = read_arms(runs, metric, negative_label)
+    if negative_label is not None and negative_label not in gold:
+        raise InputError(f"negative_label: no gold answer is {negative_label!r}; leave it out, or write it as they do")
     return comparison(gold, trained, chosen, upper, metric, label_apart(set(gold), negative_label))
 
 
@@ -207,6 +222,10 @@ def label_log_likelihoods(
     """
     from atlantis_ds.lm.label_set import score_label_set
 
+    if tokenizer is None and not isinstance(model, str | Path):
+        raise InputError("tokenizer: a model in memory needs its tokenizer beside it")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype: {dtype!r} is none of auto, float32, bfloat16")
     if isinstance(model, str | Path):
         import torch
 
@@ -246,6 +265,10 @@ def weighted_dataset(run: str | Path, dataset: Dataset | None = None, *, message
     folder = open_run(run).folder
     if dataset is None:
         return Dataset(weighted_table(folder, messages))
+    if messages or not isinstance(dataset, Dataset):
+        raise InputError(
+            "dataset: give a datasets.Dataset (Dataset.from_pandas makes one), and no `messages` beside it"
+        )
     if "id" not in dataset.column_names or "weight" in dataset.column_names:
         raise InputError(f"dataset: it needs a column `id`, and no `weight`; it has {', '.join(dataset.column_names)}")
     return dataset.add_column("weight", weights_of_ids(folder, dataset["id"]))

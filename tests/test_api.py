@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -192,6 +193,18 @@ BAD: list[tuple[Any, Any, dict[str, Any], str]] = [
     ({"logp_reference": [0.0]}, None, {"formla": "reference"}, "weights.formla: unknown key; did you mean `formula`"),
     ({"logp_reference": [0.0]}, None, {"power": -1}, "weights.power: input should be greater than 0"),
     ({}, None, {"formula": "uniform"}, "nothing is given"),
+    ({"logp_reference": []}, [], {"formula": "reference"}, "scores: there are no examples"),
+    ({"logp_reference": [0.0, 1.0]}, ["a", np.nan], {"scope": "per_label", "formula": "reference"}, "labels: row 1"),
+    ({"logp_reference": [0.0, 1.0]}, pd.Series(["a", None]), {"formula": "reference"}, "labels: row 1 has none"),
+    ({"logp_reference": [0.0, 1.0]}, [["a"], ["b"]], {"formula": "reference"}, "labels: give a list"),
+    ({"logp_reference": [0.0, 1.0]}, "ab", {"formula": "reference"}, "labels: give a list"),
+    (
+        pa.table({"label_set_logp_reference": [[0.0, 1.0], None, [0.0, 1.0, 2.0, 3.0]]}),
+        [0, 1, 0],
+        {"formula": "posterior"},
+        "rows of different lengths",
+    ),
+    ("runs/demo", None, {"clip": {1}}, "weights.clip"),
     ("nowhere", None, {}, "nowhere: no run here"),
     ("runs/demo", None, {"formula": "wrong"}, "recipe.yaml: weights.formula"),
     ("runs/demo", [0], {}, "a run folder has its own"),
@@ -203,6 +216,32 @@ def test_bad_scores_are_refused(place: Path, scores: Any, labels: Any, options: 
     with pytest.raises(InputError, match=words) as error:
         ds.weights_from_scores(scores, labels, **options)
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="seed: -1"):
+        ds.weights_from_scores({"logp_reference": [0.0]}, seed=-1, formula="reference")
+
+
+def test_columns_of_pandas_are_those_of_numpy(place: Path) -> None:
+    columns = pd.DataFrame({"label_set_logp_reference": [[-1.0, -2.0], [-2.0, -1.0], [-1.5, -0.5]]})
+    array = np.array(columns["label_set_logp_reference"].to_list())
+    options: dict[str, Any] = {"formula": "reference", "calibrate": "label_set"}
+    frame = columns.assign(logp_reference=array[:, 0])
+    weights = ds.weights_from_scores(frame, pd.Series([0, 0, 1], index=[7, 8, 9]), **options)
+    own = {"label_set_logp_reference": array, "logp_reference": array[:, 0]}
+    assert np.array_equal(weights, ds.weights_from_scores(own, [0, 0, 1], **options))
+    clip = np.array([0, 1.6])
+    assert np.array_equal(
+        ds.weights_from_scores("runs/demo", clip=clip), ds.weights_from_scores("runs/demo", clip=[0, 1.6])
+    )
+
+
+def test_gold_labels_that_are_missing_are_not_wrong_ones() -> None:
+    weights, labels, gold = [1.0, 2.0, 0.5, 1.0], ["a", "b", "a", "b"], ["a", "b", "b", None]
+    expected = ds.diagnose(weights, labels, gold)
+    assert expected["gold"]["known"] == 3
+    for column in (pd.Series([*gold[:3], np.nan]), pd.array(gold, dtype="string"), pa.array(gold)):
+        assert ds.diagnose(pd.Series(weights), pd.Series(labels), column)["gold"] == expected["gold"]
+    with pytest.raises(InputError, match="labels: row 1 has none"):
+        ds.diagnose(weights, ["a", None, "a", "b"])
 
 
 def test_the_diagnosis_is_the_runs(place: Path) -> None:
@@ -218,7 +257,7 @@ def test_the_diagnosis_is_the_runs(place: Path) -> None:
     assert all([one[key] for key in known] == [other[key] for key in known] for one, other in pairs)
     collapsed = ds.diagnose(np.r_[1000.0, np.ones(99)])
     assert collapsed["classes"] is None and "effective sample size" in collapsed["warnings"][0]
-    for bad in ([1.0, -1.0], [0.0, 0.0], [[1.0]], [np.nan]):
+    for bad in ([1.0, -1.0], [0.0, 0.0], [[1.0]], [np.nan], ["a"], [[1.0], [1.0, 2.0]]):
         with pytest.raises(InputError, match="weights: they must be"):
             ds.diagnose(bad)
     with pytest.raises(InputError, match="labels: 1 for 2 weights"):
@@ -267,6 +306,8 @@ def test_predictions_that_do_not_belong_together_are_refused(place: Path, tmp_pa
         ds.compare_runs({"sft": ["sft-0.jsonl"]}, upper="gold")
     with pytest.raises(InputError, match="metric: 'f1' is not one of"):
         ds.compare_runs({"sft": ["sft-0.jsonl"]}, metric="f1")
+    with pytest.raises(InputError, match="no gold answer is 'none'"):
+        ds.compare_runs({"sft": ["sft-0.jsonl"]}, negative_label="none")
 
 
 def test_responses_are_compared_by_their_words(tmp_path: Path) -> None:
@@ -310,6 +351,18 @@ def test_label_log_likelihoods_are_those_of_plain_forwards(place: Path, family: 
         for bad, words in (([""], "no tokens"), ([], "at least"), (["a", "a"], "'a' is a duplicate")):
             with pytest.raises(InputError, match=words):
                 ds.label_log_likelihoods(lm, tokenizer, prompts, bad)
+        series = ds.label_log_likelihoods(lm, tokenizer, pd.Series(prompts), np.array(labels), eos=True)
+        np.testing.assert_array_equal(series, loaded)
+        texts: list[Any] = ["one text", [None], [float("nan")], [0]]
+        for bad in texts:
+            with pytest.raises(InputError, match="prompts: give a list of texts"):
+                ds.label_log_likelihoods(lm, tokenizer, bad, labels)
+            with pytest.raises(InputError, match="labels: give a list of texts"):
+                ds.label_log_likelihoods(lm, tokenizer, prompts, bad)
+        with pytest.raises(InputError, match="tokenizer: a model in memory"):
+            ds.label_log_likelihoods(lm, None, prompts, labels)
+        with pytest.raises(InputError, match="dtype: 'int8'"):
+            ds.label_log_likelihoods("runs/demo/base/small", None, prompts, labels, dtype="int8")
 
 
 def wide(family: str, tokenizer: Any) -> Any:

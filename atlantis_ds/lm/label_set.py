@@ -32,16 +32,17 @@ def score_label_set(
         float64 [n, K, 2]: label tokens, end-of-sequence token.
 
     Raises:
-        InputError: there is no prompt or label, one has no tokens or is too long, or the model's scores depend on
-            padding.
+        InputError: there is no prompt or label, one is not a text, has no tokens or is too long, or the model's scores
+            depend on padding.
     """
-    if not (len(prompts) and len(labels)):
+    prompts, labels = _texts("prompts", prompts), _texts("labels", labels)
+    if not (prompts and labels):
         raise InputError("prompts and labels: give at least one of each")
     if len(set(labels)) < len(labels):
-        raise InputError(f"labels: {next(label for label in labels if list(labels).count(label) > 1)!r} is a duplicate")
+        raise InputError(f"labels: {next(label for label in labels if labels.count(label) > 1)!r} is a duplicate")
     encoder = Encoder(tokenizer, lm.config, labels)
     label_set, end = encoder.label_set or [], tokenizer.eos_token_id
-    ids = encoder.prompt_ids(list(prompts))
+    ids = encoder.prompt_ids(prompts)
     longest = max(label_set, key=len)
     pairs = [Encoded(prompt, longest, end) for prompt in ids]
     for row, pair in enumerate(pairs):
@@ -54,6 +55,13 @@ def score_label_set(
     with _scoring(lm):
         ways = check_scoring(lm, samples, label_set, end, prefix=True)
         return np.asarray(score_choices(lm, ids, label_set, end, tokens_per_batch, ways=ways).numpy())
+
+
+def _texts(name: str, values: Sequence[str]) -> list[str]:
+    texts = list(values)
+    if isinstance(values, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{name}: give a list of texts")
+    return texts
 
 
 @contextmanager

@@ -42,13 +42,14 @@ def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, option
     wanted = {prefix: _wanted(names, prefix, options) for prefix in ([LABEL_SET] * of_set + [""] * own)}
     arrays = {prefix: {name: _column(columns, prefix + name) for name in found} for prefix, found in wanted.items()}
     lengths = {prefix + name: len(array) for prefix, found in arrays.items() for name, array in found.items()}
-    codes = None if labels is None else np.asarray(labels)
+    codes = None if labels is None else np.asarray(no_gaps("labels", texts_or_numbers("labels", labels)))
     if codes is not None:
         lengths["labels"] = len(codes)
     if len(set(lengths.values())) != 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "nothing is given"
-        raise InputError(f"scores: columns and labels must have the same length: {told}")
-    n = next(iter(lengths.values()))
+        raise InputError(f"scores: columns and labels must have one length: {told}")
+    if not (n := next(iter(lengths.values()))):
+        raise InputError("scores: there are no examples to weight")
     if codes is None:
         if of_set or options.scope == "per_label" or options.calibrate != "none":
             raise InputError("labels: these weights.* options use the label of each example; give `labels` [n]")
@@ -59,6 +60,29 @@ def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, option
     every = _scores(arrays[LABEL_SET], shape, np.arange(shape[1]))
     given = {name: array[np.arange(n), codes] for name, array in arrays[LABEL_SET].items()}
     return _scores(arrays.get("", given), (n,), codes, every)
+
+
+def texts_or_numbers(name: str, values: Any) -> list[Any]:
+    """Labels given as a list, array or column of any kind, None for those that are missing (None, NaN, NA).
+
+    Raises:
+        InputError: they are not [n], or of other or several kinds.
+    """
+    kinds = (pa.types.is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
+    try:
+        found = pa.array([] if isinstance(values, str) else list(values), from_pandas=True)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or isinstance(values, str) or not any(kind(found.type) for kind in kinds):
+        raise InputError(f"{name}: give a list of texts or of whole numbers, one for each example")
+    return list(found.to_pylist())
+
+
+def no_gaps(name: str, values: list[Any]) -> list[Any]:
+    """The values. Raises InputError: one is None."""
+    if None in values:
+        raise InputError(f"{name}: row {values.index(None)} has none; leave it out everywhere")
+    return values
 
 
 def _wanted(names: set[str], prefix: str, options: Weights) -> list[str]:
@@ -79,9 +103,12 @@ def _column(columns: Mapping[str, Any] | pa.Table, name: str) -> np.ndarray:
     column = columns[name]
     try:
         if isinstance(column, (pa.Array, pa.ChunkedArray)) and pa.types.is_list(column.type):
+            if pc.count_distinct(pc.list_value_length(column), mode="all").as_py() > 1:
+                raise ValueError("not one length")
             values = pc.list_flatten(column).to_numpy().reshape(len(column), -1)
         else:
             values = np.asarray(column)
+            values = np.asarray(list(values)) if values.dtype == object else values  # pandas: a list in each cell
         values = values.astype(np.float64)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(f"scores: {name}: not numbers, or rows of different lengths: {error}") from None
