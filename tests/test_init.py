@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,13 +130,45 @@ def test_what_the_rows_do_not_tell_is_asked_or_wanted(tmp_path: Path) -> None:
     assert "label: y" in recipe.read_text() and "model_name_or_path: some/model" in recipe.read_text()
 
 
+def test_columns_that_no_recipe_can_name_are_refused(tmp_path: Path) -> None:
+    """With the name of the data file or the option, not that of a draft."""
+    cases: list[tuple[str, list[str], list[str]]] = [
+        ("my text,label", [], ["rows.csv", "cannot name the column 'my text'", "header"]),
+        ("options,label", [], ["rows.csv", "cannot name the column 'options'"]),
+        ("text,label", ["--group", "label", "--label", "label"], ["--group label: given as --label"]),
+        ("text,label", ["--text", "label", "--label", "label"], ["--text label: given as --label"]),
+        ("text,label", ["--response", "label", "--task", "classification"], ["--response label: not for task class"]),
+        ("text,label", ["--label", "label", "--task", "response"], ["--label label: not for task response"]),
+        ("text,label", ["--model", ""], ["models.large: give `model_name_or_path`"]),
+    ]
+    for header, options, words in cases:
+        (tmp_path / "rows.csv").write_text("\n".join([header, *(f"what is it {at},{'xy'[at % 2]}" for at in range(9))]))
+        done = launch("local", 1, "init", tmp_path / "rows.csv", *options, "--out", tmp_path / "out.yaml")
+        refuse(done, *words)
+        assert "recipe.yaml" not in done.out and not (tmp_path / "out.yaml").exists()
+    (tmp_path / "rows.csv").write_text("text,label\n" + "what is it,\n" * 9)
+    refuse(launch("local", 1, "init", tmp_path / "rows.csv", "--out", tmp_path / "out.yaml"), "--label label: no label")
+
+
+def test_a_run_that_was_moved_is_the_one_that_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "some where" / "else"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
+    said = succeed("local", 1, "status", run)
+    command = shlex.split(said.splitlines()[-1].removeprefix("next: atlantis-ds "))
+    assert command[0] == "run" and "Run folder " + str(run) in succeed("local", 1, "check", *command[1:])
+
+
 def test_status_watches_until_it_is_interrupted(tmp_path: Path) -> None:
     run = tmp_path / "demo"
     run.mkdir()
     (run / "recipe.yaml").write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
     watched = in_a_terminal(["status", str(run), "--watch"], [], interrupt_after=b"train atlantis")
+    refuse(launch("local", 1, "status", run, "--watch"), "--watch: needs a terminal")
     assert watched.code == 0 and "not yet" in watched.out and "Traceback" not in watched.out, watched.out
-    assert f"next: atlantis-ds run {run}/recipe.yaml" in succeed("local", 1, "status", run)
+    assert f"next: atlantis-ds run {run}/recipe.yaml --set runs_dir={tmp_path} --set name=demo" in succeed(
+        "local", 1, "status", run
+    )
 
 
 def test_a_comparison_is_told_before_it_begins(tmp_path: Path, tiny_recipe: WriteRecipe) -> None:

@@ -162,7 +162,10 @@ class Prompt(Section):
     def _fields(self) -> Prompt:
         fields = set(re.findall(r"\{(\w*)\}", self.template or "{text}"))
         if not fields - {"options"}:
-            raise ValueError("`template` must contain a field of the example, such as {text} or {marked_sentence}")
+            raise ValueError(
+                "`template` must contain a field of the example, such as {text} or {marked_sentence}; field names have "
+                "only letters, digits and _"
+            )
         if self.label_options and "options" in fields:
             raise ValueError(
                 "`label_options` adds the labels, but the template already contains {options}; remove one of the two"
@@ -205,7 +208,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
-        if (self.model_name_or_path is None) == (self.scratch is None):
+        if (not self.model_name_or_path) == (self.scratch is None):
             raise ValueError("give exactly one of `model_name_or_path` and `scratch` (for a demo model)")
         return self
 

@@ -31,7 +31,10 @@ def write_first_recipe(out: Path, data: Path, test: Path | None, model: str, fou
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "recipe.yaml"
         draft.write_text(text, encoding="utf-8")
-        look_at_data(load_recipe(draft))
+        try:
+            look_at_data(load_recipe(draft))
+        except InputError as error:
+            raise InputError(str(error).removeprefix(f"{draft}: ")) from None
     write_text(out, text)
 
 
@@ -41,7 +44,8 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
     groups = "group" in found.columns
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
-        f"# Written by `atlantis-ds init {shlex.quote(str(data))}`. `atlantis-ds check {out}` checks it.",
+        f"# Written by `atlantis-ds init {shlex.quote(str(data))}`.",
+        f"# `atlantis-ds check {shlex.quote(str(out))}` checks it.",
         f"name: {_text(name)} # the run folder is runs/{name}",
         "seed: 1",
         "data:",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atlantis_ds.config.schema import Task
-from atlantis_ds.data.prompts import TEXTS
+from atlantis_ds.data.prompts import TEXTS, refuse_odd_names
 from atlantis_ds.data.reading import RESPONSES
 from atlantis_ds.data.rows import BadRow, label_text
 from atlantis_ds.data.sources import read_rows
@@ -66,8 +66,6 @@ class Guess:
     columns: dict[str, str] = field(default_factory=dict)
     """The values for ``data.columns``: label, gold, response, messages, group, id."""
     template: str | None = None
-    labels: int = 0
-    """Number of different labels in the first rows."""
     notes: list[str] = field(default_factory=list)
     """What was guessed, as sentences."""
 
@@ -94,7 +92,10 @@ def guess(path: Path, task: Task | None, given: dict[str, str], texts: list[str]
     for key, name in [*given.items(), *(("text", name) for name in texts)]:
         if name not in columns:
             raise InputError(f"--{key} {name}: {path} has no such column; it has {', '.join(columns)}")
+    _refuse_two_meanings(given, texts)
     found = Guess(task or _task(rows, columns, given))
+    if (other := "label" if found.task == "response" else "response") in given:
+        raise InputError(f"--{other} {given[other]}: not for task {found.task}; leave it out, or give another --task")
     if not task:
         found.notes.append(f"task: {found.task}")
     _name_usual(found, columns, given, {"id": IDS, "gold": GOLDS, "group": GROUPS})
@@ -102,8 +103,16 @@ def guess(path: Path, task: Task | None, given: dict[str, str], texts: list[str]
         _response(found, rows, columns, given, ask)
     else:
         _label(found, columns, given, ask)
-    _template(found, columns, texts, ask)
+    _template(path, found, columns, texts, ask)
     return found
+
+
+def _refuse_two_meanings(given: dict[str, str], texts: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for key, name in [*given.items(), *(("text", name) for name in texts)]:
+        if name in seen:
+            raise InputError(f"--{key} {name}: given as --{seen[name]}, too; a column has one meaning")
+        seen[name] = key
 
 
 def _first_line(path: Path) -> str:
@@ -187,7 +196,8 @@ def _label(found: Guess, columns: dict[str, Column], given: dict[str, str], ask:
         name = name or ask("label", "Which column contains the label to train on?", likely or list(columns))
         found.notes.append(f"column `{name}`: label, {columns[name].distinct} different values")
     found.columns["label"] = name
-    found.labels = columns[name].distinct
+    if not columns[name].filled:
+        raise InputError(f"--label {name}: no label in the first {ROWS} rows; name another column")
     if columns[name].distinct > MOST_LABELS:
         raise InputError(
             f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are not a "
@@ -210,13 +220,17 @@ def _response(
         found.notes.append(f"column `{name}`: response")
 
 
-def _template(found: Guess, columns: dict[str, Column], texts: list[str], ask: Ask) -> None:
+def _template(path: Path, found: Guess, columns: dict[str, Column], texts: list[str], ask: Ask) -> None:
     """The prompt, written out so that it can be edited; relations and chats keep their own."""
     if found.task == "relation" or "messages" in found.columns:
         return
     if not texts:
         texts = _texts(found, columns, ask)
         found.notes.append(f"prompt: {', '.join(f'`{name}`' for name in texts)}")
+    try:
+        refuse_odd_names(texts)
+    except BadRow as problem:
+        raise InputError(f"{path}: {problem}; is its first line a header?") from None
     if found.task == "response":
         found.template = "\n".join(f"{{{name}}}" for name in texts)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from atlantis_ds.config.schema import Prompt, Task
 from atlantis_ds.data.relation import TEMPLATE as RELATION_TEMPLATE
@@ -11,6 +11,15 @@ from atlantis_ds.data.rows import BadRow
 
 TEXTS = ("text", "sentence", "prompt", "question")
 """Usual names of columns with the text of an example."""
+
+
+def refuse_odd_names(names: Iterable[str]) -> None:
+    """Raises BadRow: a template cannot name a column that is called so."""
+    if odd := [name for name in names if name == "options" or not re.fullmatch(r"\w+", name)]:
+        raise BadRow(
+            f"a prompt cannot name the column {odd[0]!r:.60}: rename it, with letters, digits and _ alone (and not "
+            "`options`)"
+        )
 
 
 def template_for(task: Task, prompt: Prompt, fields: Mapping[str, str]) -> str:
@@ -23,7 +32,9 @@ def template_for(task: Task, prompt: Prompt, fields: Mapping[str, str]) -> str:
         BadRow: the template names a column that does not exist, or no default can be chosen.
     """
     if prompt.template is not None:
-        known = {*fields, "options"} - {"messages"}
+        own = {"options"} if task != "response" else set()
+        refuse_odd_names(name for name in fields if f"{{{name}}}" in prompt.template and name not in own)
+        known = {*fields, *own} - {"messages"}
         if unknown := sorted(set(re.findall(r"\{(\w+)\}", prompt.template)) - known):
             raise BadRow(f"prompt.template has an unknown field {{{unknown[0]}}}; known: {', '.join(sorted(known))}")
         return prompt.template

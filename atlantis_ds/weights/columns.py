@@ -47,7 +47,7 @@ def scores_of_columns(columns: Mapping[str, Any] | pa.Table, labels: Any, option
         lengths["labels"] = len(codes)
     if len(set(lengths.values())) != 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "nothing is given"
-        raise InputError(f"scores: columns and labels must have one length: {told}")
+        raise InputError(f"scores: columns and labels must have the same length: {told}")
     if not (n := next(iter(lengths.values()))):
         raise InputError("scores: there are no examples to weight")
     if codes is None:
