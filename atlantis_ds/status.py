@@ -11,7 +11,9 @@ from typing import Any
 
 from atlantis_ds.cluster.slurm import job_states
 from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.errors import InputError
 from atlantis_ds.files import read_json
+from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder, no_run
 
 AGAIN = 2
@@ -51,10 +53,13 @@ def watch_status(root: Path) -> None:
     """Show `status` as a table that is updated every ``AGAIN`` seconds, until Ctrl-C.
 
     Raises:
-        InputError: there is no run in this folder.
+        InputError: there is no run in this folder, or no terminal to show it in.
     """
     from rich.live import Live
     from rich.table import Table
+
+    if not console.is_terminal:
+        raise InputError("--watch: needs a terminal; without --watch the state is printed once")
 
     def table() -> Table:
         made = Table("stage", "state", title=f"{root}, {datetime.now():%H:%M:%S}", title_justify="left")
@@ -62,7 +67,7 @@ def watch_status(root: Path) -> None:
             made.add_row(*line)
         return made
 
-    with contextlib.suppress(KeyboardInterrupt), Live(table(), auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), Live(table(), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(AGAIN)
             live.update(table(), refresh=True)

@@ -96,7 +96,10 @@ def on_ranks(
     stage(run)
     if ranks.is_main:
         command, *options = after(run)
-        say_next(command, folder.root if command == "diagnose" else recipe, *options, overrides=overrides)
+        if command == "diagnose":  # it takes a run folder, whose recipe has the overrides
+            say_next(command, folder.root, *options)
+        else:
+            say_next(command, recipe, *options, overrides=overrides)
     stop_ranks()
 
 
@@ -105,6 +108,13 @@ def say_next(command: str, *arguments: str | Path, overrides: Sequence[str] = ()
     if "SLURM_JOB_ID" not in os.environ:
         options = [part for override in overrides for part in ("--set", override)]
         print(f"next: atlantis-ds {shlex.join([command, *map(str, arguments), *options])}")
+
+
+def say_next_of(run: Run, command: str, *options: str) -> None:
+    """The same for a run by its own recipe, which may name another folder: where the run was before it was moved."""
+    named, root = Path(run.recipe.runs_dir) / run.recipe.name, run.folder.root.resolve()
+    here = [] if named.resolve() == root else [f"runs_dir={root.parent}", f"name={root.name}"]
+    say_next(command, run.folder.recipe, *options, overrides=here)
 
 
 def after_prepare(settings: Recipe) -> list[str]:

@@ -19,7 +19,7 @@ from atlantis_ds.cli.app import (
     folder_of,
     load,
     run_of,
-    say_next,
+    say_next_of,
     start_local,
 )
 from atlantis_ds.errors import InputError
@@ -47,9 +47,9 @@ def status(
     for what, state in status(folder.root):
         print(f"{what:20} {state}")
     if folder.recipe.is_file() and not (folder.root / "slurm" / "jobs.json").exists():
-        arms = open_run(folder.root).recipe.arms
-        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in arms)
-        say_next("run" if unfinished else "compare", folder.recipe)
+        opened = open_run(folder.root)
+        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in opened.recipe.arms)
+        say_next_of(opened, "run" if unfinished else "compare")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -71,7 +71,7 @@ def diagnose(run: RunPath) -> None:
     written = opened.folder.root / "diagnosis"
     print(f"page: {written / 'diagnosis.html'}\nlikely label errors: {written / 'label_errors.csv'}")
     command, *options = after_evaluate(opened.recipe, opened.folder)
-    say_next(command, opened.folder.recipe, *options)
+    say_next_of(opened, command, *options)
 
 
 @app.command(rich_help_panel=PANEL)

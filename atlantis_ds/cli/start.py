@@ -132,12 +132,13 @@ def _say_what_is_missing(recipe: Path, settings: Recipe, folder: RunFolder) -> b
     from atlantis_ds import hub
 
     missing = [r for r in hub.repositories(settings) if hub.cached(hub.at_fetched_commit(folder, r)) is None]
+    fetch = f"atlantis-ds fetch {shlex.quote(str(recipe))}"
     for repository in missing:
-        print(f"{repository.key}: {repository} is not in the hub's cache; `atlantis-ds fetch {recipe}` downloads it")
+        print(f"{repository.key}: {repository} is not in the hub's cache; `{fetch}` downloads it")
     if missing and hub.offline():
         raise InputError(
             f"{recipe}: HF_HUB_OFFLINE is set, but {', '.join(map(str, missing))} cannot be read without the hub; run "
-            f"`atlantis-ds fetch {recipe}` on a machine with internet access"
+            f"`{fetch}` on a machine with internet access"
         )
     return bool(missing)
 
