@@ -125,7 +125,9 @@ def _predicts_as_it_was_evaluated(files: Path, tmp_path: Path, run: Path, labels
             assert one["predicted"] == two["predicted"] and abs(float(one["probability"]) - two["probability"]) < 1e-6
     (tmp_path / "other.jsonl").write_text('{"words": "The fire caused panic."}\n')
     refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), "other.jsonl:1", "text")
-    refuse(launch("local", 1, "predict", run, rows, "--arm", "nope"), "nope", "train")
+    refuse(launch("local", 1, "predict", run, rows, "--arm", "nope"), "--arm nope: no arm of this run", "sft")
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "The fire.", f"p({labels[0]})": 1}) + "\n")
+    refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), f"'p({labels[0]})' is there already")
     assert not (tmp_path / "other.atlantis.jsonl").exists()
 
 

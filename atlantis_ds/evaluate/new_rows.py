@@ -37,9 +37,13 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
         out: JSON Lines, CSV or Parquet by its suffix.
 
     Raises:
-        InputError: the arm is not trained, or a row cannot be read or is longer than the model's context.
+        InputError: the arm is unknown or not trained, or a row cannot be read or is longer than the model's context.
     """
     refuse_unknown_format(out)
+    if arm.partition("-seed")[0] not in run.recipe.arms:
+        raise InputError(
+            f"--arm {arm}: no arm of this run; take {', '.join(run.recipe.arms)}, or ARM-seedS of `compare`"
+        )
     examples = load_examples(run.folder)
     model = trained_model(run, arm)
     truncate = run.recipe.data.on_too_long == "truncate_prompt"
@@ -84,8 +88,9 @@ def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
 def _encoded(run: Run, examples: Examples, encoder: Encoder, source: str) -> tuple[list[dict[str, Any]], list[Encoded]]:
     """The rows as in the file, and the tokens of their prompts (with a label if there is a set)."""
     rows, pairs, template = [], [], examples.info.get("template")
+    added = {"predicted", "probability", *(f"p({label})" for label in examples.labels or ())}
     for row, found in read_new_rows(run.recipe, source):
-        if clash := [name for name in row.values if name in ("predicted", "probability")]:
+        if clash := [name for name in row.values if name in added]:
             raise InputError(f"{row.where}: the column {clash[0]!r} exists already; rename it")
         if (found.fields.keys() == {"messages"}) != examples.chat:
             raise InputError(f"{row.where}: {'a chat' if examples.chat else 'a single prompt'} is needed, as in train")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.errors import InputError
@@ -67,7 +68,7 @@ def _from_pretrained(loader: Any, model: Model, **options: Any) -> Any:
             trust_remote_code=model.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "tiktoken" in reason:  # the last format that transformers tries
             reason = "its tokenizer has no tokenizer.json, and its other files cannot be converted to one"
