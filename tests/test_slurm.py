@@ -179,7 +179,9 @@ def test_chain_from_examples_to_the_table(
     site = ("--sbatch", "account=lab7", "--sbatch", "export=NONE", "--prologue", prologue)
     done = cli(slurm, "submit", recipe, *sized, *site)
     assert done.returncode == 0, done.stderr
-    jobs = dict(line.split() for line in done.stdout.splitlines())
+    *lines, last = done.stdout.splitlines()
+    assert last.startswith("next: atlantis-ds status ")
+    jobs = dict(line.split() for line in lines)
     assert list(jobs) == ["prepare", "reference", "score", "merge", "train-sft", "train-atlantis", "evaluate"]
     assert {job(slurm, number.split("_")[0])["Account"] for number in jobs.values()} == {"lab7"}
     assert "PENDING" in cli(slurm, "status", where).stdout
@@ -346,7 +348,9 @@ def test_a_site_that_requeues_nothing_holds_the_chain(
     never = ("--sbatch", "train.requeue=", "--sbatch", "train.no-requeue")
     done = cli(slurm, "submit", recipe, *sized, *never, "--preflight")
     assert done.returncode == 0, done.stderr
-    jobs = dict(line.split() for line in done.stdout.splitlines())
+    *lines, last = done.stdout.splitlines()
+    assert last.startswith("next: atlantis-ds status ")
+    jobs = dict(line.split() for line in lines)
     assert list(jobs)[:3] == ["prepare", "preflight", "score"]
     sft, other, last = (jobs[name] for name in ("train-sft", "train-atlantis", "evaluate"))
     log = where / "slurm" / f"run-train-sft-{sft}.log"
