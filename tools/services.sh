@@ -1,4 +1,4 @@
-# What the scripts that start and stop the test services share; they source it.
+# Shared by the scripts that start and stop the test services; they source this file.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 tools=$(cd "$(dirname "$0")" && pwd)

@@ -3,7 +3,7 @@
 #   eval "$(tools/slurm_up.sh [STATE_DIR])"   then srun, sbatch, squeue ... reach it
 #   tools/slurm_down.sh "$SLURM_STATE_DIR"    stops it and removes the folder
 # Several may run at once. Partitions: main (preemptible, 30 s grace) and urgent (preempts main).
-# Each node claims 2 CPUs, 4000 MB and 2 make-believe GPUs, whatever the machine has.
+# Each node claims 2 CPUs, 4000 MB and 2 fake GPUs, whatever the machine has.
 . "$(dirname "$0")/services.sh"
 unset "${!SLURM_@}" # run from inside a job, or after another slurm_up, nothing of that one may leak in
 need slurmctld slurmd sinfo munged

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Inject faults into real runs; after each, a rerun must end as if nothing had happened, or be refused clearly.
+"""Inject faults into real runs; after each fault, a rerun must end as if nothing had happened, or be clearly refused.
 
     python tools/soak.py [--faults 60] [--seed 1] [--first 1] [--kind NAME ...]
 
-An undisturbed run on two ranks is the measure. Each fault meets a copy of it, taken before the stage that is to suffer,
-at a moment drawn from the seed and the number of the fault: `--seed 1 --first 17 --faults 17` repeats number 17 alone.
-"As if nothing had happened" means: score shards and weights, or the trained model, byte-identical to the undisturbed
-ones, and nothing that was finished done again. A fault that missed its moment counts as failed, so does a traceback.
-Full disks and read-only folders need root, for mounts. Ends with 0 when every fault passed; the folder of one that
-failed is kept and named.
+Results are compared with an undisturbed run on two ranks. Each fault gets a copy of that run from before the affected
+stage, and happens at a moment drawn from the seed and the number of the fault: `--seed 1 --first 17 --faults 17`
+repeats only number 17. "As if nothing had happened" means: score shards and weights, or the trained model, are
+byte-identical to the undisturbed ones, and finished work is not repeated. A fault that missed its moment counts as
+failed, and so does a traceback. Full disks and read-only folders need root, for mounts. The exit code is 0 if every
+fault passed; the folder of a failed one is kept and named.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ ENV = {name: value for name, value in os.environ.items() if name not in ("RANK",
     "HF_HUB_OFFLINE": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
-LIMIT = 300  # seconds for one command, several times what it needs: more is a hang
+LIMIT = 300  # seconds for one command, several times what it needs: anything longer is a hang
 SHARDS, STEPS = 40, 50
 STAGES = ["score", "merge", "train"]
 
-# Preloaded, it moves the wall clock (and no other) of all ranks, or of $JUMP_RANK, as soon as the file $JUMP_AT is
-# there.
+# When preloaded, it changes the wall clock (and no other) of all ranks, or of $JUMP_RANK, as soon as the file $JUMP_AT
+# exists.
 CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -68,7 +68,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
     return code;
 }
 """
-# Preloaded, it does not show a part of a shard that is younger than $LATE_BY seconds, as a network file system may.
+# When preloaded, it hides a part of a shard younger than $LATE_BY seconds, as a network file system may.
 LATE = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -89,7 +89,7 @@ int stat(const char *path, struct stat *found) {
 
 
 class Failed(Exception):
-    """A fault that was not survived as it should be."""
+    """A fault from which the run did not recover as it should."""
 
 
 def check(good: object, what: str) -> None:
@@ -149,7 +149,7 @@ def said(recipe: Path, stage: str) -> str:
 
 
 def end(process: subprocess.Popen[bytes], recipe: Path, stage: str) -> tuple[int, str]:
-    """Wait for a command; its exit code and what it said. A traceback is no way to end, and so is a hang."""
+    """Wait for a command; return its exit code and output. A traceback or a hang is a failure."""
     try:
         code = process.wait(LIMIT)
     except subprocess.TimeoutExpired:
@@ -175,8 +175,8 @@ def refuse(recipe: Path, stage: str, *named: str) -> None:
 
 
 def files_made(run: Path) -> int:
-    """Files that scoring has finished, of 3 for each shard: parts of two models (the small base is the large one), then
-    the shard in their place."""
+    """Files that scoring has finished, 3 for each shard: parts from two models (the small base is the large one), then
+    the shard that replaces them."""
     return sum(1 for _ in (run / "scores").glob("parts/shard-*")) + 3 * sum(1 for _ in run.glob("scores/shard-*"))
 
 
@@ -186,7 +186,7 @@ def steps_done(run: Path) -> int:
 
 
 def outputs(run: Path) -> dict[str, bytes]:
-    """What scoring, merging and training have made: file name → content."""
+    """The results of scoring, merging and training: file name → content."""
     names = ["weights.parquet", "weights.json", "model/atlantis/last/model.safetensors"]
     found = [*run.glob("scores/shard-*.parquet"), *(run / name for name in names)]
     return {str(path.relative_to(run)): path.read_bytes() for path in found if path.exists()}
@@ -194,7 +194,7 @@ def outputs(run: Path) -> dict[str, bytes]:
 
 @dataclass
 class Undisturbed:
-    """A run that nothing happened to: copies of it before each stage, and what came out."""
+    """An undisturbed run: copies of it before each stage, and its results."""
 
     folder: Path
     expected: dict[str, bytes]
@@ -222,7 +222,7 @@ def undisturbed_run(folder: Path) -> Undisturbed:
     measure = Undisturbed(folder, outputs(run), seconds["merge"])
     check(len(measure.expected) == SHARDS + 3, "the undisturbed run lacks files")
 
-    # Two more to break: a training stopped on the way, with two checkpoints; and scores of other inputs.
+    # Two more to break: an interrupted training with two checkpoints; and scores from other inputs.
     case = Case(measure, folder / "stopped", random.Random(0))
     stopped = case.at("train")
     case.interrupt(stopped, "train", lambda: steps_done(case.run) >= 18, lambda _: (case.run / "STOP").touch(), 75)
@@ -237,7 +237,7 @@ def undisturbed_run(folder: Path) -> Undisturbed:
 
 @dataclass
 class Case:
-    """One fault: a folder of its own, and its random numbers."""
+    """One fault: its own folder and random numbers."""
 
     measure: Undisturbed
     folder: Path
@@ -248,13 +248,13 @@ class Case:
         return self.folder / "run"
 
     def at(self, stage: str) -> Path:
-        """Copy the undisturbed run as it was before a stage; its recipe."""
+        """Copy the undisturbed run from before a stage; returns its recipe."""
         self.folder.mkdir(exist_ok=True)
         shutil.copytree(self.measure.before(stage), self.run)
         return write_recipe(self.folder)
 
     def moment(self, stage: str) -> tuple[str, Callable[[], bool]]:
-        """A random moment in a stage: in words, and how to tell that it has come."""
+        """A random moment in a stage: in words, and as a function that tells whether it has come."""
         if stage == "score":
             files = self.rng.randrange(1, 3 * SHARDS - 10)
             return f"after {files} files", lambda: files_made(self.run) >= files
@@ -278,7 +278,7 @@ class Case:
         code: int,
         env: dict[str, str] = ENV,
     ) -> str:
-        """Start a stage, do something to it when the moment has come, and wait for its end, with such a code."""
+        """Start a stage, disturb it when the moment has come, and wait for its end with this exit code."""
         process = start(recipe, stage, env=env)
         limit = time.monotonic() + LIMIT
         while not moment():
@@ -291,7 +291,7 @@ class Case:
         return words
 
     def same(self, *stages: str) -> None:
-        """Whether the output of these stages is that of the undisturbed run, byte for byte."""
+        """Check that the output of these stages is byte-identical to that of the undisturbed run."""
         found = outputs(self.run)
         made_by = {"scores/": "score", "weights.": "merge", "model/": "train"}
         for name, content in self.measure.expected.items():
@@ -302,7 +302,7 @@ class Case:
             check(not left, f"left behind: {left[:1]}")
 
     def rerun(self, stage: str, broken: Path | None = None) -> None:
-        """The same command once more, and what follows up to the weights; all of it as in the undisturbed run."""
+        """Run the same command again, and the next ones up to the weights; all results as in the undisturbed run."""
         stages = ["train"] if stage == "train" else ["score", "merge"][["score", "merge"].index(stage) :]
         finished = {path: path.stat().st_mtime_ns for path in self.run.glob("scores/**/shard-*.parquet")}
         finished.pop(broken, None)
@@ -312,7 +312,7 @@ class Case:
         self.same(*stages)
         again = [path.name for path, when in finished.items() if path.exists() and path.stat().st_mtime_ns != when]
         check(not again, f"finished shards were written again: {again[:3]}")
-        # Parts are gone by now; the log tells how many examples each model has scored this time.
+        # Parts are gone by now; the log shows how many examples each model has scored this time.
         count = Counter()
         for event in _events(self.run, "score")[scored:]:
             count[event["model"]] += event["examples"]
@@ -328,7 +328,7 @@ def _events(run: Path, kind: str) -> list[dict]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-# --- the faults: each says in a few words what it did
+# --- the faults: each returns a few words about what it did
 
 
 def killed(case: Case, stage: str) -> str:
@@ -341,7 +341,7 @@ def killed(case: Case, stage: str) -> str:
         ranks = launcher.children()
         chosen = {"rank 0": ranks[:1], "rank 1": ranks[1:]}.get(victim, [launcher, *ranks])
         for one in chosen:
-            one.suspend()  # all at once, as when a node goes down
+            one.suspend()  # all at once, like a node failure
         for one in chosen:
             one.kill()
 
@@ -370,12 +370,12 @@ def truncated_shard(case: Case) -> str:
     size = case.rng.randrange(shard.stat().st_size)
     os.truncate(shard, size)
     refuse(recipe, "merge", shard.name)
-    case.rerun("score", broken=shard)  # sees by itself that it is broken
+    case.rerun("score", broken=shard)  # detects by itself that it is broken
     return f"{shard.name} cut to {size} bytes, merge refused"
 
 
 def flip(path: Path, rng: random.Random) -> int:
-    """Turn over one bit of a file; returns which byte."""
+    """Flip one bit of a file; returns the position of its byte."""
     data = bytearray(path.read_bytes())
     place = rng.randrange(len(data))
     data[place] ^= 1 << rng.randrange(8)
@@ -388,7 +388,7 @@ def flipped_shard(case: Case) -> str:
     shard = case.rng.choice(sorted(case.run.glob("scores/shard-*")))
     place = flip(shard, case.rng)
     code, words = end(start(recipe, "merge"), recipe, "merge")
-    if code == 0:  # where it says nothing (in the name of the writer, say) the weights must be right
+    if code == 0:  # if there is no error (such as for a bit in the writer's name), the weights must be right
         case.same("merge")
         return f"byte {place} of {shard.name}: of no effect"
     check(shard.name in words, f"byte {place} flipped: the refusal does not name the shard:\n{words[-2000:]}")
@@ -425,7 +425,7 @@ def damaged_checkpoint(case: Case) -> str:
     refuse(recipe, "train", newest.name)
     shutil.rmtree(newest)
     case.rerun("train")
-    check(f"resuming from step {int(older.name[5:])}" in said(recipe, "train"), "the older one was not taken")
+    check(f"resuming from step {int(older.name[5:])}" in said(recipe, "train"), "the older one was not used")
     return f"{newest.name}/{file.name} cut to {size} bytes, refused"
 
 
@@ -482,7 +482,7 @@ def read_only(case: Case) -> str:
 
 
 def clock_jump(case: Case) -> str:
-    """The clock jumps in the middle, and all files, a STOP file too, come from a time that is to come, or long past."""
+    """The clock jumps in the middle, and all files, including a STOP file, are from the future or the distant past."""
     stage = case.rng.choice(["score", "train"])
     recipe = case.at(stage)
     years = case.rng.choice([-10, 10])
@@ -613,7 +613,7 @@ def clock_off(case: Case) -> str:
 
 
 def missing_node(case: Case) -> str:
-    """Of two nodes one does not come to the preflight, or goes in the middle of it."""
+    """One of two nodes does not join the preflight, or dies in the middle of it."""
     recipe, rank = case.at("train"), case.rng.choice("01")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -631,7 +631,7 @@ def missing_node(case: Case) -> str:
         time.sleep(case.rng.uniform(4, 12))
         ranks[rank][1].kill()
     code, words = end(ranks[left][1], ranks[left][0], "preflight")
-    early = not never and code == 0  # it was through before
+    early = not never and code == 0  # it had finished before
     check(early or (code == 1 and "fault: " in words), f"preflight ended with {code}:\n{words[-2000:]}")
     check(early or rank == "0" or "rank 1" in words, f"rank 1 is not named:\n{words[-2000:]}")
     for _, process in ranks.values():
@@ -641,7 +641,7 @@ def missing_node(case: Case) -> str:
 
 
 def broken_connection(case: Case) -> str:
-    """The hub's answer breaks off in the middle of a file; or the process is killed there, and the command repeated."""
+    """The hub's answer ends in the middle of a file; or the process is killed there, and the command is repeated."""
     sys.path.insert(0, str(ROOT / "tests"))
     from hub_server import hub_on_loopback
 
@@ -668,7 +668,7 @@ def broken_connection(case: Case) -> str:
             first.kill()
             first.wait()
         else:
-            end(first, recipe, "fetch")  # the client may go on by itself
+            end(first, recipe, "fetch")  # the client may resume by itself
         hub.stall = set()
         code, words = end(start(recipe, "fetch", env=env), recipe, "fetch")
         check(code == 0, f"fetch ended with {code}:\n{words[-2000:]}")

@@ -4,7 +4,7 @@
 #   pdsh -w 127.0.0.2,127.0.0.3 hostname
 #   deepspeed --hostfile "$SSH_HOSTFILE" --ssh_port "$SSH_PORT" --no_ssh_check --master_addr 127.0.0.2 ...
 #   tools/sshd_down.sh "$SSH_STATE_DIR"       stops it and removes the folder
-# Keys, settings and log lie under STATE_DIR; ~/.ssh and /etc/ssh are not used. Several may run at once.
+# Keys, settings and log are in STATE_DIR; ~/.ssh and /etc/ssh are not used. Several may run at once.
 . "$(dirname "$0")/services.sh"
 need sshd ssh ssh-keygen
 new_state "$@"

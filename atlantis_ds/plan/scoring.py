@@ -79,9 +79,9 @@ class Scoring:
         return self.weights + self.head + self.batch
 
     def __str__(self) -> str:
-        told = f"{self.total / GIB:.2f} GiB a rank (weights {self.weights / GIB:.2f}"
+        told = f"{self.total / GIB:.2f} GiB per rank (weights {self.weights / GIB:.2f}"
         told += f", fp32 head {self.head / GIB:.2f}" if self.head else ""
-        told += f", a batch {self.batch / GIB:.2f})"
+        told += f", batch {self.batch / GIB:.2f})"
         return told + (f"; labels in {self.trees} trees, each reads the prompt again" if self.trees > 1 else "")
 
 

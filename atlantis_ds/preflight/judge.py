@@ -239,7 +239,7 @@ def judge_step(trial: Mapping[str, Any]) -> Check:
     """The steps that were tried: their speed, and their memory compared with the plan."""
     warns = [] if trial["finite"] else ["the step's loss or gradient is not finite, on random tokens"]
     found = (
-        f"{trial['micro_batches']} x {trial['micro_batch']} examples of up to {trial['longest']} tokens a rank: "
+        f"{trial['micro_batches']} x {trial['micro_batch']} examples of up to {trial['longest']} tokens per rank: "
         f"{trial['seconds']:.2f} s, {trial['tokens_per_s']:,.0f} tokens/s, peak {size(trial['peak_bytes'])} "
         f"(plan {size(trial['plan_bytes'])}); a whole step about {trial['whole_step_seconds']:.1f} s"
     )
