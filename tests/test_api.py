@@ -465,7 +465,7 @@ def test_two_processes_take_the_gradient_of_one(place: Path) -> None:
 def test_the_code_of_the_docs_runs(place: Path) -> None:
     names: dict[str, Any] = {}
     of_page = ("", "Weights from scores", "Scores of your own", "Can the weights be trusted?", "Does it help?")
-    for heading in (*of_page, "The weights elsewhere", "transformers Trainer", "ms-swift", "Fine-tuning services"):
+    for heading in (*of_page, "Use the weights elsewhere", "transformers Trainer", "ms-swift", "Fine-tuning services"):
         assert blocks(heading), heading
         run_blocks(blocks(heading), names)
     assert names["weights"].mean() == pytest.approx(1) and names["comparison"]["arms"][1]["runs"] == 2

@@ -126,7 +126,7 @@ def test_rows_of_two_kinds_in_one_data_set(tiny_recipe: WriteRecipe, tmp_path: P
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     data = {"task": "response", "train": str(tmp_path / "train-*.jsonl")}
     recipe = load_recipe(tiny_recipe(tmp_path, {"data": data, "weights": {"formula": "reference"}}))
-    with pytest.raises(InputError, match=r"train-2.jsonl:1: the row has messages, but the rows before it prompt"):
+    with pytest.raises(InputError, match=r"train-2.jsonl:1: the row has messages, but the rows before it have prompt"):
         prepare(recipe, RunFolder(tmp_path / "run"))
 
 

@@ -291,7 +291,7 @@ def result(*arms: tuple[str, float, float, float, int], upper: str | None = None
 def test_the_result_in_words() -> None:
     gains, same = ("posterior", 0.047, 0.013, 0.086, 5), ("gce", 0.004, -0.02, 0.03, 5)
     assert result(gains) == ["posterior gains 0.047 [0.013, 0.086] macro-F1 on sft over 5 seeds."]
-    assert result(same) == ["gce (+0.004 [-0.020, +0.030]) cannot be told from sft in macro-F1 over 5 seeds."]
+    assert result(same) == ["gce (+0.004 [-0.020, +0.030]) cannot be distinguished from sft in macro-F1 over 5 seeds."]
     assert result(("a", -0.02, -0.03, -0.01, 3)) == ["a loses 0.020 [0.010, 0.030] macro-F1 against sft over 3 seeds."]
     one = result(("a", 0.02, 0.01, 0.03, 1))
     assert one == [
@@ -306,7 +306,7 @@ def test_the_result_in_words() -> None:
 
 
 def test_an_interval_that_touches_0_is_no_gain() -> None:
-    assert "cannot be told" in result(("a", 0.02, 0.0, 0.04, 5))[0]
+    assert "cannot be distinguished" in result(("a", 0.02, 0.0, 0.04, 5))[0]
 
 
 def test_terms_of_macro_f1_are_in_the_table_of_labels(compared: dict[str, Any]) -> None:
