@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from conftest import ENV, Done, WriteRecipe, launch, refuse, succeed
 
+from atlantis_ds.cli.app import after_evaluate
 from atlantis_ds.config.describe import SCHEMA_FILE, json_schema, reference_page
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.data.ingest import look_at_data
 from atlantis_ds.demo.grammar import grammar_corpus
+from atlantis_ds.files import write_json
+from atlantis_ds.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [*grammar_corpus(40, 0, 0, seed=2)]
@@ -146,8 +149,9 @@ def test_columns_that_no_recipe_can_name_are_refused(tmp_path: Path) -> None:
         done = launch("local", 1, "init", tmp_path / "rows.csv", *options, "--out", tmp_path / "out.yaml")
         refuse(done, *words)
         assert "recipe.yaml" not in done.out and not (tmp_path / "out.yaml").exists()
-    (tmp_path / "rows.csv").write_text("text,label\n" + "what is it,\n" * 9)
-    refuse(launch("local", 1, "init", tmp_path / "rows.csv", "--out", tmp_path / "out.yaml"), "--label label: no label")
+    for label, words in (("", "--label label: no label"), ("x", "--label label: one label alone")):
+        (tmp_path / "rows.csv").write_text("text,label\n" + f"what is it,{label}\n" * 9)
+        refuse(launch("local", 1, "init", tmp_path / "rows.csv", "--out", tmp_path / "out.yaml"), words)
 
 
 def test_a_run_that_was_moved_is_the_one_that_goes_on(tmp_path: Path) -> None:
@@ -155,6 +159,7 @@ def test_a_run_that_was_moved_is_the_one_that_goes_on(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_bytes((ROOT / "recipes" / "demo.yaml").read_bytes())
     said = succeed("local", 1, "status", run)
+    refuse(launch("local", 1, "run", run), "a folder; give a recipe file", "recipe.yaml")
     command = shlex.split(said.splitlines()[-1].removeprefix("next: atlantis-ds "))
     assert command[0] == "run" and "Run folder " + str(run) in succeed("local", 1, "check", *command[1:])
 
@@ -184,6 +189,20 @@ def test_a_comparison_is_told_before_it_begins(tmp_path: Path, tiny_recipe: Writ
     assert "2 x A100" in said and "full with zero3.json" in said and f"next: atlantis-ds compare {recipe}" in said
     assert [*(tmp_path / "run").iterdir()] == [tmp_path / "run" / "eval"]
     refuse(launch("local", 1, "compare", recipe, "--dry-run", "--gpu", "P4"), "--gpu P4", "A100")
+
+
+def test_a_recipe_without_test_examples_is_not_sent_to_compare(tmp_path: Path, base_model: Path) -> None:
+    recipe, data = tmp_path / "first.yaml", files(tmp_path)["classification"]
+    succeed("local", 1, "init", data, "--model", base_model, "--out", recipe)
+    for option in ([], ["--dry-run"]):
+        refuse(launch("local", 1, "compare", recipe, *option), "first.yaml: data.test: `compare` needs test examples")
+    settings, folder = load_recipe(recipe), RunFolder(tmp_path / "run")
+    assert after_evaluate(settings, folder) == ["train", "--arm", "sft"]
+    for arm in settings.arms:
+        write_json(folder.model(arm) / "training.json", {"step": 1})
+    assert after_evaluate(settings, folder) == []
+    (folder.root / "recipe.yaml").write_bytes(recipe.read_bytes())
+    assert "next:" not in succeed("local", 1, "status", folder.root)
 
 
 def in_a_terminal(arguments: list[str], answers: list[str], interrupt_after: bytes | None = None) -> Done:

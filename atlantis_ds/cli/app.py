@@ -94,8 +94,8 @@ def on_ranks(
         print(f"{folder.stop}: left from an earlier job, removed")
     run = Run(settings, folder, ranks)
     stage(run)
-    if ranks.is_main:
-        command, *options = after(run)
+    if ranks.is_main and (words := after(run)):
+        command, *options = words
         if command == "diagnose":  # it takes a run folder, whose recipe has the overrides
             say_next(command, folder.root, *options)
         else:
@@ -125,6 +125,6 @@ def after_prepare(settings: Recipe) -> list[str]:
 
 
 def after_evaluate(settings: Recipe, folder: RunFolder) -> list[str]:
-    """The command for an arm that is not trained yet, or `compare`."""
+    """The command for an arm that is not trained yet, or `compare`; nothing without test examples."""
     left = [arm for arm in settings.arms if not (folder.model(arm) / "training.json").exists()]
-    return ["train", "--arm", left[0]] if left else ["compare"]
+    return ["train", "--arm", left[0]] if left else ["compare"] if settings.tested else []

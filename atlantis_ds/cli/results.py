@@ -49,7 +49,8 @@ def status(
     if folder.recipe.is_file() and not (folder.root / "slurm" / "jobs.json").exists():
         opened = open_run(folder.root)
         unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in opened.recipe.arms)
-        say_next_of(opened, "run" if unfinished else "compare")
+        if unfinished or opened.recipe.tested:
+            say_next_of(opened, "run" if unfinished else "compare")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -70,8 +71,8 @@ def diagnose(run: RunPath) -> None:
     console.print(diagnosis_table(write_diagnosis(opened)))
     written = opened.folder.root / "diagnosis"
     print(f"page: {written / 'diagnosis.html'}\nlikely label errors: {written / 'label_errors.csv'}")
-    command, *options = after_evaluate(opened.recipe, opened.folder)
-    say_next_of(opened, command, *options)
+    if words := after_evaluate(opened.recipe, opened.folder):
+        say_next_of(opened, *words)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -75,6 +75,8 @@ def compare(
     Example: atlantis-ds compare recipes/studies/conll04_uniform_noise.yaml --ranks 2
     """
     loaded = load(recipe, overrides)
+    if not loaded[0].tested:  # said before the hours of the stages in front of it
+        raise InputError(f"{recipe}: data.test: `compare` needs test examples")
     if dry_run:
         from atlantis_ds.plan.trainings import show_trainings
 

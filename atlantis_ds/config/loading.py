@@ -80,6 +80,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder; give a recipe file, of a run its {path / 'recipe.yaml'}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     except (yaml.YAMLError, ValueError) as error:

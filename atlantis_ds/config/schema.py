@@ -560,6 +560,11 @@ class Recipe(Section):
         return self.data.kind
 
     @property
+    def tested(self) -> bool:
+        """Whether the recipe names test examples."""
+        return bool(self.data.test or self.data.hub_id or self.data.format == "grammar")
+
+    @property
     def weighted(self) -> bool:
         """Whether an arm needs scores; if all weights are uniform, none does."""
         arms = [options for options in self.arms.values() if options.dev != "alone"]

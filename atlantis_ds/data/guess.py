@@ -196,8 +196,9 @@ def _label(found: Guess, columns: dict[str, Column], given: dict[str, str], ask:
         name = name or ask("label", "Which column contains the label to train on?", likely or list(columns))
         found.notes.append(f"column `{name}`: label, {columns[name].distinct} different values")
     found.columns["label"] = name
-    if not columns[name].filled:
-        raise InputError(f"--label {name}: no label in the first {ROWS} rows; name another column")
+    if columns[name].distinct < 2 and columns[name].filled < ROWS:  # a large file may be sorted by label
+        found_in_rows = "no label" if not columns[name].filled else "one label alone"
+        raise InputError(f"--label {name}: {found_in_rows} in the first rows; name another column, or give more rows")
     if columns[name].distinct > MOST_LABELS:
         raise InputError(
             f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are not a "

@@ -88,7 +88,8 @@ def trained_model(run: Run, arm: str) -> Model:
     """The model of an arm that ``evaluate.checkpoint`` names. Raises InputError: the arm is not trained."""
     path = run.folder.model(arm) / run.recipe.evaluate.checkpoint
     if not (run.folder.model(arm) / "training.json").exists() or not path.is_dir():
-        raise InputError(f"{path}: no trained model; run `train --arm {arm}` first")
+        stage = f"train --arm {arm}" if arm in run.recipe.arms else "compare"
+        raise InputError(f"{path}: no trained model; run `{stage}` first")
     return Model(model_name_or_path=str(path))
 
 
