@@ -19,6 +19,7 @@ from atlantis_ds.config.schema import Model
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
+from atlantis_ds.lm.load import load_model
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 
@@ -144,6 +145,14 @@ def test_auto_shards_what_does_not_fit(base_model: Path, tmp_path: Path) -> None
     assert "score small: a replica on each rank (it needs 0.00 GiB, " in out
     assert "score huge: sharded over the ranks by ZeRO-3 (it needs 14901.16 GiB, " in out  # 1.25 x 10^11 x 32 x 4 bytes
     assert out.count("chosen: [False, True]") == 2
+
+
+def test_a_model_file_that_was_cut_off_is_refused(base_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"model {tmp_path / 'cut'}: cannot be loaded"):
+        load_model(Model(model_name_or_path=str(tmp_path / "cut")), "float32")
 
 
 def test_reference_on_the_gold_split(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_whole_run_twice(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
     after = outputs(run)
     assert {name for name in before if after[name] != before[name]} >= {"eval/sft/metrics.json"}
     assert all(after[name] == before[name] for name in before if not name.startswith("eval/"))
+    assert third.splitlines()[-1] == f"next: atlantis-ds diagnose {run}"  # which takes no --set
     assert tail(third) and third.count("already finished") == 4
     for arm in ("sft", "atlantis"):
         metrics = json.loads((run / "eval" / arm / "metrics.json").read_text())
