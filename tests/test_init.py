@@ -142,7 +142,7 @@ def test_columns_that_no_recipe_can_name_are_refused(tmp_path: Path) -> None:
         ("text,label", ["--text", "label", "--label", "label"], ["--text label: given as --label"]),
         ("text,label", ["--response", "label", "--task", "classification"], ["--response label: not for task class"]),
         ("text,label", ["--label", "label", "--task", "response"], ["--label label: not for task response"]),
-        ("text,label", ["--model", ""], ["models.large: give `model_name_or_path`"]),
+        ("text,label", ["--model", ""], ["models.large: give", "`model_name_or_path`"]),
     ]
     for header, options, words in cases:
         (tmp_path / "rows.csv").write_text("\n".join([header, *(f"what is it {at},{'xy'[at % 2]}" for at in range(9))]))
