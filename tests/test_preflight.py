@@ -289,7 +289,7 @@ def test_a_sick_node_is_named(tiny_recipe: WriteRecipe, base_model: Path, tmp_pa
     (clock,) = found["clocks"]["fails"]
     assert "node2 is 60" in clock and "ahead" in clock
     (slow,) = found["matmul"]["warnings"]
-    assert slow.startswith("rank 1 on node2 (local rank 1) makes ")
+    assert slow.startswith("rank 1 on node2 (local rank 1) reaches ")
     assert any(reason.startswith(f"node2: {weights}: truncated") for reason in found["models"]["fails"])
     assert any(reason.startswith(f"node2: {weights}: 1") and "bytes" in reason for reason in found["models"]["fails"])
     (full,) = found["room"]["fails"]

@@ -271,10 +271,10 @@ def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):
     folder = run[1]
     (folder.scores / SHARDS[0]).unlink()
     other = tiny_recipe(models, score={"shard_size": SHARD, "tokens_per_batch": 128})
-    with pytest.raises(InputError, match=r"differs: tokens_per_batch\)"):
+    with pytest.raises(InputError, match=r"different: tokens_per_batch\)"):
         score(other, folder, ranks)
     swapped = tiny_recipe({**models, "small": models["large"]})
-    with pytest.raises(InputError, match=r"differs: model small\)"):
+    with pytest.raises(InputError, match=r"different: model small\)"):
         score(swapped, folder, ranks)
     assert sorted(times(folder)) == SHARDS[1:]
 
@@ -284,7 +284,7 @@ def test_one_run_has_one_precision(run, models, ranks):
     recipe, folder = run
     assert recipe.score.dtype == "auto" and read_json(folder.scores / "scores.json")["inputs"]["dtype"] == "float32"
     narrow = tiny_recipe(models, score={"shard_size": SHARD, "tokens_per_batch": 256, "dtype": "bfloat16"})
-    with pytest.raises(InputError, match=r"differs: dtype\)"):
+    with pytest.raises(InputError, match=r"different: dtype\)"):
         score(narrow, folder, ranks)
     shutil.rmtree(folder.scores)
     score(narrow, folder, ranks)
@@ -319,7 +319,7 @@ def test_chat_template_of_the_reference(models, ranks, tmp_path):
     assert np.abs(scores.reference - scores.small).mean() > 0.01  # the same weights behind another prompt
 
     plain = tiny_recipe({**models, "reference": {**reference, "chat_template": False}})
-    with pytest.raises(InputError, match=r"differs: chat_template\)"):
+    with pytest.raises(InputError, match=r"different: chat_template\)"):
         score(plain, folder, ranks)
     bare = Model(model_name_or_path=small)
     with pytest.raises(InputError, match=f"models.reference.chat_template: the tokenizer of {small} has no chat"):

@@ -127,7 +127,7 @@ def _predicts_as_it_was_evaluated(files: Path, tmp_path: Path, run: Path, labels
     refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), "other.jsonl:1", "text")
     refuse(launch("local", 1, "predict", run, rows, "--arm", "nope"), "--arm nope: no arm of this run", "sft")
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "The fire.", f"p({labels[0]})": 1}) + "\n")
-    refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), f"'p({labels[0]})' is there already")
+    refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), f"'p({labels[0]})' exists already")
     assert not (tmp_path / "other.atlantis.jsonl").exists()
 
 
