@@ -24,7 +24,7 @@ lint := 'ruff check' 'ruff format --check' 'mypy atlantis_ds'
 test: checks := tools/install_test_services.sh $(lint) 'pytest $(two) -m "not slow"'
 test-fast: checks := $(lint) 'pytest $(two) -m "not slow and not ranks"'
 test test-fast: .venv/.installed
-	@export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1; failed=; \
+	@export PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1; failed=; \
 	for check in $(checks); do \
 		echo "== $$check"; eval "$$check" || failed+="; $$check"; \
 	done; \

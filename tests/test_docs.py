@@ -158,6 +158,7 @@ RUNNABLE = {  # the same command on two pages is one
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("command", RUNNABLE.values(), ids=str)
 def test_command_runs_in_a_folder_with_nothing_but_recipes(command: Command, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

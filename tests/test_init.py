@@ -25,6 +25,7 @@ from atlantis_ds.demo.grammar import grammar_corpus
 from atlantis_ds.files import write_json
 from atlantis_ds.run_folder import RunFolder
 
+pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [*grammar_corpus(40, 0, 0, seed=2)]
 

@@ -27,6 +27,8 @@ from atlantis_ds.weights.diagnostics import diagnose
 from atlantis_ds.weights.facts import WeightFacts
 from atlantis_ds.weights.picture import weights_pictures
 
+pytestmark = pytest.mark.ranks
+
 HOSTILE = [
     "</script><img src=http://outside.invalid/1.png onerror=hacked=1><script>hacked=1</script>",
     "$x_1$ and $\\frac{1}{2$ & <b>bold</b> \"quotes\" 'single' {{ 7 * 7 }}",
