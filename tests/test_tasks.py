@@ -123,6 +123,10 @@ def _predicts_as_it_was_evaluated(files: Path, tmp_path: Path, run: Path, labels
     with (tmp_path / "one.csv").open(newline="") as file:
         for one, two in zip(csv.DictReader(file), found, strict=True):
             assert one["predicted"] == two["predicted"] and abs(float(one["probability"]) - two["probability"]) < 1e-6
+    one_row = tmp_path / "one row.jsonl"  # one rank has none
+    one_row.write_text(rows.read_text().splitlines()[0] + "\n")
+    succeed("local", 2, "predict", run, one_row, "--arm", "sft", "--out", tmp_path / "single.jsonl")
+    assert json.loads((tmp_path / "single.jsonl").read_text())["predicted"] == evaluated[0]
     (tmp_path / "other.jsonl").write_text('{"words": "The fire caused panic."}\n')
     refuse(launch("local", 1, "predict", run, tmp_path / "other.jsonl"), "other.jsonl:1", "text")
     refuse(launch("local", 1, "predict", run, rows, "--arm", "nope"), "--arm nope: no arm of this run", "sft")

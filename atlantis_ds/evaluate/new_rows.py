@@ -16,8 +16,7 @@ from atlantis_ds.data.prompts import render_prompt, template_for
 from atlantis_ds.data.reading import read_new_rows
 from atlantis_ds.data.rows import BadRow, Found
 from atlantis_ds.errors import InputError
-from atlantis_ds.evaluate.generate import generate_greedy
-from atlantis_ds.evaluate.predict import label_sums, load_checked, trained_model
+from atlantis_ds.evaluate.predict import generated_texts, label_sums, load_checked, trained_model
 from atlantis_ds.files import refuse_unknown_format, write_rows
 from atlantis_ds.lm.check import sample_rows
 from atlantis_ds.lm.encode import Encoded, Encoder
@@ -56,14 +55,12 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
     options = run.recipe.evaluate
     with Steps(f"predict {arm}", len(mine), "rows", run.ranks.is_main, every=max(1, len(mine) // 5)) as steps:
         if examples.labels is not None:
-            sums = label_sums(lm, encoder, prompts, options, ways, steps.advance) if prompts else np.empty((0, 0))
-            said = _probable(sums, examples.labels)
+            # With fewer rows than ranks, this rank may have none.
+            sums = label_sums(lm, encoder, prompts, options, ways, steps.advance) if prompts else None
+            said = [] if sums is None else _probable(sums, examples.labels)
         else:
-            end = encoder.tokenizer.eos_token_id
-            budget = options.tokens_per_batch, options.max_new_tokens
-            ends = {end, *(pairs[row].eos for row in mine)}
-            new = generate_greedy(lm, prompts, ends, end, *budget, steps.advance, ways)
-            texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+            ends = {pairs[row].eos for row in mine}
+            texts = generated_texts(lm, encoder, prompts, ends, options, ways, steps.advance)
             said = [{"predicted": text.strip()} for text in texts]
     del lm
     give_memory_back(run.ranks.device)
@@ -76,7 +73,7 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
 def _probable(sums: np.ndarray, labels: list[str]) -> list[dict[str, Any]]:
     """For each row of log-likelihoods [n, K]: the most likely label, its probability, and all probabilities
     (softmax)."""
-    shares = np.exp(sums - sums.max(axis=1, keepdims=True, initial=-np.inf))
+    shares = np.exp(sums - sums.max(axis=1, keepdims=True))
     shares /= shares.sum(axis=1, keepdims=True)
     return [
         {"predicted": labels[best], "probability": share[best]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +168,7 @@ def _responses(
     if examples.chat:  # everything before the last turn, even if several turns are learned
         test = examples.test
         prompts = [encoder.last_prompt(test.prompts[row].as_py(), test.targets[row].as_py()) for row in rows.tolist()]
-    ends = {pad, *(pair.eos for pair in pairs)}
-    new = generate_greedy(lm, prompts, ends, pad, options.tokens_per_batch, options.max_new_tokens, advance, ways)
-    predicted = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    predicted = generated_texts(lm, encoder, prompts, {pair.eos for pair in pairs}, options, ways, advance)
     return pa.table(
         {
             "predicted": pa.array([text.strip() for text in predicted], pa.string()),
@@ -240,10 +238,25 @@ def generate_labels(
 ) -> list[str]:
     """Greedy generation; text that is not a label, ignoring case and white space, gives ``UNMAPPED``."""
     known = {_normal(label): label for label in labels}
-    end = encoder.tokenizer.eos_token_id
-    new = generate_greedy(lm, prompts, {end}, end, options.tokens_per_batch, options.max_new_tokens, advance, ways)
-    texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = generated_texts(lm, encoder, prompts, set(), options, ways, advance)
     return [known.get(_normal(text), UNMAPPED) for text in texts]
+
+
+def generated_texts(
+    lm: Any,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    ends: Collection[int],
+    options: Evaluate,
+    ways: Ways,
+    advance: Advance,
+) -> list[str]:
+    """What the model writes after each prompt, greedily, up to the tokenizer's end token or one of ``ends``."""
+    end = encoder.tokenizer.eos_token_id
+    budget = options.tokens_per_batch, options.max_new_tokens
+    new = generate_greedy(lm, prompts, {end, *ends}, end, *budget, advance, ways)
+    texts: list[str] = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
 
 
 def _normal(text: str) -> str:
