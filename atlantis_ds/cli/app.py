@@ -126,5 +126,11 @@ def after_prepare(settings: Recipe) -> list[str]:
 
 def after_evaluate(settings: Recipe, folder: RunFolder) -> list[str]:
     """The command for an arm that is not trained yet, or `compare`; nothing without test examples."""
-    left = [arm for arm in settings.arms if not (folder.model(arm) / "training.json").exists()]
-    return ["train", "--arm", left[0]] if left else ["compare"] if settings.tested else []
+    if left := untrained(settings, folder):
+        return ["train", "--arm", left[0]]
+    return ["compare"] if settings.tested else []
+
+
+def untrained(settings: Recipe, folder: RunFolder) -> list[str]:
+    """The arms that are not trained yet."""
+    return [arm for arm in settings.arms if not (folder.model(arm) / "training.json").exists()]

@@ -21,6 +21,7 @@ from atlantis_ds.cli.app import (
     run_of,
     say_next_of,
     start_local,
+    untrained,
 )
 from atlantis_ds.errors import InputError
 from atlantis_ds.run import open_run
@@ -48,9 +49,8 @@ def status(
         print(f"{what:20} {state}")
     if folder.recipe.is_file() and not (folder.root / "slurm" / "jobs.json").exists():
         opened = open_run(folder.root)
-        unfinished = any(not (folder.model(arm) / "training.json").exists() for arm in opened.recipe.arms)
-        if unfinished or opened.recipe.tested:
-            say_next_of(opened, "run" if unfinished else "compare")
+        if words := ["run"] if untrained(opened.recipe, folder) else after_evaluate(opened.recipe, folder):
+            say_next_of(opened, *words)
 
 
 @app.command(rich_help_panel=PANEL)

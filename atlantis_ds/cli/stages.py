@@ -49,7 +49,7 @@ def run(
         recipe,
         overrides,
         lambda run: stages.run(run, force),
-        lambda run: ["diagnose"] if run.recipe.weighted else ["compare"],
+        lambda run: ["diagnose"] if run.recipe.weighted else after_evaluate(run.recipe, run.folder),
     )
 
 
@@ -86,7 +86,12 @@ def compare(
     start_local(ranks)
     from atlantis_ds import stages
 
-    on_ranks(recipe, overrides, lambda run: stages.compare(run, numbers, force), lambda run: ["diagnose"])
+    on_ranks(
+        recipe,
+        overrides,
+        lambda run: stages.compare(run, numbers, force),
+        lambda run: ["diagnose"] if run.recipe.weighted else [],
+    )
 
 
 @app.command(rich_help_panel=PANEL)
@@ -126,7 +131,8 @@ def score(
     start_local(ranks)
     from atlantis_ds import stages
 
-    on_ranks(recipe, overrides, lambda run: stages.score(run, numbers), lambda run: ["merge"])
+    after = ["merge"] if numbers[1] == 1 else []  # the other parts may still run
+    on_ranks(recipe, overrides, lambda run: stages.score(run, numbers), lambda run: after)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -178,7 +184,9 @@ def train(
     start_local(ranks)
     from atlantis_ds import stages
 
-    after = ["score"] if arm == "reference" else ["evaluate", "--arm", arm]
+    after = ["evaluate", "--arm", arm]
+    if arm == "reference":  # other parts or rounds may still be missing
+        after = ["score"] if numbers[1] == 1 and not of_round else []
     on_ranks(recipe, overrides, lambda run: stages.train(run, arm, force, numbers, of_round), lambda run: after)
 
 
