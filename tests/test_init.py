@@ -190,6 +190,10 @@ def test_a_comparison_is_told_before_it_begins(tmp_path: Path, tiny_recipe: Writ
     assert "2 x A100" in said and "full with zero3.json" in said and f"next: atlantis-ds compare {recipe}" in said
     assert [*(tmp_path / "run").iterdir()] == [tmp_path / "run" / "eval"]
     refuse(launch("local", 1, "compare", recipe, "--dry-run", "--gpu", "P4"), "--gpu P4", "A100")
+    own = tmp_path / "zero3.json"  # of the name of a bundled one, whose memory is not that of this one
+    own.write_bytes((ROOT / "ds_configs" / "zero3_offload.json").read_bytes())
+    said = succeed("local", 1, "compare", recipe, "--dry-run", "--set", f"train.deepspeed={own}")
+    assert "your own config" in said
 
 
 def test_a_recipe_without_test_examples_is_not_sent_to_compare(tmp_path: Path, base_model: Path) -> None:

@@ -243,17 +243,19 @@ def work_hours(
         seen = reference.rounds * examples * (reference.num_train_epochs or epochs)
         rounds = f", {reference.rounds} rounds" if reference.rounds > 1 else ""
         name = f"train reference ({reference.folds} folds{rounds}), {factor['train']}ND"
-        stages.append((name, passes * one[2] * seen))
+        stages.append(("reference", name, passes * one[2] * seen))
     # An earlier round scores the reference and the model that it starts from, which has the same shape.
     scored = ranked if recipe.score.label_set else one
     earlier = 2 * (reference.rounds - 1) * scored[2]
     every = ", all labels" if recipe.score.label_set else ""
-    stages.append((f"score (large, small, reference{every}), 2ND", lengths.train * (sum(scored) + earlier)))
-    stages.append((f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
+    stages.append(("score", f"score (large, small, reference{every}), 2ND", lengths.train * (sum(scored) + earlier)))
+    stages.append(("train", f"train one arm, {factor['train']}ND", passes * one[0] * lengths.train * epochs))
     if recipe.task != "response" and recipe.evaluate.method == "rank":
-        stages.append((f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))
+        stages.append(("evaluate", f"evaluate one arm ({lengths.labels} labels ranked), 2ND", lengths.test * ranked[0]))
     speed = gpus * PEAKS[gpu] * UTILISATION
-    return [{"stage": name, "flops": flops, "hours": flops / speed / 3600} for name, flops in stages]
+    return [
+        {"what": what, "stage": name, "flops": flops, "hours": flops / speed / 3600} for what, name, flops in stages
+    ]
 
 
 def _show(recipe: Recipe, result: dict[str, Any]) -> None:

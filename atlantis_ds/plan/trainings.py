@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from atlantis_ds.bundled import bundled, find
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.plan.plan import GPUS, UTILISATION, estimate
 from atlantis_ds.progress import console
@@ -22,7 +22,7 @@ def show_trainings(recipe: Recipe, folder: RunFolder, gpus: int, gpu: str) -> No
         InputError: an unknown kind of GPU, or a model without a readable config.
     """
     result = estimate(recipe, folder, gpus, gpu)
-    hours = {stage["stage"].split(",")[0].split(" (")[0]: stage["hours"] for stage in result["hours"]}
+    hours = {stage["what"]: stage["hours"] for stage in result["hours"]}
     rows = _rows(recipe, folder, hours)
     table = Table("what", "finished", "left", "hours left")
     for what, finished, left, each in rows:
@@ -39,9 +39,9 @@ def _rows(recipe: Recipe, folder: RunFolder, hours: dict[str, float]) -> list[tu
     if recipe.weighted:
         weighed = int(folder.weights_info.exists())
         if recipe.models.reference.kind == "finetuned":
-            rows.append(("train reference, all folds and rounds", weighed, 1 - weighed, hours["train reference"]))
+            rows.append(("train reference, all folds and rounds", weighed, 1 - weighed, hours["reference"]))
         rows.append(("score", weighed, 1 - weighed, hours["score"]))
-    of_arm = hours["train one arm"] + hours.get("evaluate one arm", 0.0)
+    of_arm = hours["train"] + hours.get("evaluate", 0.0)
     for arm in recipe.arms:
         names = [f"{arm}-seed{seed}" for seed in recipe.seeds]
         finished = sum((folder.evaluation(name) / "metrics.json").exists() for name in names)
@@ -52,8 +52,9 @@ def _rows(recipe: Recipe, folder: RunFolder, hours: dict[str, float]) -> list[tu
 def _memory(recipe: Recipe, result: dict[str, Any]) -> str:
     """The plan for the recipe's own mode and DeepSpeed config."""
     train, size = recipe.train, GPUS[result["gpu"]]
+    config = find("ds_configs", train.deepspeed, "train.deepspeed").resolve()
     for row in result["modes"]:
-        if row["mode"] == train.mode and row["deepspeed"] == Path(train.deepspeed).name:
+        if row["mode"] == train.mode and bundled("ds_configs", row["deepspeed"]).resolve() == config:
             return (
                 f"training, {train.mode} with {row['deepspeed']}: {row['total']:.1f} GiB per GPU, which has {size} GB"
             )
