@@ -51,7 +51,7 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
         "data:",
         f"  format: {found.format}" if found.format else f"  task: {found.task}",
         f"  train: {_text(str(data))}",
-        *_test_lines(test, groups),
+        _test_line(test),
     ]
     if found.columns:
         columns = ", ".join(f"{key}: {_text(column)}" for key, column in found.columns.items())
@@ -66,8 +66,8 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
         "models:",
         f"  large: {{model_name_or_path: {_text(model)}}} # the model to train",
         f"  small: {{model_name_or_path: {_text(model)}}} # the reference starts from it; a smaller one is cheaper",
-        *_reference_lines(groups),
-        *_weights_lines(found.task),
+        _reference_line(groups),
+        _weights_line(found.task),
         "train:",
         "  mode: lora # or full, qlora; `atlantis-ds plan` says what fits in memory",
         "  deepspeed: zero0.json",
@@ -84,25 +84,24 @@ def recipe_text(out: Path, data: Path, test: Path | None, model: str, found: Gue
     return "\n".join(lines) + "\n"
 
 
-def _test_lines(test: Path | None, groups: bool) -> list[str]:
+def _test_line(test: Path | None) -> str:
     if test is not None:
-        return [f"  test: {_text(str(test))}"]
-    return ["  # test: FILE # with gold labels; without it, nothing is evaluated or compared"]
+        return f"  test: {_text(str(test))}"
+    return "  # test: FILE # with gold labels; without it, nothing is evaluated or compared"
 
 
-def _reference_lines(groups: bool) -> list[str]:
+def _reference_line(groups: bool) -> str:
     if groups:
-        return [
-            "  reference: {folds: 4, folds_by: group} # each example is scored by a model that saw nothing of its "
-            "group",
-        ]
-    return ["  reference: {folds: 4, rounds: 2} # each example is scored by a model not trained on it"]
+        return (
+            "  reference: {folds: 4, folds_by: group} # each example is scored by a model that saw nothing of its group"
+        )
+    return "  reference: {folds: 4, rounds: 2} # each example is scored by a model not trained on it"
 
 
-def _weights_lines(task: str) -> list[str]:
+def _weights_line(task: str) -> str:
     if task == "response":
-        return ["weights: {formula: reference, power: 2, clip: [0, 1.6]} # docs/results.md"]
-    return ["weights: {formula: posterior, power: 4} # docs/results.md; weights are 1 if no noise is found"]
+        return "weights: {formula: reference, power: 2, clip: [0, 1.6]} # docs/results.md"
+    return "weights: {formula: posterior, power: 4} # docs/results.md; weights are 1 if no noise is found"
 
 
 def _text(text: str) -> str:
