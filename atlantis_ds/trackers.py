@@ -52,7 +52,7 @@ def refuse_missing_trackers(recipe: Recipe) -> None:
     """
     for name in recipe.report_to:
         if find_spec(name) is None:
-            raise InputError(f"report_to: {name} is not installed: pip install 'atlantis_ds[{name}]'")
+            raise InputError(f"report_to: {name} is not installed: pip install {name}")
 
 
 def tell_trackers(folder: RunFolder, recipe: Recipe, event: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from conftest import ENV, ROOT
+from conftest import ENV, ROOT, shared_data
 
 from atlantis_ds.bundled import find
 from atlantis_ds.cli import app
@@ -172,6 +173,32 @@ def test_command_runs_in_a_folder_with_nothing_but_recipes(command: Command, tmp
     done = in_folder(tmp_path, arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"recipes", "runs"}
+
+
+PLANS = list(
+    zip(
+        (command for command in OURS if command.page == "memory-and-hours.md"),
+        (text for page, text in blocks("text") if page == "memory-and-hours.md"),
+        strict=True,
+    )
+)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("command", "printed"), PLANS, ids=["8 GPUs", "QLoRA", "LoRA"])
+def test_plan_prints_what_the_page_shows(command: Command, printed: str, tmp_path: Path) -> None:
+    """`…` at the beginning stands for lines that the page leaves out."""
+    shared, folder = shared_data("").parent, tmp_path / "checkout"
+    model = folder / "shapes" / "Qwen2-7B"
+    shutil.copytree(shared / "data" / "tokenizers" / "qwen2", model)
+    model.chmod(0o755)  # ../shared may be read-only
+    shutil.copyfile(shared / "data" / "model_configs" / "Qwen2-7B.config.json", model / "config.json")
+    (tmp_path / "shared").symlink_to(shared)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    done = in_folder(folder, command.ours or [])
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines() if not line.startswith("next: "))
+    assert text[-len(printed) + 2 :] == printed[2:] if printed.startswith("…") else text == printed
 
 
 def test_options_of_commands_inside_sentences_exist() -> None:

@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ENV, ROOT, TIMEOUT, grammar_pairs, launch, shared_data
+from typer.testing import CliRunner
 
+from atlantis_ds.cli import app
 from atlantis_ds.config.schema import Recipe, Train
 from atlantis_ds.errors import InputError
 from atlantis_ds.train.deepspeed_config import deepspeed_config
@@ -267,6 +270,17 @@ def test_no_rank_holds_the_whole_model_at_load(ranks: int, base_model: Path, lar
 def test_refused_by_check(mode: str, config: str) -> None:
     with pytest.raises(InputError, match=REFUSED[mode, config]):
         deepspeed_config(Train.model_validate(options(mode, config)), 1)
+
+
+@pytest.mark.parametrize("command", ["check", "run", "submit"])
+def test_qlora_without_bitsandbytes_is_refused_before_anything_is_done(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers says so when it loads the model: in the queue, after the reference was to be trained."""
+    monkeypatch.setattr(import_module("atlantis_ds.cli.app"), "find_spec", lambda name: None)
+    recipe = str(ROOT / "recipes" / "conll04_qwen2_7b_lora.yaml")
+    done = CliRunner().invoke(app, [command, recipe, "--set", "train.mode=qlora"])
+    assert isinstance(done.exception, InputError) and "pip install bitsandbytes" in str(done.exception)
 
 
 @pytest.mark.parametrize(

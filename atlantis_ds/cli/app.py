@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +56,18 @@ def load(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
     return settings, RunFolder(Path(settings.runs_dir) / settings.name)
 
 
+def load_to_run(recipe: Path, overrides: list[str]) -> tuple[Recipe, RunFolder]:
+    """The same for commands that run stages or promise that they will run.
+
+    Raises:
+        InputError: the recipe needs a package that is not installed.
+    """
+    settings, folder = load(recipe, overrides)
+    if settings.train.mode == "qlora" and find_spec("bitsandbytes") is None:
+        raise InputError("train.mode: qlora needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return settings, folder
+
+
 def folder_of(run: Path) -> RunFolder:
     """The run folder, from its own path or from its recipe."""
     is_recipe = not run.is_dir() and run.suffix in (".yaml", ".yml")
@@ -87,7 +100,7 @@ def on_ranks(
     """Do a stage on all ranks; ``after`` returns the next command and its options."""
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 
-    settings, folder = load(recipe, overrides)
+    settings, folder = load_to_run(recipe, overrides)
     ranks = start_ranks(settings.timeout_minutes)
     watch_signals()
     if ranks.is_main and remove_stale_stop(folder):

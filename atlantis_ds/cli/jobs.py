@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from atlantis_ds.cli.app import Overrides, RecipeFile, app, load, say_next
+from atlantis_ds.cli.app import Overrides, RecipeFile, app, load, load_to_run, say_next
 from atlantis_ds.errors import InputError
 
 PANEL = "Jobs"
@@ -55,7 +55,7 @@ def submit(
     from atlantis_ds.cluster import slurm
     from atlantis_ds.cluster.chain import chain
 
-    settings, folder = load(recipe, overrides)
+    settings, folder = load_to_run(recipe, overrides)
     jobs = chain(settings, nodes, preflight)
     resources = slurm.Resources(
         gpus_per_node,

@@ -16,6 +16,7 @@ from atlantis_ds.cli.app import (
     after_prepare,
     app,
     load,
+    load_to_run,
     on_ranks,
     part_of,
     say_next,
@@ -41,7 +42,7 @@ def run(
 
     Example: atlantis-ds run recipes/demo.yaml --ranks 2
     """
-    load(recipe, overrides)  # a bad recipe fails here, before any rank starts
+    load_to_run(recipe, overrides)  # a bad recipe fails here, before any rank starts
     start_local(ranks)
     from atlantis_ds import stages
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atlantis_ds.cli.app import NumberOfRanks, Overrides, RecipeFile, app, load, say_next, start_local
+from atlantis_ds.cli.app import NumberOfRanks, Overrides, RecipeFile, app, load, load_to_run, say_next, start_local
 from atlantis_ds.errors import InputError
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
@@ -109,7 +109,7 @@ def check(recipe: RecipeFile, overrides: Overrides = []) -> None:  # noqa: B006
     from atlantis_ds.run_folder import missing_folder
     from atlantis_ds.train.deepspeed_config import deepspeed_config
 
-    settings, folder = load(recipe, overrides)
+    settings, folder = load_to_run(recipe, overrides)
     deepspeed_config(settings.train, world_size=1)
     try:
         look_at_data(settings)
