@@ -265,6 +265,14 @@ def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_
         for column in ("logp", "eos", "tokens", "label_set_logp"):
             assert table[f"{column}_small"].equals(other[f"{column}_large"])
     merge(recipe, folder)
+    # Beside it, a reference that was never trained is the small base.
+    untrained = {"kind": "checkpoint", **models["small"]}
+    recipe, folder = tiny_recipe({**models, "reference": untrained}), RunFolder(tmp_path / "untrained")
+    prepare(recipe, folder)
+    score(recipe, folder, ranks)
+    assert passes_run(folder, 0) == [("large", TRAIN), ("small", TRAIN)]
+    scores = load_scores(recipe, folder)
+    np.testing.assert_array_equal(scores.reference, scores.small)
 
 
 def test_scores_of_other_inputs_are_not_mixed(run, models, ranks):

@@ -64,6 +64,23 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     return passes + [Pass("reference", model, fold) for fold, model in trained_references(recipe, folder)]
 
 
+def _same_model_once(passes: Sequence[Pass], models: dict[str, Any], reference_as_turn: bool) -> list[Pass]:
+    """The passes, where the same model on the same prompts is to run once.
+
+    Args:
+        models: identity of each pass's model, by the pass's name.
+        reference_as_turn: the reference reads the prompts inside its chat template.
+    """
+    found: list[Pass] = []
+    for each in passes:
+        own_prompts = each.column == "reference" and reference_as_turn
+        if each.fold is None and not own_prompts:
+            same = next((one for one in found if models[one.name] == models[each.name]), None)
+            each = replace(each, same_as=same.name) if same else each
+        found.append(each)
+    return found
+
+
 def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
     """Assign shards to ranks, most expensive first, to the least loaded rank: balanced, and the same on every rank.
 
@@ -99,8 +116,7 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     settings = recipe.score.model_copy(update={"dtype": ranks.broadcast(_dtype(run))})
     inputs = {**scoring_inputs(recipe, examples), "dtype": settings.dtype}
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
-    if models["small"] == models["large"]:
-        passes[1] = replace(passes[1], same_as="large")
+    passes = _same_model_once(passes, models, recipe.models.reference.chat_template)
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
     shards = Shards(examples, recipe.score.shard_size)
     manifest: dict[str, Any] = {
