@@ -220,6 +220,12 @@ def test_more_labels_than_max_labels(tmp_path):
     assert len(made(tmp_path, named, name="named").labels) == 21
 
 
+def test_a_single_label_is_noted(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": f"text {i}", "label": "yes"} for i in range(3)])
+    made(tmp_path, {"train": str(tmp_path / "train.jsonl")})
+    assert "every row has the label 'yes'" in RunFolder(tmp_path / "run").examples_info.read_text()
+
+
 @pytest.mark.ranks
 def test_labels_that_differ_in_case_or_spaces_alone_are_noted(tmp_path):
     labels = ["Sports", "sports", "Live in", "LiveIn", "politics"]

@@ -332,10 +332,13 @@ def _cut(pending: list[pa.RecordBatch], rest: bool = False) -> Iterator[pa.Recor
 
 
 def _notes(labels: list[str] | None) -> list[str]:
-    return [
+    notes = [
         f"the labels {', '.join(map(repr, same))} differ only in case or spaces; are they the same label?"
         for same in equal_but_for_case(labels or [])
     ]
+    if labels and len(labels) == 1:
+        notes.append(f"every row has the label {labels[0]!r:.60}: there is nothing to learn; check the label column")
+    return notes
 
 
 def _train_fingerprint_in(path: Path) -> str | None:
