@@ -141,15 +141,27 @@ def test_how_often_is_evaluated_counts_where_it_can_end_a_training(
 
 @pytest.mark.ranks
 def test_steps_tell_what_they_do_with_the_machine(tiny_recipe: WriteRecipe, base_model: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, {**UNIFORM, "train.logging_steps": 2})
+    recipe = tiny_recipe(tmp_path, {**UNIFORM, "train.logging_steps": 2, "train.deepspeed": "zero3.json"})
     prepare(load_recipe(recipe), RunFolder(tmp_path / "run"))
     out = succeed("local", 2, "train", recipe, "--arm", "sft")
     shape = model_shape(load_model(Model(model_name_or_path=str(base_model)), "float32"))
-    for event in events(tmp_path / "run", "train", "sft"):
+    steps = events(tmp_path / "run", "train", "sft")
+    shares = [event["communication_share"] for event in steps]  # measured in the sixth step
+    assert shares[:5] == [None] * 5 and 0 < shares[5] < 1 and shares[6:] == [shares[5]] * 4
+    for event in steps:
         assert 0 < event["tflops"] < 1 and 0.1 < event["peak_gib"] < 20 and event["flops_share"] is None  # of a CPU
         a_token = event["tflops"] * 1e12 / (event["tokens_per_s"] / 2)  # two ranks share the tokens
         assert 6 * shape.body < a_token < 6 * (shape.body + shape.head)  # label tokens alone go through the head
-    assert re.search(r"8/10 steps.*loss [\d.]+, dev [\d.]+, \d+ tokens/s, [\d.e-]+ TFLOP/s, [\d.]+ GiB", out)
+    assert re.search(
+        r"8/10 steps.*loss [\d.]+, dev [\d.]+, \d+ tokens/s, [\d.e-]+ TFLOP/s, [\d.]+ GiB, \d+% communication", out
+    )
+
+
+@pytest.mark.ranks
+def test_the_time_of_collectives_has_waiting_for_ranks_and_no_compute() -> None:
+    out = succeed("torchrun", 2, Path(__file__).with_name("communication_probe.py"))
+    seconds = dict(re.findall(r"rank (\d): ([\d.]+) s", out))
+    assert 0.4 < float(seconds["0"]) < 0.9 and float(seconds["1"]) < 0.4
 
 
 @pytest.mark.ranks

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from atlantis_ds.progress import Steps, since_process_start
 from atlantis_ds.run import Run
 from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
+from atlantis_ds.train.communication import is_measured, timed_collectives
 from atlantis_ds.train.deepspeed_config import accumulation_steps
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
@@ -113,10 +115,13 @@ class Speed:
     """Their share of the GPU's bf16 peak; None if that is unknown."""
     peak_gib: float
     """Peak memory of this rank: of the GPU, or of the process on CPUs."""
+    communication_share: float | None
+    """Share of the time in collectives, in the last step in which nothing overlapped them; None before the first."""
 
     def __str__(self) -> str:
         share = f" ({self.flops_share:.0%})" if self.flops_share else ""
-        return f"{self.tokens_per_s:.0f} tokens/s, {self.tflops:.3g} TFLOP/s{share}, {self.peak_gib:.2f} GiB"
+        sent = "" if self.communication_share is None else f", {self.communication_share:.0%} communication"
+        return f"{self.tokens_per_s:.0f} tokens/s, {self.tflops:.3g} TFLOP/s{share}, {self.peak_gib:.2f} GiB{sent}"
 
 
 class Trainer:
@@ -149,6 +154,8 @@ class Trainer:
         self.checkpoints = run.folder.checkpoints(job.name)
         found = resume(self.engine, self.checkpoints, mark, run.ranks) or {"fingerprint": mark}
         self.state = State(**{key: found[key] for key in State.__dataclass_fields__ if key in found})
+        self.steps_of_job = 0
+        self.communication_share: float | None = None
         self.coming = ahead(self._global_batch, range(self.state.step, self.total))
 
     def train(self) -> None:
@@ -187,8 +194,12 @@ class Trainer:
             loss_of_step(settings, state.step, first) if state.step < first else "cross_entropy"
         )  # after that come gold labels
         stop = stop_asked(self.run.folder, ranks.is_main)
-        result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
+        with timed_collectives(ranks) if is_measured(self.steps_of_job, ranks) else nullcontext() as measured:
+            result = optimizer_step(self.engine, batches, denominator, ranks, loss, settings.gce_q, stop)
         seconds = time.monotonic() - start
+        if measured:
+            self.communication_share = round(measured.seconds / seconds, 3)
+        self.steps_of_job += 1
         self.speed = self._speed(places, seconds)
         state.step += 1
         state.seconds += seconds
@@ -332,7 +343,11 @@ class Trainer:
         a_second = flops / seconds / ranks.world_size
         share = round(a_second / self.peak_flops, 4) if self.peak_flops else None
         return Speed(
-            round(tokens / seconds, 1), float(f"{a_second / 1e12:.4g}"), share, round(peak_gib(ranks.device), 3)
+            round(tokens / seconds, 1),
+            float(f"{a_second / 1e12:.4g}"),
+            share,
+            round(peak_gib(ranks.device), 3),
+            self.communication_share,
         )
 
     def pair(self, place: int) -> Encoded:
