@@ -85,6 +85,9 @@ class Bench:
         self.compare("ranking 19 labels, each pair by itself", "rank_tree", ["rank_lm_eval"], **each)
         real = {**self.real, **self.conll, **self.lora, "examples": 16}
         self.compare("LoRA training, SmolLM2-135M", "train_ours", trainers, **real)
+        if self.options.dtype == "bfloat16":
+            narrow = {**real, "dtype": "bfloat16", "batch_size": 4}
+            self.compare("LoRA training in bfloat16, SmolLM2-135M", "train_ours", trainers[:1], **narrow)
         self.compare(
             "LoRA training, 152k vocabulary, 2 layers",
             "train_ours",
