@@ -44,7 +44,11 @@ def _file_hash(path: Path, *state: int) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write(temporary_path)``, flush the file to disk, and rename it to ``path``."""
+    """Call ``write(temporary_path)``, flush the file to disk, and rename it to ``path``.
+
+    Raises:
+        OSError: with the name of the file, which a full disk alone does not give.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -52,6 +56,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,6 +20,7 @@ from conftest import ENV, ROOT, TIMEOUT, WriteRecipe, events, launch, refuse, st
 
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.errors import InputError
+from atlantis_ds.files import write_table, write_text
 
 # --- scoring
 
@@ -271,3 +276,21 @@ def test_committed_recipes_are_valid(name: str) -> None:
     recipe = load_recipe(ROOT / "recipes" / name)
     train = recipe.train
     assert deepspeed_config(train, world_size=4)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: write_text(path, "x" * 5000), lambda path: write_table(path, pa.table({"x": range(9999)}), {})],
+)
+def test_a_file_that_does_not_fit_on_the_disk_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """A limit on the size of files stands for a full disk: both come as an error without a name."""
+    signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"too large: '{tmp_path}/file'"):
+            write(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signals)
+    assert not list(tmp_path.iterdir())
