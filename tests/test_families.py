@@ -173,7 +173,7 @@ class Pairs(list[Encoded]):
 
 def test_dev_loss_of_a_model_that_changes_its_logits_behind_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     from atlantis_ds.lm import likelihood
-    from atlantis_ds.train.trainer import mean_loss
+    from atlantis_ds.train.dev import mean_loss
 
     model = tiny("bart")
     ways = check_packed(model, PAIRS[:3], EOS)

@@ -8,24 +8,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from atlantis_ds.cluster.preemption import stop_asked
-from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.data.examples import Examples
 from atlantis_ds.errors import InputError, Preempted, RunError
 from atlantis_ds.files import finished, write_json
-from atlantis_ds.lm.batch import Batch, ahead, collate, collate_to_train, token_budget_batches
+from atlantis_ds.lm.batch import Batch, ahead, collate_to_train
 from atlantis_ds.lm.check import check_packed, check_scoring, sample_rows
 from atlantis_ds.lm.encode import Encoded, Encoder
-from atlantis_ds.lm.likelihood import label_log_likelihoods, score_choices
 from atlantis_ds.lm.load import give_memory_back, hash_files, load_config, load_tokenizer
-from atlantis_ds.lm.size import forward_flops, model_shape, peak_flops, peak_gib
+from atlantis_ds.lm.size import model_shape
 from atlantis_ds.lm.staging import node_copy
-from atlantis_ds.lm.tokens import Tokens, encode_split
+from atlantis_ds.lm.tokens import encode_split
 from atlantis_ds.lm.ways import Ways
 from atlantis_ds.metrics import metrics
 from atlantis_ds.progress import Steps, since_process_start
@@ -34,9 +31,11 @@ from atlantis_ds.train.card import training_facts, write_cards
 from atlantis_ds.train.checkpoint import complete_checkpoints, resume, save_checkpoint, save_model
 from atlantis_ds.train.communication import is_measured, timed_collectives
 from atlantis_ds.train.deepspeed_config import accumulation_steps
+from atlantis_ds.train.dev import likeliest_labels, mean_loss
 from atlantis_ds.train.engine import start_engine
 from atlantis_ds.train.jobs import Job
 from atlantis_ds.train.profile import profiled
+from atlantis_ds.train.speed import speed_of_step
 from atlantis_ds.train.step import (
     Schedule,
     StepResult,
@@ -102,28 +101,6 @@ class State:
     skipped_in_a_row: int = 0
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Figures of one optimizer step."""
-
-    tokens_per_s: float
-    """Prompt and label tokens of all ranks, without padding."""
-    tflops: float
-    """Useful TFLOP/s of a rank, from weights and tokens only; attention scores, padding and recomputing do not
-    count."""
-    flops_share: float | None
-    """Their share of the GPU's bf16 peak; None if that is unknown."""
-    peak_gib: float
-    """Peak memory of this rank: of the GPU, or of the process on CPUs."""
-    communication_share: float | None
-    """Share of the time in collectives, in the last step in which nothing overlapped them; None before the first."""
-
-    def __str__(self) -> str:
-        share = f" ({self.flops_share:.0%})" if self.flops_share else ""
-        sent = "" if self.communication_share is None else f", {self.communication_share:.0%} communication"
-        return f"{self.tokens_per_s:.0f} tokens/s, {self.tflops:.3g} TFLOP/s{share}, {self.peak_gib:.2f} GiB{sent}"
-
-
 class Trainer:
     """One training job on all ranks: engine, tokens and state; see ``train`` for the course of a step."""
 
@@ -149,7 +126,6 @@ class Trainer:
         copy = node_copy(run, job.model)
         self.engine = start_engine(settings, job.model, self.schedule.steps, job.seed, run.ranks, copy)
         self.shape = model_shape(self.engine.module)
-        self.peak_flops = peak_flops(run.ranks.device)
         self.ways = self._find_ways()
         self.checkpoints = run.folder.checkpoints(job.name)
         found = resume(self.engine, self.checkpoints, mark, run.ranks) or {"fingerprint": mark}
@@ -200,7 +176,8 @@ class Trainer:
         if measured:
             self.communication_share = round(measured.seconds / seconds, 3)
         self.steps_of_job += 1
-        self.speed = self._speed(places, seconds)
+        counts = int(self.lengths[places].sum()), int(self.targets[places].sum())
+        self.speed = speed_of_step(settings.mode, self.shape, *counts, seconds, self.communication_share, ranks)
         state.step += 1
         state.seconds += seconds
         state.skipped += result.skipped
@@ -243,27 +220,12 @@ class Trainer:
             save_model(self.engine, self.tokenizer, self.run.folder.model(name) / "best", self.run.ranks)
 
     def dev_score(self, metric: str, tokens_per_batch: int) -> float:
-        """Accuracy or macro-F1 on the dev split, of the labels with the greatest log-likelihood; ranks share the rows.
-
-        It uses the same labels as the dev loss.
-        """
-        ranks, dev, labels = self.run.ranks, self.examples.dev, self.examples.labels
+        """Accuracy or macro-F1 on the dev split, of the same labels as the dev loss."""
+        dev, labels = self.examples.dev, self.examples.labels
         assert labels is not None
-        mine = range(ranks.rank, len(dev), ranks.world_size) or range(1)  # no rank may skip a forward pass under ZeRO-3
-        self.engine.eval()
-        sums = score_choices(
-            self.engine,
-            [self.dev[row].prompt for row in mine],
-            self.label_ids,
-            self.tokenizer.eos_token_id,
-            tokens_per_batch,
-            agree=lambda forwards: max(ranks.gather(forwards)),
-            ways=self.ways,
-        )
-        self.engine.train()
-        best = sums.sum(dim=2).argmax(dim=1).tolist()
-        chosen = dict(pair for part in ranks.gather(list(zip(mine, best))) for pair in part)
-        predicted = [labels[chosen[row]] for row in range(len(dev))]
+        end, ranks = self.tokenizer.eos_token_id, self.run.ranks
+        best = likeliest_labels(self.engine, self.dev, self.label_ids, end, tokens_per_batch, self.ways, ranks)
+        predicted = [labels[index] for index in best]
         negative = self.run.recipe.data.negative_label
         return float(metrics(labels, dev.ids.to_pylist(), dev.targets.to_pylist(), predicted, negative)[metric])
 
@@ -335,21 +297,6 @@ class Trainer:
         batches = [replace(batch, chunked=self.ways.chunked) for batch in batches]
         return places, [batch.pinned() for batch in batches] if self.run.ranks.device.type == "cuda" else batches
 
-    def _speed(self, places: np.ndarray, seconds: float) -> Speed:
-        tokens, targets = int(self.lengths[places].sum()), int(self.targets[places].sum())
-        settings, ranks = self.settings, self.run.ranks
-        # Forward 2ND, backward 4ND; with frozen weights the backward pass is 2ND.
-        flops = (3 if settings.mode == "full" else 2) * forward_flops(self.shape, tokens - targets, targets)
-        a_second = flops / seconds / ranks.world_size
-        share = round(a_second / self.peak_flops, 4) if self.peak_flops else None
-        return Speed(
-            round(tokens / seconds, 1),
-            float(f"{a_second / 1e12:.4g}"),
-            share,
-            round(peak_gib(ranks.device), 3),
-            self.communication_share,
-        )
-
     def pair(self, place: int) -> Encoded:
         """The tokens of one of the job's examples."""
         part, row = self.job.find(place)
@@ -401,26 +348,6 @@ class Trainer:
                 f"{state.step} contained the examples {', '.join(ids)}; "
                 f"last good checkpoint: {saved[-1] if saved else 'none yet'}"
             )
-
-
-def mean_loss(engine: Any, pairs: Tokens, pad_token_id: int, tokens_per_batch: int, ways: Ways, ranks: Ranks) -> float:
-    """Mean of -log p(y|x) over all pairs, sharded over ranks; every rank runs the same number of forward passes."""
-    batches = token_budget_batches(pairs.lengths.tolist(), tokens_per_batch)
-    mine = range(ranks.rank, ranks.rank + len(batches), ranks.world_size)  # dummy batches after the last one
-
-    def make(number: int) -> Batch:
-        rows = batches[min(number, len(batches) - 1)]
-        batch = collate([pairs[row] for row in rows], engine.module.config, pad_token_id)
-        return replace(batch, chunked=ways.chunked)
-
-    engine.eval()
-    local = 0.0
-    for number, batch in zip(mine, ahead(make, mine), strict=True):
-        with torch.no_grad():
-            log_likelihood = float(label_log_likelihoods(engine, batch.to(ranks.device)).sum())
-        local -= log_likelihood if number < len(batches) else 0.0
-    engine.train()
-    return ranks.sum(local)[0] / len(pairs)
 
 
 def _finite(value: float) -> float | None:
