@@ -304,6 +304,19 @@ def test_the_same_id_in_two_splits(tmp_path):
     assert said == f"{twice}:7: the id '3' is a duplicate in train"
 
 
+def test_a_row_number_that_is_also_the_id_of_another_row(tmp_path):
+    """Scores are joined by id: of two examples with one id, the second would get the score of the first."""
+    bare, named = LABELLED[:3], [{"id": i + 2, **row} for i, row in enumerate(LABELLED[3:])]
+    files = [write(tmp_path / "bare.csv", bare), write(tmp_path / "named.csv", named)]
+    said = refused(tmp_path, {"train": files}, check=False)
+    assert said == (
+        "data.train: the id '2' is a duplicate: 3 of 6 rows have no id and get their row number; give all rows an id, "
+        "or none"
+    )
+    other = write(tmp_path / "other.csv", [{"id": f"n{i}", **row} for i, row in enumerate(LABELLED[3:])])
+    assert made(tmp_path, {"train": [files[0], other]}).train.ids.to_pylist() == ["0", "1", "2", "n0", "n1", "n2"]
+
+
 # --- files
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Data, Recipe
 from atlantis_ds.data.examples import ROWS, SPLITS, map_table, write_arrow
@@ -36,6 +37,8 @@ class Read:
     template: str | None
     whole_ids: bool
     """Whether every id is a whole number."""
+    named: int
+    """Rows with an id of their own; the others have their row number."""
     unlabelled: int
     """Training rows left out because they have no label."""
     bad: BadRows
@@ -124,13 +127,15 @@ def ingest(recipe: Recipe, split: str, labels: list[str] | None, place: Path) ->
         if split != "train":
             return None
         raise InputError("data.train: no training examples")
-    read = Read(pa.table([]), np.empty(0, np.uint64), None, True, 0, bad)
+    read = Read(pa.table([]), np.empty(0, np.uint64), None, True, 0, 0, bad)
     keys: list[np.ndarray] = []
     path = place / f"{split}.arrow"
     write_arrow(path, READ, _read_batches(recipe, split, source, labels, read, keys), {})
     bad.refuse()
     read.table = map_table(path)[0]
     read.keys = np.concatenate([read.keys, *keys])
+    if 0 < read.named < len(read):
+        _refuse_double_ids(split, read)
     if not len(read) and split != "dev":
         paths = recipe.data.hub_id or getattr(recipe.data, split)
         where = paths if isinstance(paths, str) else ", ".join(paths)
@@ -167,6 +172,7 @@ def _read_batches(
                 raise BadRow(f"the id {id!r} is a duplicate in {split}")
             if found.id is not None:
                 seen.add(hash(id))
+                read.named += 1
             read.whole_ids &= not isinstance(found.id, str) and len(id) < 19  # certain to fit an int64
         except BadRow as problem:
             read.bad(problem.at or found.where, str(problem))
@@ -176,6 +182,17 @@ def _read_batches(
             yield batch()
     if rows:
         yield batch()
+
+
+def _refuse_double_ids(split: str, read: Read) -> None:
+    """Refuse a split in which some rows have ids, and one of these is the row number of a row without an id."""
+    counts = pc.value_counts(read.table["id"])
+    double = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(double):
+        raise InputError(
+            f"data.{split}: the id {double[0].as_py()['values']!r} is a duplicate: {len(read) - read.named} of "
+            f"{len(read)} rows have no id and get their row number; give all rows an id, or none"
+        )
 
 
 def _template(recipe: Recipe, found: Found) -> str:
