@@ -14,7 +14,7 @@ from atlantis_ds.data.examples import SPLITS, Examples, load_examples
 from atlantis_ds.data.prepare import prepare as prepare_examples
 from atlantis_ds.data.prepare import refuse_other_data
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import read_json, write_text
+from atlantis_ds.files import finished, read_json, write_text
 from atlantis_ds.progress import console
 from atlantis_ds.run import Run
 
@@ -176,10 +176,25 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
 
     if run.ranks.is_main:
         refuse_other_data(run.recipe, run.folder)
+        _refuse_other_references(run)
     with claimed(run.folder, f"score-{part[0]}-of-{part[1]}", run.ranks):
         score_shards(run, part)
     if run.ranks.is_main and not run.folder.round:
         _keep_recipe(run)  # `diagnose` reads from it how the scores were computed
+
+
+def _refuse_other_references(run: Run) -> None:
+    """Refuse references that were trained with other settings or folds: they may have seen what they are to score."""
+    from atlantis_ds.train.jobs import reference_jobs
+
+    examples = load_examples(run.folder)
+    for job in reference_jobs(run, examples):
+        done = run.folder.model(job.name) / "training.json"
+        if done.exists() and not finished(done, job.fingerprint(run, examples)):
+            raise InputError(
+                f"{done.parent}: trained with other data or settings than this recipe's; choose another `name`, or "
+                "remove it and run `train --arm reference`"
+            )
 
 
 def merge(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, WriteRecipe, events, succeed
+from conftest import ROOT, WriteRecipe, events, in_process, succeed
 
 from atlantis_ds.cluster.ranks import Ranks
 from atlantis_ds.config.loading import load_recipe
@@ -217,6 +218,32 @@ def test_folds_by_group_leave_whole_groups_out(tiny_recipe: WriteRecipe, tmp_pat
             Run(recipe, RunFolder(tmp_path / "b" / "run"), Ranks.alone()),
             prepare(recipe, RunFolder(tmp_path / "b" / "run")),
         )
+
+
+def test_a_reference_that_was_trained_on_other_folds_scores_nothing(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Groups do not change the training examples, so `prepare` accepts new ones: the folds of old references are not
+    those of the examples any more."""
+    rows, file = [{"text": f"sentence {at}", "label": "ab"[at % 2]} for at in range(16)], tmp_path / "train.jsonl"
+
+    def write(rule: Callable[[int], int]) -> None:
+        file.write_text("\n".join(json.dumps({**row, "group": f"rule {rule(at)}"}) for at, row in enumerate(rows)))
+
+    changes = {
+        "data": {"task": "classification", "train": str(file)},
+        "models.reference": {"kind": "finetuned", "folds": 2, "folds_by": "group", "num_train_epochs": 1},
+    }
+    recipe = tiny_recipe(tmp_path, changes)
+    write(lambda at: at % 4)
+    in_process(recipe, "prepare", "reference")
+    write(lambda at: at // 4)
+    in_process(recipe, "prepare")
+    with pytest.raises(InputError, match=r"reference-0-of-2-by-group: trained with other data or settings than this"):
+        in_process(recipe, "score")
+    write(lambda at: at % 4)
+    in_process(recipe, "prepare", "score")
+    changes["models.reference"] = {**changes["models.reference"], "num_train_epochs": 2}
+    with pytest.raises(InputError, match=r"reference-0-of-2-by-group: trained with other data or settings than this"):
+        in_process(tiny_recipe(tmp_path, changes), "score")
 
 
 @pytest.mark.slow
