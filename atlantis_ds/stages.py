@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,6 +141,7 @@ def train(run: Run, arm: str, force: bool, part: tuple[int, int] = (1, 1), of_ro
         for earlier in range(1, run.recipe.models.reference.rounds):
             _reference_round(run.of_round(earlier), force)
     examples = load_examples(run.folder)
+    _refuse_bad_recipe(run, examples, run.recipe.arms if arm == "reference" else [arm])
     if arm == "reference":
         jobs = reference_jobs(run, examples)[part[0] - 1 :: part[1]]
     else:
@@ -229,6 +231,7 @@ def run(run: Run, force: bool) -> None:
 def _weigh(run: Run, force: bool) -> bool:
     """Run all stages before the arms; False if every arm has uniform weights, so that no scores are needed."""
     prepare(run)
+    _refuse_bad_recipe(run, load_examples(run.folder), run.recipe.arms)
     if run.recipe.weighted:
         train(run, "reference", force)
         score(run)
@@ -236,30 +239,30 @@ def _weigh(run: Run, force: bool) -> bool:
     return run.recipe.weighted
 
 
-def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
-    """Refuse an arm that cannot be trained or evaluated before any training starts, not hours later."""
-    from atlantis_ds.train.jobs import arm_job
+def _refuse_bad_recipe(run: Run, examples: Examples, arms: Iterable[str]) -> None:
+    """Refuse what the examples show before any training starts, not hours later: these arms could not be trained or
+    evaluated."""
+    from atlantis_ds.train.jobs import refuse_missing_gold
 
-    train = run.recipe.train
+    recipe, train = run.recipe, run.recipe.train
+    options = {arm: recipe.arms[arm] for arm in arms if arm in recipe.arms}
     for key, asked in (
         ("early_stopping_patience", train.early_stopping_patience is not None),
         ("metric_for_best_model", train.metric_for_best_model != "loss"),
     ):
         if asked and not len(examples.dev):
             raise InputError(f"train.{key}: there are no dev examples; set data.dev or data.dev_size")
-    if train.metric_for_best_model != "loss" and examples.labels is None:
-        raise InputError("train.metric_for_best_model: responses have no labels to compute it from; use `loss`")
-    if run.recipe.evaluate.checkpoint == "best":
+    if recipe.evaluate.checkpoint == "best":
         if not len(examples.dev):
             raise InputError(
                 "evaluate.checkpoint: best: there are no dev examples to choose the model by; set data.dev or "
                 "data.dev_size"
             )
-        for arm in (arm for arm, options in run.recipe.arms.items() if options.dev):
+        for arm in (arm for arm, of_arm in options.items() if of_arm.dev):
             raise InputError(
                 f"evaluate.checkpoint: best: arm {arm} trains on the dev examples that would choose its model"
             )
-    if examples.labels and run.recipe.evaluate.method == "generate":
+    if examples.labels and recipe.evaluate.method == "generate":
         from atlantis_ds.data.ingest import equal_but_for_case
 
         for same in equal_but_for_case(examples.labels):
@@ -267,11 +270,19 @@ def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
                 f"evaluate.method: generate: the labels {', '.join(map(repr, same))} differ only in case or spaces, "
                 "which are ignored when a text is mapped to a label; rename one, or use method: rank"
             )
-    if run.recipe.task == "response":
+    if recipe.task == "response":
         from atlantis_ds.evaluate.answers import gold_answers
         from atlantis_ds.evaluate.predict import gold_of_test
 
-        gold_answers(examples.test.ids.to_pylist(), gold_of_test(examples), run.recipe.evaluate.answer)
+        gold_answers(examples.test.ids.to_pylist(), gold_of_test(examples), recipe.evaluate.answer)
+    for arm, of_arm in options.items():
+        refuse_missing_gold(examples, arm, of_arm)
+
+
+def _refuse_bad_arms(run: Run, examples: Examples, force: bool) -> None:
+    """Refuse an arm whose weights cannot be used before the first arm is trained."""
+    from atlantis_ds.train.jobs import arm_job
+
     for arm in run.recipe.arms:
         arm_job(run, examples, arm, force)
 
@@ -296,6 +307,7 @@ def compare(run: Run, part: tuple[int, int], force: bool) -> None:
     examples = load_examples(run.folder)
     if not len(examples.test):
         raise InputError("data.test: `compare` needs test examples")
+    _refuse_bad_recipe(run, examples, run.recipe.arms)
     _refuse_bad_arms(run, examples, force)
     # Loop over seeds, then arms: an interrupted comparison has all arms for the seeds that are done.
     trainings = [(seed, arm) for seed in run.recipe.seeds for arm in run.recipe.arms]

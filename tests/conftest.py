@@ -210,7 +210,7 @@ def succeed(kind: str, ranks: int, *arguments: object, timeout: float = TIMEOUT)
 
 
 def in_process(recipe: Path, *names: str) -> None:
-    """Do these stages (``prepare``, ``reference``, ``score``, ``merge``) on one rank in this process.
+    """Do these stages (``prepare``, ``reference``, ``score``, ``merge``), or ``run``, on one rank in this process.
 
     For tests that are not about their commands: starting a Python with torch for each takes longer than the stage.
     """
@@ -224,7 +224,9 @@ def in_process(recipe: Path, *names: str) -> None:
     run = Run(settings, RunFolder(Path(settings.runs_dir) / settings.name), start_ranks(settings.timeout_minutes))
     try:
         for name in names:
-            if name == "reference":
+            if name == "run":
+                stages.run(run, force=False)
+            elif name == "reference":
                 stages.train(run, name, force=False)
             else:
                 {"prepare": stages.prepare, "score": stages.score, "merge": stages.merge}[name](run)

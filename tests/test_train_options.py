@@ -6,10 +6,11 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import WriteRecipe, events, succeed
+from conftest import WriteRecipe, events, in_process, succeed
 
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import Ranks
@@ -18,6 +19,7 @@ from atlantis_ds.config.schema import Model
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.data.prepare import prepare
 from atlantis_ds.errors import InputError
+from atlantis_ds.evaluate.predict import trained_model
 from atlantis_ds.lm.encode import Encoder
 from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import load_config, load_model, load_scorer, load_tokenizer
@@ -104,25 +106,50 @@ def test_the_best_model_is_that_of_the_highest_dev_score(tiny_recipe: WriteRecip
     assert trained[0] == trained[1]
 
 
-def test_early_stopping_needs_dev_examples(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train.early_stopping_patience": 3}, r"train\.early_stopping_patience: there are no dev examples"),
+        ({"train.metric_for_best_model": "accuracy"}, r"train\.metric_for_best_model: there are no dev examples"),
+        ({"evaluate": {"checkpoint": "best"}}, r"evaluate\.checkpoint: best: there are no dev examples"),
+        ({"arms": {"sft": {**UNIFORM["arms"]["sft"], "dev": "last"}}}, r"arms\.sft\.dev: there are no dev examples"),
+        ({"arms": {"sft": {**UNIFORM["arms"]["sft"], "gold": True}}}, r"example 0: it has no gold label"),
+    ],
+)
+def test_what_needs_dev_examples_is_refused_before_any_training(
+    tiny_recipe: WriteRecipe, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """The reference, which may take hours, is trained first."""
     rows = [{"text": f"sentence {at}", "label": "ab"[at % 2]} for at in range(20)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"task": "classification", "train": str(tmp_path / "train.jsonl")}
-    recipe = load_recipe(tiny_recipe(tmp_path, {**UNIFORM, "data": data, "train.early_stopping_patience": 3}))
-    run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
-    with pytest.raises(InputError, match=r"train\.early_stopping_patience: there are no dev examples"):
-        stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
+    weighted = {"arms": {**UNIFORM["arms"], "atlantis": {}}, "models.reference": {"kind": "finetuned"}}
+    recipe = tiny_recipe(tmp_path, {**weighted, "data": data, **changes})
+    for stage in ("run", "reference"):
+        with pytest.raises(InputError, match=said):
+            in_process(recipe, stage)
+    with pytest.raises(InputError, match=said):
+        stages.train(Run(load_recipe(recipe), RunFolder(tmp_path / "run"), Ranks.alone()), "sft", force=False)
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "scores").exists()
 
 
 def test_a_score_to_choose_by_needs_labels(tiny_recipe: WriteRecipe, tmp_path: Path) -> None:
-    rows = [{"prompt": f"say {at}", "response": f"it is {at}"} for at in range(20)]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = {"task": "response", "train": str(tmp_path / "train.jsonl"), "dev_size": 4}
-    changes = {**UNIFORM, "data": data, "train.metric_for_best_model": "accuracy"}
-    recipe = load_recipe(tiny_recipe(tmp_path, changes))
-    run = Run(recipe, RunFolder(tmp_path / "run"), Ranks.alone())
-    with pytest.raises(InputError, match=r"train\.metric_for_best_model: responses have no labels"):
-        stages._refuse_bad_arms(run, prepare(recipe, run.folder), force=False)
+    data = {"task": "response", "train": "train.jsonl", "dev_size": 4}
+    recipe = tiny_recipe(tmp_path, {**UNIFORM, "data": data, "train.metric_for_best_model": "accuracy"})
+    with pytest.raises(InputError, match=r"`train\.metric_for_best_model: accuracy` needs a label set"):
+        load_recipe(recipe)
+
+
+def test_a_best_model_that_was_never_chosen(tmp_path: Path, tiny_recipe: WriteRecipe) -> None:
+    run = Run(
+        load_recipe(tiny_recipe(tmp_path, {"evaluate": {"checkpoint": "best"}})), RunFolder(tmp_path), Ranks.alone()
+    )
+    (tmp_path / "model" / "sft" / "last").mkdir(parents=True)
+    with pytest.raises(InputError, match="no trained model; run `train --arm sft` first"):
+        trained_model(run, "sft")
+    (tmp_path / "model" / "sft" / "training.json").write_text("{}")
+    with pytest.raises(InputError, match="sft was trained without a dev loss, so it has no `best` model"):
+        trained_model(run, "sft")
 
 
 @pytest.mark.parametrize("patience", [None, 3])

@@ -594,6 +594,8 @@ class Recipe(Section):
             if weights.scope == "per_label" or weights.calibrate != "none":
                 option = "scope: per_label" if weights.scope == "per_label" else f"calibrate: {weights.calibrate}"
                 raise ValueError(f"`{key}.{option}` needs a label set; responses have none")
+        if (metric := self.train.metric_for_best_model) != "loss":
+            raise ValueError(f"`train.metric_for_best_model: {metric}` needs a label set; responses have none")
         if self.score.label_set:
             raise ValueError("`score.label_set: true` needs a label set; responses have none")
         return self

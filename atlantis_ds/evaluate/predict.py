@@ -87,7 +87,10 @@ def evaluate(run: Run, arm: str) -> dict[str, Any]:
 def trained_model(run: Run, arm: str) -> Model:
     """The model of an arm that ``evaluate.checkpoint`` names. Raises InputError: the arm is not trained."""
     path = run.folder.model(arm) / run.recipe.evaluate.checkpoint
-    if not (run.folder.model(arm) / "training.json").exists() or not path.is_dir():
+    trained = (run.folder.model(arm) / "training.json").exists()
+    if trained and not path.is_dir() and path.name == "best":
+        raise InputError(f"evaluate.checkpoint: best: {arm} was trained without a dev loss, so it has no `best` model")
+    if not trained or not path.is_dir():
         stage = f"train --arm {arm}" if arm in run.recipe.arms else "compare"
         raise InputError(f"{path}: no trained model; run `{stage}` first")
     return Model(model_name_or_path=str(path))

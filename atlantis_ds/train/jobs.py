@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from atlantis_ds.config.schema import Model, Train
+from atlantis_ds.config.schema import Arm, Model, Train
 from atlantis_ds.data.examples import Examples, Split
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import fingerprint, read_json, read_table
@@ -129,8 +129,7 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
             f"arm {arm}: the effective sample size of its weights is {share:.1%} of the examples, below "
             f"{ESS_REFUSE:.0%}; stabilise them (e.g. weights.temper: 0.5), or train anyway with --force"
         )
-    if options.gold:
-        _refuse_unknown_gold(examples.train)
+    refuse_missing_gold(examples, arm, options)
     parts = [Part("train", "gold" if options.gold else "target", np.arange(len(weights)))]
     if options.dev:
         parts.append(_gold_dev(examples, f"arms.{arm}.dev"))
@@ -151,12 +150,16 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
     )
 
 
-def _refuse_unknown_gold(train: Split) -> None:
-    if train.golds.null_count:
+def refuse_missing_gold(examples: Examples, arm: str, options: Arm) -> None:
+    """Raise InputError if an arm trains on gold labels that are not known, or on a dev split that is not there."""
+    train = examples.train
+    if options.gold and train.golds.null_count:
         row = train.golds.is_null().index(True).as_py()
         raise InputError(
             f"example {train.ids[row].as_py()}: it has no gold label, so no arm can train with `gold: true`"
         )
+    if options.dev:
+        _gold_dev(examples, f"arms.{arm}.dev")
 
 
 def reference_jobs(run: Run, examples: Examples) -> list[Job]:
