@@ -351,23 +351,31 @@ def evaluate(run: Run, arms: list[str]) -> None:
     from atlantis_ds.evaluate.predict import finished_evaluation
     from atlantis_ds.evaluate.report import comparison_table, write_comparison
     from atlantis_ds.train.card import write_cards
-    from atlantis_ds.train.jobs import training_summary
+    from atlantis_ds.train.jobs import trained_otherwise, training_summary
 
     recipe, folder = run.recipe, run.folder
     if unknown := [arm for arm in arms if arm not in recipe.arms]:
         raise InputError(f"--arm {unknown[0]}: no such arm; the recipe has {', '.join(recipe.arms)}")
     if run.ranks.is_main:
         refuse_other_data(recipe, folder)
+        for arm in (arm for arm in arms if (folder.model(arm) / "training.json").exists()):
+            if other := trained_otherwise(recipe, arm, training_summary(folder, arm)):
+                raise InputError(
+                    f"{folder.model(arm)}: trained with other settings than this recipe's ({other}); evaluate with "
+                    "those, or choose another `name` or remove it, and train again"
+                )
     for arm in arms:
         leave_if_asked(folder, run.ranks, f"before the evaluation of {arm}")
         metrics = evaluate_arm(run, arm)
         if run.ranks.is_main:
             write_cards(folder.model(arm), training_summary(folder, arm), metrics, recipe.evaluate.checkpoint)
     if run.ranks.is_main:
+        done = {arm: found for arm in recipe.arms if (found := finished_evaluation(run, arm))}
+        summaries = {arm: training_summary(folder, arm) for arm in done}
         rows = [
-            {**found, "arm": arm, "train_examples_per_s": training_summary(folder, arm)["examples_per_s"]}
-            for arm in recipe.arms
-            if (found := finished_evaluation(run, arm))
+            {**done[arm], "arm": arm, "train_examples_per_s": summaries[arm]["examples_per_s"]}
+            for arm in done
+            if not trained_otherwise(recipe, arm, summaries[arm])
         ]
         write_comparison(folder.root, rows)
         console.print(comparison_table(rows))

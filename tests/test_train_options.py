@@ -29,7 +29,7 @@ from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.train.deepspeed_config import deepspeed_config
 from atlantis_ds.train.engine import _check_machine
-from atlantis_ds.train.jobs import arm_job
+from atlantis_ds.train.jobs import arm_job, trained_otherwise, training_summary
 
 KINDS = {"apple": "fruit", "pear": "fruit", "oak": "tree", "elm": "tree", "cow": "animal", "dog": "animal"}
 UNIFORM = {"arms": {"sft": {"weights": {"formula": "uniform"}}}}
@@ -150,6 +150,35 @@ def test_a_best_model_that_was_never_chosen(tmp_path: Path, tiny_recipe: WriteRe
     (tmp_path / "model" / "sft" / "training.json").write_text("{}")
     with pytest.raises(InputError, match="sft was trained without a dev loss, so it has no `best` model"):
         trained_model(run, "sft")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train.learning_rate": 0.1}, "train.learning_rate: 0.002, not 0.1"),
+        ({"train.reduction": "token"}, "train.reduction: example, not token"),
+        ({"arms": {"sft": {**UNIFORM["arms"]["sft"], "loss": "gce"}}}, "train.loss: cross_entropy, not gce"),
+        ({"train.early_stopping_patience": 2}, "train.early_stopping_patience: None, not 2"),
+        ({"train.eval_steps": 2}, None),
+        ({"train.per_device_train_batch_size": 2}, None),
+    ],
+)
+def test_an_arm_that_was_trained_otherwise_is_not_evaluated(
+    tiny_recipe: WriteRecipe, tmp_path: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    """A table of arms compares what was trained alike."""
+    recipe, folder = load_recipe(tiny_recipe(tmp_path, UNIFORM)), RunFolder(tmp_path / "run")
+    job = arm_job(Run(recipe, folder, Ranks.alone()), prepare(recipe, folder), "sft", force=False)
+    folder.model("sft").mkdir(parents=True)
+    (folder.model("sft") / "training.json").write_text(json.dumps({"settings": job.settings.model_dump(mode="json")}))
+    run = Run(load_recipe(tiny_recipe(tmp_path, {**UNIFORM, **changes})), folder, Ranks.alone())
+    other = arm_job(run, load_examples(folder), "sft", force=False)
+    same = job.fingerprint(run, load_examples(folder)) == other.fingerprint(run, load_examples(folder))
+    assert same == (said is None), "`train` does not agree"
+    assert trained_otherwise(run.recipe, "sft", training_summary(folder, "sft")) == said
+    if said:
+        with pytest.raises(InputError, match=re.escape(f"other settings than this recipe's ({said})")):
+            stages.evaluate(run, ["sft"])
 
 
 @pytest.mark.parametrize("patience", [None, 3])

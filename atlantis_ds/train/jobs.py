@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from atlantis_ds.config.schema import Arm, Model, Train
+from atlantis_ds.config.schema import Arm, Model, Recipe, Train
 from atlantis_ds.data.examples import Examples, Split
 from atlantis_ds.errors import InputError
 from atlantis_ds.files import fingerprint, read_json, read_table
@@ -23,6 +23,11 @@ from atlantis_ds.weights.formulas import effective_sample_size
 
 VERSION = 2
 """Must be raised if the same job gives different model weights than before."""
+FREE = frozenset(
+    {"logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "profile_steps"}
+    | {"per_device_train_batch_size", "attn_implementation", "torch_compile"}
+)
+"""Keys of ``train`` that do not determine the model weights."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,7 @@ class Job:
 
     def fingerprint(self, run: Run, examples: Examples) -> str:
         """Of everything that determines the model weights; not how often to log or save, nor micro-batch or kernels."""
-        free = {"logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "profile_steps"}
-        free |= {"per_device_train_batch_size", "attn_implementation", "torch_compile"}
+        free = {*FREE}
         if self.settings.early_stopping_patience is None:  # otherwise evaluations decide when training ends
             free |= {"early_stopping_patience", "eval_steps"}
         if (
@@ -137,17 +141,37 @@ def arm_job(run: Run, examples: Examples, arm: str, force: bool, seed: int | Non
         weights = np.append(weights, np.full(len(parts[1].rows), weights[weights > 0].mean()))
     if options.dev == "alone":
         parts, weights = parts[1:], weights[len(parts[0].rows) :]
-    settings = recipe.train.model_copy(update={"loss": options.loss or recipe.train.loss})
     return Job(
         arm if seed is None else f"{arm}-seed{seed}",
         arm,
         model_source(recipe, folder, "large"),
         tuple(parts),
         weights,
-        settings,
+        _arm_settings(recipe, options),
         recipe.seed if seed is None else seed,
         one_by_one=options.dev == "last",
     )
+
+
+def _arm_settings(recipe: Recipe, options: Arm) -> Train:
+    return recipe.train.model_copy(update={"loss": options.loss or recipe.train.loss})
+
+
+def trained_otherwise(recipe: Recipe, arm: str, summary: dict[str, Any]) -> str | None:
+    """The settings with which an arm was trained, if they are not those of the recipe.
+
+    For stages after training: it compares the ``train`` section, not the arm's weights nor its base model, which may be
+    gone.
+
+    Args:
+        summary: from ``training_summary``.
+    """
+    old = summary["settings"]
+    now = _arm_settings(recipe, recipe.arms[arm]).model_dump(mode="json")
+    evaluations_decide = any(settings.get("early_stopping_patience") for settings in (old, now))
+    free = FREE if evaluations_decide else FREE | {"eval_steps"}
+    keys = [key for key in now if key in old and key not in free and old[key] != now[key]]
+    return ", ".join(f"train.{key}: {old[key]}, not {now[key]}" for key in keys) or None
 
 
 def refuse_missing_gold(examples: Examples, arm: str, options: Arm) -> None:
