@@ -24,6 +24,8 @@ from atlantis_ds.data.prepare import examples_fingerprint, prepare
 from atlantis_ds.data.reading import split_turns
 from atlantis_ds.data.rows import BadRow
 from atlantis_ds.errors import InputError
+from atlantis_ds.evaluate.new_rows import _table, predict_file
+from atlantis_ds.files import FORMATS, write_rows
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 
@@ -707,6 +709,43 @@ def test_more_than_ten_bad_rows(tmp_path):
     with pytest.raises(InputError) as error:
         look_at_data(recipe({"train": train}))
     assert str(error.value) == f"{train}:1: the label is not a text or whole number: 0.5"
+
+
+# --- rows to predict
+
+
+def test_rows_of_any_values_are_written(tmp_path):
+    """They are written after hours of prediction."""
+    rows = [
+        {"id": 1, "mixed": 1, "meta": {}, "hash": 5, "huge": 10**30, "turns": [{"role": "user"}]},
+        {"id": 2, "mixed": "a", "hash": 2**64 - 1, "huge": 1, "none": None},
+    ]
+    table = _table(rows)
+    for suffix in FORMATS:
+        write_rows(tmp_path / f"out{suffix}", table)
+    read = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert pq.read_table(tmp_path / "out.parquet").to_pylist() == read
+    assert [row["id"] for row in read] == [1, 2] and [row["hash"] for row in read] == [5, 2**64 - 1]
+    assert [row["mixed"] for row in read] == ["1", '"a"'] and [row["meta"] for row in read] == ["{}", None]
+    assert [row["huge"] for row in read] == [str(10**30), "1"] and read[0]["turns"] == [{"role": "user"}]
+
+
+@pytest.mark.parametrize("arm", ["new", "my-seed-arm", "sft-seed3", "sft"])
+def test_arms_that_predict(tmp_path, arm):
+    """An arm that was added after `prepare` is not in the recipe that the run folder has."""
+    arms = {"sft": {"weights": {"formula": "uniform"}}, "my-seed-arm": {}}
+    of_run = recipe({"train": "train.csv"}).model_copy(update={"arms": arms})
+    run = Run(of_run, RunFolder(tmp_path), Ranks.alone())
+    for name in ("new", "reference-0-of-2"):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / "training.json").write_text("{}")
+    (tmp_path / "train.csv").write_text("text,label\none,a\ntwo,b\n")
+    prepare(recipe({"train": str(tmp_path / "train.csv")}), run.folder)
+    for other in ("reference-0-of-2", "sftseed3", "old"):
+        with pytest.raises(InputError, match=f"--arm {other}: no arm of this run"):
+            predict_file(run, other, "rows.csv", tmp_path / "out.csv")
+    with pytest.raises(InputError, match="no trained model; run"):
+        predict_file(run, arm, "rows.csv", tmp_path / "out.csv")
 
 
 # --- check

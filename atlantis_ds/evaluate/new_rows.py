@@ -39,7 +39,10 @@ def predict_file(run: Run, arm: str, source: str, out: Path) -> None:
         InputError: the arm is unknown or not trained, or a row cannot be read or is longer than the model's context.
     """
     refuse_unknown_format(out)
-    if arm.partition("-seed")[0] not in run.recipe.arms:
+    # An arm may have been added, trained and evaluated since `prepare` kept the recipe.
+    trained = {path.parent.name for path in run.folder.root.glob("model/*/training.json")}
+    named = {arm, arm.rpartition("-seed")[0]} & run.recipe.arms.keys()
+    if not named and (arm not in trained or arm.startswith("reference")):
         raise InputError(
             f"--arm {arm}: no arm of this run; take {', '.join(run.recipe.arms)}, or ARM-seedS of `compare`"
         )
@@ -121,12 +124,18 @@ def _pair(run: Run, examples: Examples, encoder: Encoder, template: str, found: 
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    """The rows as columns; a column with values of several types as JSON text; null if a row lacks it."""
-    columns = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
+    """The rows as columns; null if a row lacks it. A column that has no type in Arrow or Parquet is JSON text, such as
+    one with values of several types."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    for kind in (None, pa.uint64()):  # Arrow does not choose the latter by itself; hashes may need it
         try:
-            columns[name] = pa.array(values)
-        except pa.ArrowException:
-            columns[name] = pa.array([None if value is None else json.dumps(value, default=str) for value in values])
-    return pa.table(columns)
+            column = pa.array(values, kind)
+        except (pa.ArrowException, OverflowError):
+            continue
+        if "struct<>" not in str(column.type):  # Parquet has no empty structs
+            return column
+    return pa.array([None if value is None else json.dumps(value, default=str) for value in values])
