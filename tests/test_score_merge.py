@@ -27,6 +27,7 @@ from atlantis_ds.lm.likelihood import score_pairs
 from atlantis_ds.lm.load import dtype_on, load_config, load_model, load_tokenizer
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
+from atlantis_ds.status import _passes
 from atlantis_ds.weights import arms, shards
 from atlantis_ds.weights import merge as merge_module
 from atlantis_ds.weights import score as score_module
@@ -253,11 +254,17 @@ def test_parts_of_other_nodes_may_be_seen_late(scored, ranks, tmp_path, monkeypa
     assert not list((folder.scores / "parts").iterdir()), "looking again leaves nothing"
 
 
+def passes_told(folder):
+    """As `status` counts them."""
+    return _passes(read_json(folder.scores / "scores.json")["inputs"])
+
+
 def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_path):
     recipe, folder = tiny_recipe({**models, "small": models["large"]}), RunFolder(tmp_path)
     prepare(recipe, folder)
     score(recipe, folder, ranks)
     assert passes_run(folder, 0) == [("large", TRAIN), ("reference", TRAIN)]
+    assert passes_told(folder) == 2 and passes_told(scored[1]) == 3
     assert not list((folder.scores / "parts").iterdir())
     for name in SHARDS:
         table, other = read_table(folder.scores / name)[0], read_table(scored[1].scores / name)[0]
@@ -271,6 +278,7 @@ def test_a_model_named_twice_reads_the_examples_once(models, scored, ranks, tmp_
     prepare(recipe, folder)
     score(recipe, folder, ranks)
     assert passes_run(folder, 0) == [("large", TRAIN), ("small", TRAIN)]
+    assert passes_told(folder) == 2
     scores = load_scores(recipe, folder)
     np.testing.assert_array_equal(scores.reference, scores.small)
 
