@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,16 @@ if TYPE_CHECKING:
 
 def prepare(run: Run) -> None:
     """Write ``examples/`` and ``tokens/``, and the base models that the recipe builds itself."""
-    if run.ranks.is_main:
-        _prepare_examples(run)
-    run.ranks.barrier()
+    try:
+        with claimed(run.folder, "prepare", run.ranks):
+            if run.ranks.is_main:
+                _prepare_examples(run)
+            run.ranks.barrier()
+    except InputError:
+        for empty in (run.folder.root / "claims", run.folder.root) if run.ranks.is_main else ():
+            with contextlib.suppress(OSError):  # bad input leaves no empty folders behind; other folders stay
+                empty.rmdir()
+        raise
     _encode_ahead(run, load_examples(run.folder))
 
 

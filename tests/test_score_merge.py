@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlantis_ds import stages
+from atlantis_ds.cluster.claim import claimed
 from atlantis_ds.cluster.ranks import Ranks, start_ranks, stop_ranks
 from atlantis_ds.config.schema import Model, Recipe
 from atlantis_ds.data.examples import load_examples
@@ -252,6 +253,19 @@ def test_parts_of_other_nodes_may_be_seen_late(scored, ranks, tmp_path, monkeypa
     with pytest.raises(RunError, match="not visible here after"):
         wait_for_files([folder.scores / "parts" / "never.parquet"], 0.5)
     assert not list((folder.scores / "parts").iterdir()), "looking again leaves nothing"
+
+
+def test_two_jobs_do_not_prepare_one_run_at_once(models, ranks, tmp_path):
+    """The second would remove what the first has read so far."""
+    this = Run(tiny_recipe(models), RunFolder(tmp_path / "run"), ranks)
+    with claimed(this.folder, "prepare", ranks):
+        with pytest.raises(InputError, match=r"prepare\.json: another job is doing this work \(host "):
+            stages.prepare(this)
+        assert not this.folder.examples.exists()
+    bad = Run(tiny_recipe(models, data={"format": "spert", "train": "none.json"}), RunFolder(tmp_path / "bad"), ranks)
+    with pytest.raises(InputError, match=r"none\.json: no such file"):
+        stages.prepare(bad)
+    assert not bad.folder.root.exists(), "bad input leaves no folder behind"
 
 
 def passes_told(folder):
