@@ -71,7 +71,8 @@ def _say_what_was_read(examples: Examples) -> None:
         elif count:
             console.print(f"prepare: left out {count} rows of {split} whose text is also in {other}")
     if info["unlabelled"]:
-        console.print(f"prepare: left out {info['unlabelled']} rows of train that have no label")
+        what = "no label (empty, null, or -1 unless data.labels lists it as a class)" if labels else "no response"
+        console.print(f"prepare: left out {info['unlabelled']} rows of train that have {what}")
     for split, kinds in info["bad_rows"].items():
         told = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
         console.print(f"prepare: left out {sum(kinds.values())} rows of {split} that cannot be read: {told}")

@@ -20,6 +20,7 @@ from conftest import ENV, Done, WriteRecipe, launch, refuse, succeed
 from atlantis_ds.cli.app import after_evaluate
 from atlantis_ds.config.describe import SCHEMA_FILE, json_schema, reference_page
 from atlantis_ds.config.loading import load_recipe
+from atlantis_ds.data.guess import guess
 from atlantis_ds.data.ingest import look_at_data
 from atlantis_ds.demo.grammar import grammar_corpus
 from atlantis_ds.files import write_json
@@ -109,6 +110,14 @@ def test_each_kind_of_file(kind: str, tmp_path: Path, base_model: Path) -> None:
     look_at_data(settings)
     assert settings.models.large.model_name_or_path == str(base_model)
     assert f"$schema={SCHEMA_FILE}" in text.splitlines()[0] and SCHEMA_FILE.is_file()
+
+
+@pytest.mark.parametrize("least, notes", [(-1, ["-1, in 4 of 12 rows, counts as no label"]), (0, [])])
+def test_a_class_that_would_be_left_out_is_noted(tmp_path: Path, least: int, notes: list[str]) -> None:
+    rows = [{"text": f"text number {at} of this file", "label": at % 3 + least} for at in range(12)]
+    found = guess(lines(tmp_path / "sentiment.jsonl", rows), None, {}, [], lambda *question: "")
+    told = [note for note in found.notes if "no label" in note]
+    assert len(told) == len(notes) and all(words in told[0] for words in notes)
 
 
 def test_check_accepts_it_and_it_is_written_once(tmp_path: Path, base_model: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from atlantis_ds.config.schema import Task
 from atlantis_ds.data.prompts import TEXTS, refuse_odd_names
-from atlantis_ds.data.reading import RESPONSES
+from atlantis_ds.data.reading import ABSTAIN, RESPONSES
 from atlantis_ds.data.rows import BadRow, label_text
 from atlantis_ds.data.sources import read_rows
 from atlantis_ds.errors import InputError
@@ -103,6 +103,7 @@ def guess(path: Path, task: Task | None, given: dict[str, str], texts: list[str]
         _response(found, rows, columns, given, ask)
     else:
         _label(found, columns, given, ask)
+        _tell_abstentions(found, rows)
     _template(path, found, columns, texts, ask)
     return found
 
@@ -203,6 +204,16 @@ def _label(found: Guess, columns: dict[str, Column], given: dict[str, str], ask:
         raise InputError(
             f"--label {name}: {columns[name].distinct} different values in {columns[name].filled} rows are not a "
             "label set; name another column, or use --task response"
+        )
+
+
+def _tell_abstentions(found: Guess, rows: list[dict[str, Any]]) -> None:
+    """In weak labels, -1 is no label; in others, such as -1, 0, 1, it is a class."""
+    name = found.columns["label"]
+    if count := sum(row.get(name) in (-1, ABSTAIN) for row in rows):
+        found.notes.append(
+            f"column `{name}`: -1, in {count} of {len(rows)} rows, counts as no label; if it is a class, list all "
+            "labels in data.labels, such as ['-1', '0', '1']"
         )
 
 

@@ -241,7 +241,10 @@ def _target(found: Found, split: str, labels: list[str] | None) -> str | None:
     """The target of an example; None for a training row without one. Outside train, gold is used instead."""
     target = found.target if split == "train" or found.target is not None else found.gold
     if target is None and split != "train":
-        raise BadRow("empty label: there is neither a label (or response) nor a gold one")
+        raise BadRow(
+            "empty label: there is neither a label (or response) nor a gold one; -1 is no label, unless data.labels "
+            "lists it as a class"
+        )
     if labels is not None:
         for label, kind in ((target, "label"), (found.gold, "gold label")):
             if label is not None and label not in labels:
