@@ -143,6 +143,7 @@ def compare_runs(
     upper: str | None = None,
     metric: str = "macro_f1",
     negative_label: str | None = None,
+    answer: str | None = None,
 ) -> dict[str, Any]:
     """Differences between arms with 95% intervals, as ``compare`` computes them.
 
@@ -155,14 +156,17 @@ def compare_runs(
         upper: the arm trained on gold labels, which shows how much can be gained (``gap_closed``).
         metric: ``macro_f1`` (directions collapsed), or for responses ``exact_match`` or ``token_f1``.
         negative_label: the label that says "none of the others"; macro-F1 does not count it as a class.
+        answer: for responses, a regular expression as ``evaluate.answer`` in a recipe: only the text that its group
+            captures is compared.
 
     Returns:
         see ``evaluate.compare.comparison``; ``seconds`` is None for files.
 
     Raises:
-        InputError: nothing is evaluated; an arm or metric is unknown; or a file is missing, broken, or has other test
-            examples.
+        InputError: nothing is evaluated; an arm or metric is unknown; ``answer`` captures nothing; or a file is
+            missing, broken, or has other test examples.
     """
+    from atlantis_ds.config.loading import refuse_bad_answer
     from atlantis_ds.evaluate.compare import FIGURES, comparison, peers_of
     from atlantis_ds.evaluate.outcomes import apart_of, evaluated_arms, metric_of, read_arms
     from atlantis_ds.metrics import label_apart
@@ -181,7 +185,9 @@ def compare_runs(
     chosen = [*runs][:1] if peers is None else [*peers]
     if unknown := [arm for arm in (*chosen, upper) if arm is not None and arm not in runs]:
         raise InputError(f"peers and upper: there is no arm {unknown[0]!r}; the arms are {', '.join(runs)}")
-    gold, trained = read_arms(runs, metric, negative_label)
+    if answer is not None:
+        refuse_bad_answer(answer)
+    gold, trained = read_arms(runs, metric, negative_label, answer)
     if negative_label is not None and negative_label not in gold:
         raise InputError(f"negative_label: no gold answer is {negative_label!r}; leave it out, or write it as they do")
     return comparison(gold, trained, chosen, upper, metric, label_apart(set(gold), negative_label))

@@ -30,6 +30,7 @@ from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import load_examples
 from atlantis_ds.errors import InputError
+from atlantis_ds.evaluate.answers import response_metrics
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import read_table, write_json, write_rows, write_table
 from atlantis_ds.metrics import metrics
@@ -317,6 +318,44 @@ def test_responses_are_compared_by_their_words(tmp_path: Path) -> None:
     found = ds.compare_runs(arms, metric="token_f1")["arms"]
     assert [row["token_f1"] for row in found] == [0.5, 1.0] and found[1]["differences"]["sft"]["mean"] == 0.5
     assert found[0]["perplexity"] is None and found[0]["seconds"] is None
+
+
+@pytest.mark.parametrize("kind", [int, bool, float, " {} ".format])
+def test_predictions_are_read_as_prepare_reads_labels(kind: Any, tmp_path: Path) -> None:
+    """The label 0 is not an empty prediction, and neither spaces nor a column of floats make a label another one."""
+    rows = [{"id": id, "gold": int(id % 2), "predicted": kind(id % 2)} for id in range(20)]
+    if kind is bool:
+        rows = [{**row, "gold": bool(row["gold"])} for row in rows]
+    path = tmp_path / "all-right.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert ds.compare_runs({"arm": path})["arms"][0]["macro_f1"] == 1
+    assert ds.compare_runs({"arm": path}, metric="exact_match")["arms"][0]["exact_match"] == 1
+    empty = [{**row, "predicted": None if row["id"] % 2 else float("nan")} for row in rows]
+    path.write_text("\n".join(map(json.dumps, empty)))
+    assert ds.compare_runs({"arm": path})["arms"][0]["accuracy"] == 0
+    path.write_text(json.dumps({"id": 1, "gold": [1], "predicted": 1}))
+    with pytest.raises(InputError, match="the label is not a text or whole number"):
+        ds.compare_runs({"arm": path})
+
+
+def test_only_the_answers_of_responses_are_compared(tmp_path: Path) -> None:
+    """As in the run itself, from files and from a folder ``eval/ARM``, which knows its ``evaluate.answer``."""
+    ids, answer = [str(id) for id in range(20)], "#### (.*)"
+    gold = [f" by one way\n#### {id}" for id in ids]
+    said = [f"by another\n#### {id if at < 15 else 'no'}" for at, id in enumerate(ids)]
+    figures, of_each = response_metrics(ids, gold, said, [-1.0] * 20, [2] * 20, answer)
+    info = {"fingerprint": "x", "settings": {"answer": answer}}
+    folder = tmp_path / "eval" / "arm"
+    write_evaluation(folder, figures, {"id": ids, "gold": gold, "predicted": said, **of_each}, info, False)
+    for path in (folder, folder / "predictions.parquet"):
+        (found,) = ds.compare_runs({"arm": path}, metric="exact_match", answer=answer)["arms"]
+        assert found["exact_match"] == figures["exact_match"] == 0.75 and found["token_f1"] == figures["token_f1"]
+    with pytest.raises(InputError, match="evaluated with evaluate.answer: '####"):
+        ds.compare_runs({"arm": folder}, metric="exact_match")
+    with pytest.raises(InputError, match="must capture something"):
+        ds.compare_runs({"arm": folder}, metric="exact_match", answer="####")
+    with pytest.raises(InputError, match="captures nothing in the gold response of test example '0'"):
+        ds.compare_runs({"arm": folder / "predictions.parquet"}, metric="exact_match", answer="A: (.*)")
 
 
 def plain_sums(lm: Any, tokenizer: Any, prompts: list[str], labels: list[str], eos: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from atlantis_ds.config.schema import DEFAULT_ARMS, Recipe, Weights
+from atlantis_ds.config.schema import DEFAULT_ARMS, Evaluate, Recipe, Weights
 from atlantis_ds.errors import InputError
 
 
@@ -48,6 +48,14 @@ def weights_section(options: dict[str, Any]) -> Weights:
         return Weights.model_validate(options)
     except ValidationError as error:
         raise InputError(_problems(error, "weights")) from None
+
+
+def refuse_bad_answer(answer: str) -> None:
+    """Raise InputError if the recipe's ``evaluate`` section would refuse this ``answer``."""
+    try:
+        Evaluate.model_validate({"answer": answer})
+    except ValidationError as error:
+        raise InputError(_problems(error, "evaluate")) from None
 
 
 class _Loader(yaml.SafeLoader):

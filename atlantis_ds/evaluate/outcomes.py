@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 
 from atlantis_ds.config.schema import Recipe
 from atlantis_ds.data.examples import Examples
+from atlantis_ds.data.rows import BadRow, label_text
 from atlantis_ds.data.sources import read_rows
 from atlantis_ds.errors import InputError
-from atlantis_ds.evaluate.answers import exact_match, token_f1
+from atlantis_ds.evaluate.answers import captured, exact_match, gold_answers, token_f1
 from atlantis_ds.evaluate.compare import FIGURES, Trained
 from atlantis_ds.files import read_json, read_table
 from atlantis_ds.metrics import label_apart, metrics
@@ -61,7 +63,10 @@ def evaluated_arms(run: Run) -> list[Trained]:
 
 
 def read_arms(
-    arms: Mapping[str, str | Path | Sequence[str | Path]], metric: str, negative_label: str | None
+    arms: Mapping[str, str | Path | Sequence[str | Path]],
+    metric: str,
+    negative_label: str | None,
+    answer: str | None = None,
 ) -> tuple[list[str], list[Trained]]:
     """Read the predictions of arms.
 
@@ -69,12 +74,14 @@ def read_arms(
         arms: for each arm the files of its runs, or folders ``eval/ARM`` of a run folder; see ``api.compare_runs``.
         metric: one of ``FIGURES``.
         negative_label: the recipe's ``data.negative_label``.
+        answer: for responses, the recipe's ``evaluate.answer``.
 
     Returns:
         gold, n texts, and one entry per arm and run, with its outcomes in the order of gold.
 
     Raises:
-        InputError: a file is missing or broken, lacks a column, or has other test examples than the first one.
+        InputError: a file is missing or broken, lacks a column, or has other test examples than the first one; or
+            responses in a folder ``eval/ARM`` were evaluated with another ``answer``.
     """
     files = {arm: [paths] if isinstance(paths, str | Path) else [*paths] for arm, paths in arms.items()}
     found = {(arm, run): Path(path) for arm, paths in files.items() for run, path in enumerate(paths)}
@@ -83,11 +90,13 @@ def read_arms(
     first: Predictions | None = None
     trained = []
     for (arm, run), path in found.items():
+        if path.is_dir() and metric != "macro_f1":
+            _refuse_other_answer(path, answer)
         predictions = _read(path / "predictions.parquet" if path.is_dir() else path)
         first = predictions if first is None else first
         _refuse_other_examples(path, predictions, first)
         gold, predicted = [gold for gold, _ in first.values()], [predictions[id][1] for id in first]
-        trained.append(_trained(arm, run, [*first], gold, predicted, metric, negative_label))
+        trained.append(_trained(arm, run, [*first], gold, predicted, metric, negative_label, answer))
     if first is None:
         raise InputError("there are no arms to compare")
     return [gold for gold, _ in first.values()], trained
@@ -104,12 +113,29 @@ def _read(path: Path) -> Predictions:
         id = str(row.values["id"])
         if id in predictions:
             raise InputError(f"{row.where}: id {id} is a duplicate")
-        if row.values["gold"] in (None, ""):
+        gold, predicted = (_text(row.where, row.values[name]) for name in ("gold", "predicted"))
+        if not gold:
             raise InputError(f"{row.where}: id {id} has no gold answer; leave it out of all files")
-        predictions[id] = (str(row.values["gold"]), str(row.values["predicted"] or ""))  # CSV: an empty cell is None
+        predictions[id] = (gold, predicted)
     if not predictions:
         raise InputError(f"{path}: contains no predictions")
     return predictions
+
+
+def _text(where: str, value: Any) -> str:
+    """An answer as text, as ``prepare`` reads labels: 0 is a label. Empty if there is none, as in CSV an empty cell."""
+    if isinstance(value, float) and not value.is_integer():
+        return "" if math.isnan(value) else str(value)  # a response may be a number such as 3.5
+    try:
+        return label_text(value) or ""
+    except BadRow as problem:
+        raise InputError(f"{where}: {problem}") from None
+
+
+def _refuse_other_answer(folder: Path, answer: str | None) -> None:
+    used = read_json(folder / "metrics.json").get("settings", {}).get("answer")
+    if used != answer:
+        raise InputError(f"{folder}: evaluated with evaluate.answer: {used!r}, not {answer!r}; give it as `answer`")
 
 
 def _refuse_other_examples(path: Path, predictions: Predictions, first: Predictions) -> None:
@@ -127,13 +153,15 @@ def _trained(
     predicted: list[str],
     metric: str,
     negative_label: str | None,
+    answer: str | None,
 ) -> Trained:
     figures: dict[str, Any]
     if metric == "macro_f1":
         figures = metrics(sorted(set(gold)), ids, gold, predicted, negative_label)
         return Trained(arm, run, predicted, figures, None)
+    pairs = list(zip(gold_answers(ids, gold, answer), (captured(text, answer) for text in predicted)))
     of_each = {
-        name: [measure(*pair) for pair in zip(gold, predicted)]
+        name: [measure(*pair) for pair in pairs]
         for name, measure in (("exact_match", exact_match), ("token_f1", token_f1))
     }
     figures = dict.fromkeys(FIGURES[metric]) | {name: float(np.mean(values)) for name, values in of_each.items()}
