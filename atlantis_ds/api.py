@@ -163,8 +163,8 @@ def compare_runs(
         see ``evaluate.compare.comparison``; ``seconds`` is None for files.
 
     Raises:
-        InputError: nothing is evaluated; an arm or metric is unknown; ``answer`` captures nothing; or a file is
-            missing, broken, or has other test examples.
+        InputError: nothing is evaluated, or on other test examples than the run has now; an arm or metric is unknown;
+            ``answer`` captures nothing; or a file is missing, broken, or has other test examples.
     """
     from atlantis_ds.config.loading import refuse_bad_answer
     from atlantis_ds.evaluate.compare import FIGURES, comparison, peers_of
@@ -179,7 +179,8 @@ def compare_runs(
         run = open_run(runs)
         recipe, examples = run.recipe, load_examples(run.folder)
         of_recipe = (*peers_of(recipe), metric_of(recipe), apart_of(recipe, examples))
-        return comparison(gold_of_test(examples), evaluated_arms(run), *of_recipe)
+        ids, gold = examples.test.ids.to_pylist(), gold_of_test(examples)
+        return comparison(gold, evaluated_arms(run, ids, gold), *of_recipe)
     if metric not in FIGURES:
         raise InputError(f"metric: {metric!r} is not one of {', '.join(FIGURES)}")
     chosen = [*runs][:1] if peers is None else [*peers]

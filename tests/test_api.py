@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -286,6 +287,21 @@ def test_runs_are_compared_from_a_folder_and_from_files(place: Path, tmp_path: P
     assert ds.compare_runs({**files, "atlantis": [tmp_path / "turned.csv"]})["arms"] == of_files["arms"]
 
 
+@pytest.mark.parametrize("change", ["other examples", "other gold labels"])
+def test_an_evaluation_on_other_test_examples_is_not_compared(change: str, place: Path, tmp_path: Path) -> None:
+    """The test split may change after an arm was evaluated; scores and models stay valid."""
+    root = shutil.copytree("runs/demo", tmp_path / "demo")
+    rows = pq.read_table(root / "eval/atlantis/predictions.parquet").to_pydict()
+    if change == "other examples":
+        rows = {name: values[::-1] for name, values in rows.items()}
+    else:
+        rows["gold"] = rows["gold"][::-1]
+    figures = json.loads((root / "eval/atlantis/metrics.json").read_text())
+    write_evaluation(root / "eval" / "atlantis", figures, rows, {"fingerprint": "x"}, False)
+    with pytest.raises(InputError, match="eval/atlantis: evaluated on other test examples"):
+        ds.compare_runs(root)
+
+
 def test_predictions_that_do_not_belong_together_are_refused(place: Path, tmp_path: Path) -> None:
     lines = Path("sft-0.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
@@ -350,7 +366,7 @@ def test_only_the_answers_of_responses_are_compared(tmp_path: Path) -> None:
     for path in (folder, folder / "predictions.parquet"):
         (found,) = ds.compare_runs({"arm": path}, metric="exact_match", answer=answer)["arms"]
         assert found["exact_match"] == figures["exact_match"] == 0.75 and found["token_f1"] == figures["token_f1"]
-    with pytest.raises(InputError, match="evaluated with evaluate.answer: '####"):
+    with pytest.raises(InputError, match=r"evaluated with evaluate\.answer: '#### \(\."):
         ds.compare_runs({"arm": folder}, metric="exact_match")
     with pytest.raises(InputError, match="must capture something"):
         ds.compare_runs({"arm": folder}, metric="exact_match", answer="####")

@@ -47,17 +47,27 @@ def trained_arm(run: Run, arm: str, seed: int, name: str, figures: dict[str, Any
     )
 
 
-def evaluated_arms(run: Run) -> list[Trained]:
+def evaluated_arms(run: Run, ids: list[str], gold: list[str]) -> list[Trained]:
     """All evaluated arms of a run, with the seeds of ``compare``, or else with the single run of ``run``.
 
+    Args:
+        ids, gold: the test examples of the run.
+
     Raises:
-        InputError: no arm is evaluated.
+        InputError: no arm is evaluated, or one was evaluated on other test examples.
     """
     recipe = run.recipe
     of_seeds = [(arm, seed, f"{arm}-seed{seed}") for arm in recipe.arms for seed in recipe.seeds]
     for names in (of_seeds, [(arm, recipe.seed, arm) for arm in recipe.arms]):
         done = [(*name, run.folder.evaluation(name[2]) / "metrics.json") for name in names]
         if found := [(arm, seed, name, path) for arm, seed, name, path in done if path.exists()]:
+            for *_, path in found:
+                table = read_table(path.with_name("predictions.parquet"), ["id", "gold"])[0]
+                if table.to_pydict() != {"id": ids, "gold": gold}:
+                    raise InputError(
+                        f"{path.parent}: evaluated on other test examples than the run has now; run `evaluate` or "
+                        "`compare` again"
+                    )
             return [trained_arm(run, arm, seed, name, read_json(path)) for arm, seed, name, path in found]
     raise InputError(f"{run.folder.root / 'eval'}: no arm is evaluated yet; run `evaluate` or `compare` first")
 
