@@ -6,6 +6,7 @@ Bad input raises ``atlantis_ds.errors.InputError``: one line that says what is w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ def diagnose(
     """Whether weights can be trusted.
 
     Args:
-        weights: a run folder, for the diagnosis by ``merge``; or weights, float64 [n], at least 0 and not all 0.
+        weights: a run folder, for the diagnosis by ``merge``; or weights, float64 [n], at least 0 and not all 0; the
+            diagnosis is of these weights divided by their mean.
         labels: str [n], the labels to train on, for the class shares; None for responses. Not with a run folder.
         gold: str or None [n], the true labels, or None where they are unknown; needs ``labels``.
 
@@ -106,6 +108,7 @@ def diagnose(
 def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any) -> dict[str, Any]:
     import numpy as np
 
+    from atlantis_ds.data.rows import label_text
     from atlantis_ds.weights import diagnostics
     from atlantis_ds.weights.columns import no_gaps, texts_or_numbers
     from atlantis_ds.weights.facts import WeightFacts
@@ -116,6 +119,9 @@ def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any)
         values = np.empty(0)
     if values.ndim != 1 or not np.isfinite(values).all() or not (values >= 0).all() or not values.any():
         raise InputError("weights: they must be numbers [n], finite, at least 0 and not all 0")
+    scaled = values / values.max()  # whose mean does not overflow
+    if not math.isclose(scaled.mean() * values.max(), 1):
+        values = scaled / scaled.mean()
     if gold is not None and labels is None:
         raise InputError("gold: give `labels`, too: both are needed to know which labels are right")
     found = {"labels": labels, "gold": gold}
@@ -125,11 +131,11 @@ def _diagnosis_of_weights(weights: Any, labels: Sequence[str] | None, gold: Any)
             raise InputError(f"{name}: {len(given)} for {len(values)} weights")
     facts = WeightFacts()
     if "labels" in lists:
-        known = no_gaps("labels", lists["labels"])
-        names, codes = np.unique(np.asarray(known, dtype=str), return_inverse=True)
+        known, *true = ([label_text(label) for label in given] for given in lists.values())
+        names, codes = np.unique(no_gaps("labels", known), return_inverse=True)
         right = None
-        if "gold" in lists:
-            right = np.array([-1 if true is None else int(label == true) for label, true in zip(known, lists["gold"])])
+        if true:
+            right = np.array([-1 if gold is None else int(label == gold) for label, gold in zip(known, true[0])])
         facts = WeightFacts(codes, names.tolist(), correct=right)
     with np.errstate(divide="ignore"):
         log_weight = np.maximum(np.log(values), -1e4)

@@ -245,6 +245,25 @@ def test_gold_labels_that_are_missing_are_not_wrong_ones() -> None:
         ds.diagnose(weights, ["a", None, "a", "b"])
 
 
+def test_the_diagnosis_does_not_depend_on_the_scale_of_the_weights() -> None:
+    weights = np.exp(2.5 * np.random.default_rng(0).normal(size=1000))
+    found = [ds.diagnose(weights / weights.mean() * scale) for scale in (1, 1e-4, 1e4, 1e300)]
+    assert len(found[0]["warnings"]) == 2 and "Pareto" in found[0]["warnings"][1]
+    for other in found[1:]:
+        assert other["max"] == pytest.approx(found[0]["max"]) and other["warnings"] == found[0]["warnings"]
+        assert other["quantiles"] == pytest.approx(found[0]["quantiles"])
+
+
+@pytest.mark.parametrize("kind", [str, int, " {} ".format])
+def test_numbers_and_texts_may_be_the_same_label(kind: Any) -> None:
+    labels = [0, 1, 1, 0, 1]
+    gold: list[Any] = [*map(kind, [0, 1, 1, 1]), None]
+    for one, other in ((labels, gold), ([*map(str, labels)], gold)):
+        found = ds.diagnose([1.0, 2.0, 0.5, 1.0, 1.0], one, other)
+        assert (found["gold"]["known"], found["gold"]["share_wrong"]) == (4, 0.25)
+        assert [row["label"] for row in found["classes"]] == ["1", "0"]
+
+
 def test_the_diagnosis_is_the_runs(place: Path) -> None:
     diagnosis = ds.diagnose("runs/demo")
     write_diagnosis(open_run("runs/demo"))
