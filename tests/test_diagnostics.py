@@ -18,6 +18,7 @@ from atlantis_ds.config.schema import Reference, Weights
 from atlantis_ds.data.examples import Split
 from atlantis_ds.weights import diagnostics, formulas
 from atlantis_ds.weights.agreement import Suggestions
+from atlantis_ds.weights.arms import lowest_first
 from atlantis_ds.weights.facts import WeightFacts, auroc_interval, largest, weight_facts
 from atlantis_ds.weights.picture import plot_weights
 
@@ -433,6 +434,26 @@ def test_weights_held_at_a_bound_are_named():
     )
     weights = formulas.stabilise(log_weight, labels, Weights())
     assert not any("are equal" in text for text in diagnostics.diagnose(weights, log_weight, facts)["warnings"])
+
+
+def test_weights_at_a_bound_are_equal_for_all_labels():
+    """Normalised within each label, they differ by rounding, which must not order the labels."""
+    rng = np.random.default_rng(0)
+    labels, log_weight = rng.integers(0, 8, 400), 3 * rng.normal(size=400)
+    correct = (rng.random(400) < np.linspace(0.5, 1, 8)[labels]).astype(int)
+    options = Weights(scope="per_label", clip=[0.25, 3])
+    weights = formulas.stabilise(log_weight, labels, options)
+    low, high = np.isclose(weights, 0.25), np.isclose(weights, 3)
+    exact = np.where(low, 0.25, np.where(high, 3, weights))
+    assert len(np.unique(weights[low])) > 1, "this seed shows nothing"
+    assert lowest_first(weights, log_weight).tolist() == lowest_first(exact, log_weight).tolist()
+    assert set(lowest_first(weights, log_weight)[: low.sum()]) == set(np.flatnonzero(low))
+    facts = WeightFacts(labels=labels, label_names=[*"abcdefgh"], correct=correct, options=options)
+    found, plain = (diagnostics.diagnose(some, log_weight, facts) for some in (weights, exact))
+    assert found["tied"] == plain["tied"] == low.mean()
+    auroc = roc_auc_score(correct, exact)
+    assert found["gold"]["auroc_correct"] == plain["gold"]["auroc_correct"] == pytest.approx(auroc)
+    assert found["gold"]["lowest_tenth_wrong"] == pytest.approx(1 - correct[low].mean())
 
 
 def test_one_label_that_takes_the_abstentions_makes_the_scope_global():

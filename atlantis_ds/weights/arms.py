@@ -20,7 +20,7 @@ from atlantis_ds.progress import Steps
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
 from atlantis_ds.weights.agreement import Suggestions, joined, suggestion
-from atlantis_ds.weights.formulas import Scores, combine, evidence, label_set_evidence, shuffled, stabilise
+from atlantis_ds.weights.formulas import Scores, combine, evidence, in_order, label_set_evidence, shuffled, stabilise
 from atlantis_ds.weights.posterior import (
     ENOUGH_PAIRS,
     Noise,
@@ -31,7 +31,7 @@ from atlantis_ds.weights.posterior import (
 )
 from atlantis_ds.weights.shards import read_shards
 
-WEIGHTS_VERSION = 4
+WEIGHTS_VERSION = 5
 """Must be raised if the same scores and options give different weights or diagnostics than before."""
 
 
@@ -50,7 +50,7 @@ def arm_weights(run: Run, examples: Examples, arm: str) -> np.ndarray:
     weights, log_weight = _merged_weights(run, examples, options.weights or run.recipe.weights)
     kept = np.ones(len(weights))
     if options.drop_lowest:
-        if np.ptp(weights) == 0:
+        if np.ptp(in_order(weights)) == 0:
             raise InputError(f"arm {arm}: all its weights are equal, so `drop_lowest` cannot choose")
         kept[lowest_first(weights, log_weight)[: round(options.drop_lowest * len(weights))]] = 0
         weights = np.ones(len(weights))
@@ -78,7 +78,7 @@ def _rows_of_ids(path: Path, examples: Examples) -> np.ndarray:
 def lowest_first(weights: np.ndarray, log_weight: np.ndarray) -> np.ndarray:
     """Row numbers, int64 [n], lowest weight first; weights made equal by a bound are ordered by their values before
     it."""
-    return np.lexsort((log_weight, weights))
+    return np.lexsort((log_weight, in_order(weights)))
 
 
 def read_weights(folder: RunFolder) -> tuple[pa.Table, dict[str, Any]]:

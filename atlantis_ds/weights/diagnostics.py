@@ -12,7 +12,7 @@ import numpy as np
 from atlantis_ds.weights.advice import CLASS_RATIO, noun, warnings
 from atlantis_ds.weights.agreement import agreement
 from atlantis_ds.weights.facts import WeightFacts, against_gold, all_shares, groups_differ_p, largest
-from atlantis_ds.weights.formulas import effective_sample_size, pareto_k, pareto_k_threshold
+from atlantis_ds.weights.formulas import effective_sample_size, in_order, pareto_k, pareto_k_threshold
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -81,7 +81,7 @@ def diagnose(
         "quantiles": {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(weights, QUANTILES))},
         "top_percent_share": float(np.sort(weights)[-max(1, round(0.01 * n)) :].sum() / total),
         **all_shares(weights, facts),
-        "tied": float(np.unique(weights, return_counts=True)[1].max() / n),
+        "tied": float(np.unique(in_order(weights), return_counts=True)[1].max() / n),
         "one_base": facts.one_base,
         "agreement": None,
         "groups_differ_p": groups_differ_p(facts),

@@ -11,7 +11,7 @@ import numpy as np
 
 from atlantis_ds.config.schema import Reference, Weights
 from atlantis_ds.weights.agreement import Suggestions
-from atlantis_ds.weights.formulas import stabilise
+from atlantis_ds.weights.formulas import in_order, stabilise
 from atlantis_ds.weights.posterior import wilson
 
 if TYPE_CHECKING:
@@ -238,9 +238,9 @@ def against_gold(weights: np.ndarray, log_weight: np.ndarray, facts: WeightFacts
     correct = facts.correct
     if correct is None or not (known := correct >= 0).any():
         return None
-    right, size = correct[known] == 1, max(1, round(0.1 * known.sum()))
-    border = np.sort(weights[known])[size - 1]
-    below, tied = weights[known] < border, weights[known] == border
+    right, size, place = correct[known] == 1, max(1, round(0.1 * known.sum())), in_order(weights[known])
+    border = np.sort(place)[size - 1]
+    below, tied = place < border, place == border
     wrong_below = (~right)[below].sum() + (size - below.sum()) * (~right)[tied].mean()
     everywhere = np.zeros(known.sum(), dtype=np.int64)
     found = {"correct": _auroc(weights[known], right, everywhere)}
@@ -276,14 +276,14 @@ def _auroc(weights: np.ndarray, right: np.ndarray, codes: np.ndarray) -> tuple[f
     """
     from sklearn.metrics import roc_auc_score
 
-    order = np.argsort(codes, kind="stable")
+    place, order = in_order(weights), np.argsort(codes, kind="stable")
     numbers, starts, counts = np.unique(codes[order], return_index=True, return_counts=True)
     aurocs, sizes = [], []
     for part in np.sort(np.argsort(-counts, kind="stable")[:MOST_GROUPS]):
         rows = order[starts[part] :][: counts[part]]
         ups = int(right[rows].sum())
         if numbers[part] >= 0 and 0 < ups < len(rows):
-            aurocs.append(roc_auc_score(right[rows], weights[rows]))
+            aurocs.append(roc_auc_score(right[rows], place[rows]))
             sizes.append((ups, len(rows) - ups))
     if not aurocs:
         return None, None

@@ -156,6 +156,15 @@ def stabilise(log_weight: np.ndarray, labels: np.ndarray, options: recipe.Weight
     return _normalise(exponent * stable, groups)
 
 
+def in_order(weights: np.ndarray) -> np.ndarray:
+    """Numbers in the order of the weights, float64 [n], equal where weights differ only by rounding.
+
+    With ``scope: per_label``, weights at a bound of ``clip`` differ by rounding from one label to the next.
+    """
+    with np.errstate(divide="ignore"):
+        return np.round(np.maximum(np.log(weights), -1e4), 9)
+
+
 def effective_sample_size(weights: np.ndarray) -> float:
     """(Σw)² / Σw², between 1 and n (Kish 1965), for weights of any scale, not all zero."""
     weights = np.asarray(weights, dtype=np.float64)
