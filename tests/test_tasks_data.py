@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,16 @@ def test_groups(tmp_path):
     rows = [{**row, "group": group} for row, group in zip(LABELLED, groups)]
     found = made(tmp_path, {"train": write(tmp_path / "train.jsonl", rows)})
     assert found.train.groups.to_pylist() == ["rule 1", None, None, "7", "a; b", None]
+
+
+def test_a_group_counts_once_and_null_is_none(tmp_path):
+    """Votes of rules, padded to one length: null is no rule that labelled all the rest."""
+    groups = [[None, "a"], [None, None], ["a", "a"], ["", "b"], [math.nan], math.nan]
+    rows = [{**row, "group": group} for row, group in zip(LABELLED, groups)]
+    found = made(tmp_path, {"train": write(tmp_path / "train.jsonl", rows)}).train
+    assert found.groups.to_pylist() == ["a", None, "a", "b", None, None]
+    rows, groups, names = found.memberships
+    assert (rows.tolist(), groups.tolist(), names) == ([0, 1, 2, 3, 4, 5], [0, -1, 0, 1, -1, -1], ["a", "b"])
 
 
 # --- columns

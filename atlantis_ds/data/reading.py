@@ -262,7 +262,8 @@ def row_id(columns: Columns, values: dict[str, Any]) -> str | int | None:
 
 
 def _group(columns: Columns, values: dict[str, Any]) -> str | None:
+    """The names of the groups that made a label, each once; a list may be padded with null."""
     group = values.get(columns.group)
-    if isinstance(group, list):  # several rules: their combination is one group
-        group = GROUPS.join(str(name) for name in group)
-    return None if group is None or not str(group).strip() else whole_text(str(group))
+    given = group.split(GROUPS) if isinstance(group, str) else group if isinstance(group, list) else [group]
+    names = dict.fromkeys(str(name).strip() for name in given if name is not None and name == name)  # or NaN
+    return whole_text(GROUPS.join(filter(None, names))) or None
