@@ -28,12 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import atlantis_ds as ds
 from atlantis_ds import stages
 from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
-from atlantis_ds.config.schema import Recipe
+from atlantis_ds.config.schema import Evaluate, Recipe
 from atlantis_ds.data.examples import load_examples
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.evaluate.answers import response_metrics
+from atlantis_ds.evaluate.predict import rank_labels
 from atlantis_ds.evaluate.report import write_evaluation
 from atlantis_ds.files import read_table, write_json, write_rows, write_table
+from atlantis_ds.lm.encode import Encoder
+from atlantis_ds.lm.ways import PLAIN
 from atlantis_ds.metrics import metrics
 from atlantis_ds.run import Run, open_run
 from atlantis_ds.run_folder import RunFolder
@@ -319,6 +322,20 @@ def test_an_evaluation_on_other_test_examples_is_not_compared(change: str, place
     write_evaluation(root / "eval" / "atlantis", figures, rows, {"fingerprint": "x"}, False)
     with pytest.raises(InputError, match="eval/atlantis: evaluated on other test examples"):
         ds.compare_runs(root)
+
+
+def test_a_model_that_has_diverged_predicts_no_label(place: Path) -> None:
+    """With NaN for every label, the first label of the set would be predicted for every example."""
+    examples = load_examples(RunFolder(place / "runs" / "demo"))
+    tokenizer = AutoTokenizer.from_pretrained("runs/demo/base/small")
+    lm = AutoModelForCausalLM.from_pretrained("runs/demo/base/small").eval()
+    encoder = Encoder(tokenizer, lm.config, examples.labels)
+    prompts = encoder.prompt_ids(examples.test.prompts.slice(0, 3).to_pylist())
+    options = Evaluate()
+    assert len(rank_labels(lm, encoder, prompts, examples.labels or [], options, PLAIN, print)) == 3
+    lm.get_output_embeddings().weight.data[:] = np.nan
+    with pytest.raises(RunError, match="is nan; the model diverged"):
+        rank_labels(lm, encoder, prompts, examples.labels or [], options, PLAIN, print)
 
 
 def test_predictions_that_do_not_belong_together_are_refused(place: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from atlantis_ds.config.schema import Evaluate, Model
 from atlantis_ds.data.examples import Examples, load_examples
-from atlantis_ds.errors import InputError
+from atlantis_ds.errors import InputError, RunError
 from atlantis_ds.evaluate.answers import response_metrics
 from atlantis_ds.evaluate.generate import generate_greedy
 from atlantis_ds.evaluate.report import write_evaluation
@@ -215,7 +215,11 @@ def rank_labels(
 def label_sums(
     lm: Any, encoder: Encoder, prompts: list[list[int]], options: Evaluate, ways: Ways, advance: Advance
 ) -> np.ndarray:
-    """Log-likelihood of each label of the set, with the end-of-sequence token, after each prompt: float64 [n, K]."""
+    """Log-likelihood of each label of the set, with the end-of-sequence token, after each prompt: float64 [n, K].
+
+    Raises:
+        RunError: one is not finite.
+    """
     assert encoder.label_set is not None
     sums = score_choices(
         lm,
@@ -227,6 +231,8 @@ def label_sums(
         ways=ways,
     )
     found: np.ndarray = sums.sum(dim=2).numpy()
+    if len(bad := found[~np.isfinite(found)]):
+        raise RunError(f"the log-likelihood of a label is {bad[0]}; the model diverged during training")
     return found
 
 
