@@ -123,6 +123,7 @@ def _predicts_as_it_was_evaluated(files: Path, tmp_path: Path, run: Path, labels
     with (tmp_path / "one.csv").open(newline="") as file:
         for one, two in zip(csv.DictReader(file), found, strict=True):
             assert one["predicted"] == two["predicted"] and abs(float(one["probability"]) - two["probability"]) < 1e-6
+    refuse(launch("local", 1, "predict", run, rows, "--arm", "sft", "--out", rows), "is the file to read")
     one_row = tmp_path / "one row.jsonl"  # one rank has none
     one_row.write_text(rows.read_text().splitlines()[0] + "\n")
     succeed("local", 2, "predict", run, one_row, "--arm", "sft", "--out", tmp_path / "single.jsonl")

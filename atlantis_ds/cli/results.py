@@ -156,6 +156,8 @@ def predict(
     """
     opened = run_of(run)
     target = out or Path(f"{Path(file).name.split('.')[0]}.{arm}.jsonl")
+    if target.resolve() == Path(file).resolve():
+        raise InputError(f"--out: {target} is the file to read; choose another name")
     start_local(ranks)
     from atlantis_ds.cluster.ranks import start_ranks, stop_ranks
     from atlantis_ds.evaluate.new_rows import predict_file
