@@ -2,7 +2,8 @@
 
     python tools/archive_experiments.py
 
-Writes dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: one
+Needs experiments/scores, which the first command in experiments/README.md ("The kept scores") brings back. Writes
+dist/experiments-scores.tar.gz, with the files below experiments/scores, and dist/experiments-scores.sha256: one
 line for the archive and one for each file in it, in the format of `sha256sum --check`. The same files give a
 byte-identical archive: names are sorted, and times, owners and permissions are left out.
 """
@@ -52,7 +53,7 @@ def _sha256(path: Path) -> str:
 if __name__ == "__main__":
     scores = ROOT / "experiments" / "scores"
     if not scores.is_dir():
-        sys.exit(f"{scores}: no such folder")
+        sys.exit(f"{scores}: no such folder; bring it back with `git archive`: experiments/README.md, The kept scores")
     archive(scores, ROOT / "dist" / "experiments-scores.tar.gz")
     for written in sorted((ROOT / "dist").glob("experiments-scores.*")):
         print(f"{written.relative_to(ROOT)} {written.stat().st_size:,} bytes")
