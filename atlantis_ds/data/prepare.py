@@ -33,7 +33,7 @@ from atlantis_ds.errors import InputError
 from atlantis_ds.files import file_hash, fingerprint, finished, read_json, write_json
 from atlantis_ds.run_folder import RunFolder
 
-VERSION = 2
+VERSION = 3
 """Must be raised if the same recipe and files give different examples than before."""
 
 
