@@ -94,9 +94,8 @@ def _scoring(folder: RunFolder) -> str:
 def _passes(inputs: dict[str, Any]) -> int:
     """Number of models that score: the same model on the same prompts scores once."""
     models = {name: fingerprint(model) for name, model in inputs.items() if name.startswith("model ")}
-    own = [
-        n for n in models if n.startswith("model reference-") or (n == "model reference" and inputs["chat_template"])
-    ]
+    as_turn = inputs.get("chat_template")
+    own = [name for name in models if name.startswith("model reference-") or (name == "model reference" and as_turn)]
     return len(own) + len({model for name, model in models.items() if name not in own})
 
 

@@ -225,7 +225,7 @@ def in_a_terminal(arguments: list[str], answers: list[str], interrupt_after: byt
     command = [sys.executable, "-m", "atlantis_ds", *arguments]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, cwd=ROOT)
     os.close(theirs)
-    said, todo, end = b"", list(answers), time.monotonic() + 60
+    said, todo, end = b"", list(answers), time.monotonic() + 120
     while time.monotonic() < end:
         try:
             more = os.read(ours, 4096)
@@ -238,7 +238,7 @@ def in_a_terminal(arguments: list[str], answers: list[str], interrupt_after: byt
             process.send_signal(signal.SIGINT)
             interrupt_after = None
     os.close(ours)
-    return Done(process.wait(10), said.decode())
+    return Done(process.wait(60), said.decode())
 
 
 def test_schema_and_page_are_those_of_the_code() -> None:
