@@ -223,7 +223,15 @@ def in_a_terminal(arguments: list[str], answers: list[str], interrupt_after: byt
     """Run a command in a terminal of its own; type an answer whenever it waits with a prompt, or interrupt it."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "atlantis_ds", *arguments]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, cwd=ROOT)
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=ENV,
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs with `&`
+    )
     os.close(theirs)
     said, todo, end = b"", list(answers), time.monotonic() + 120
     while time.monotonic() < end:
