@@ -12,7 +12,7 @@ from typing import Any
 from atlantis_ds.cluster.slurm import job_states
 from atlantis_ds.config.loading import load_recipe
 from atlantis_ds.errors import InputError
-from atlantis_ds.files import fingerprint, read_json
+from atlantis_ds.files import read_json
 from atlantis_ds.progress import console
 from atlantis_ds.run_folder import RunFolder, no_run
 
@@ -86,17 +86,17 @@ def _scoring(folder: RunFolder) -> str:
     manifest = read_json(folder.scores / "scores.json")
     whole, parts = (len(list(folder.scores.glob(names))) for names in ("shard-*.parquet", "parts/shard-*.parquet"))
     # The models score one after another, and a shard is complete after the last one: until then, count the parts.
-    rest = f", for the others {parts} of {(manifest['shards'] - whole) * _passes(manifest['inputs'])} parts"
-    rest = rest if parts else ""
+    left = (manifest["shards"] - whole) * _passes(manifest["inputs"])
+    rest = f", for the others {parts} of {left} parts" if parts else ""
     return f"{whole} of {manifest['shards']} shards done{rest}"
 
 
 def _passes(inputs: dict[str, Any]) -> int:
     """Number of models that score: the same model on the same prompts scores once."""
-    models = {name: fingerprint(model) for name, model in inputs.items() if name.startswith("model ")}
-    as_turn = inputs.get("chat_template")
-    own = [name for name in models if name.startswith("model reference-") or (name == "model reference" and as_turn)]
-    return len(own) + len({model for name, model in models.items() if name not in own})
+    from atlantis_ds.weights.shards import scored_by
+
+    models = {key.removeprefix("model "): model for key, model in inputs.items() if key.startswith("model ")}
+    return len(set(scored_by(models, bool(inputs.get("chat_template"))).values()))
 
 
 def _training(folder: RunFolder, name: str, events: list[dict[str, Any]]) -> str:

@@ -28,7 +28,7 @@ from atlantis_ds.progress import Steps
 from atlantis_ds.reference import example_folds, trained_references
 from atlantis_ds.run import Run
 from atlantis_ds.run_folder import RunFolder
-from atlantis_ds.weights.shards import COLUMNS, LABEL_SET, scoring_inputs, shard_path
+from atlantis_ds.weights.shards import COLUMNS, LABEL_SET, scored_by, scoring_inputs, shard_path
 
 if TYPE_CHECKING:
     from atlantis_ds.lm.encode import Encoded
@@ -62,23 +62,6 @@ def scoring_passes(recipe: Recipe, folder: RunFolder) -> list[Pass]:
     if reference.kind == "checkpoint":
         return [*passes, Pass("reference", model_source(recipe, folder, "reference"))]
     return passes + [Pass("reference", model, fold) for fold, model in trained_references(recipe, folder)]
-
-
-def _same_model_once(passes: Sequence[Pass], models: dict[str, Any], reference_as_turn: bool) -> list[Pass]:
-    """The passes, where the same model on the same prompts is to run once.
-
-    Args:
-        models: identity of each pass's model, by the pass's name.
-        reference_as_turn: the reference reads the prompts inside its chat template.
-    """
-    found: list[Pass] = []
-    for each in passes:
-        own_prompts = each.column == "reference" and reference_as_turn
-        if each.fold is None and not own_prompts:
-            same = next((one for one in found if models[one.name] == models[each.name]), None)
-            each = replace(each, same_as=same.name) if same else each
-        found.append(each)
-    return found
 
 
 def assign_shards(costs: Sequence[float], world_size: int) -> list[list[int]]:
@@ -116,7 +99,8 @@ def score(run: Run, part: tuple[int, int] = (1, 1)) -> None:
     settings = recipe.score.model_copy(update={"dtype": ranks.broadcast(_dtype(run))})
     inputs = {**scoring_inputs(recipe, examples), "dtype": settings.dtype}
     models = ranks.broadcast({p.name: model_identity(p.model) for p in passes} if ranks.is_main else None)
-    passes = _same_model_once(passes, models, recipe.models.reference.chat_template)
+    by = scored_by(models, recipe.models.reference.chat_template)
+    passes = [replace(each, same_as=by[each.name] if by[each.name] != each.name else None) for each in passes]
     inputs = {**inputs, **{f"model {name}": identity for name, identity in models.items()}}
     shards = Shards(examples, recipe.score.shard_size)
     manifest: dict[str, Any] = {

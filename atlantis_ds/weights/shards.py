@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ def scoring_inputs(recipe: Recipe, examples: Examples) -> dict[str, Any]:
         "label_set": recipe.score.label_set,
         "chat_template": recipe.models.reference.chat_template,
     }
+
+
+def scored_by(models: Mapping[str, Any], reference_as_turn: bool) -> dict[str, str]:
+    """For each pass by its name, the pass whose scores it has: an earlier one with the same model on the same prompts,
+    or itself. A fold of the reference has examples of its own.
+
+    Args:
+        models: identity of each pass's model, in order: ``large``, ``small``, and ``reference`` or ``reference-FOLD``.
+        reference_as_turn: the reference reads the prompts inside its chat template.
+    """
+    found: dict[str, str] = {}
+    for name, model in models.items():
+        alone = name.startswith("reference-") or (name == "reference" and reference_as_turn)
+        same = (other for other in found if models[other] == model and not alone)
+        found[name] = next(same, name)
+    return found
 
 
 def shard_schema(label_set: bool) -> pa.Schema:
