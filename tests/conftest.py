@@ -224,12 +224,13 @@ def in_process(recipe: Path, *names: str) -> None:
     run = Run(settings, RunFolder(Path(settings.runs_dir) / settings.name), start_ranks(settings.timeout_minutes))
     try:
         for name in names:
-            if name == "run":
-                stages.run(run, force=False)
-            elif name == "reference":
-                stages.train(run, name, force=False)
-            else:
-                {"prepare": stages.prepare, "score": stages.score, "merge": stages.merge}[name](run)
+            {
+                "prepare": lambda: stages.prepare(run),
+                "reference": lambda: stages.train(run, "reference", force=False),
+                "score": lambda: stages.score(run),
+                "merge": lambda: stages.merge(run),
+                "run": lambda: stages.run(run, force=False),
+            }[name]()
     finally:
         stop_ranks()
         os.environ.clear()

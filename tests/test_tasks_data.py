@@ -32,6 +32,11 @@ from atlantis_ds.run_folder import RunFolder
 
 LABELLED = [{"text": f"text {i}", "label": "yes" if i % 2 else "no"} for i in range(6)]
 
+EMPTY_LABEL = (
+    "empty label: there is neither a label (or response) nor a gold one; -1 is no label, unless data.labels lists it "
+    "as a class"
+)
+
 
 def write(path: Path, rows: list[dict[str, Any]] | list[str]) -> str:
     """Rows as the suffix says; texts are lines of JSON."""
@@ -168,8 +173,7 @@ def test_an_empty_label_outside_train_is_a_bad_row(tmp_path):
     data = {"train": write(tmp_path / "train.jsonl", LABELLED)}
     test = [{"text": "a", "label": "yes"}, {"text": "b", "label": None, "gold": -1}]
     said = refused(tmp_path, {**data, "test": write(tmp_path / "test.jsonl", test)})
-    assert said.startswith(f"{tmp_path}/test.jsonl:2: empty label: there is neither a label (or response) nor a gold")
-    assert said.endswith("; -1 is no label, unless data.labels lists it as a class")
+    assert said == f"{tmp_path}/test.jsonl:2: {EMPTY_LABEL}"
 
 
 def test_test_rows_with_gold_alone(tmp_path):
@@ -543,7 +547,7 @@ def test_response_rows_without_a_response(tmp_path):
     assert named.test == found.test
     none = write(tmp_path / "none.jsonl", [{"question": "x", "answer": None}])
     said = refused(tmp_path, {**data, "test": none})
-    assert said.startswith(f"{none}:1: empty label: there is neither a label (or response) nor a gold one; ")
+    assert said == f"{none}:1: {EMPTY_LABEL}"
     said = refused(tmp_path, {**data, "train": write(tmp_path / "bad.jsonl", rows)})
     assert said == f"{tmp_path}/bad.jsonl:3: `answer` is empty or not a text"
 
